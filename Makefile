@@ -1,0 +1,43 @@
+# Three commands: train (the demo), test, check. Each installs what it needs into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test check clean
+
+train: $(VENV)/.training
+	$(BIN)/python train.py
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp a set of packages; touched anew when the pins or the package's own needs change.
+# torch goes first and by its exact version: a range can fetch gigabytes of another build.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@echo "installing torch into $(VENV) ..."
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.training: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "installing the packages for training ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.development: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "installing the packages for training, data, tracking, figures, tests and checks ..."
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.training
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

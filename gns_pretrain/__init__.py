@@ -1,0 +1,1 @@
+"""Pretrain Llama 3 and let the measured gradient noise scale choose the batch size."""

@@ -1,0 +1,250 @@
+"""Settings to objects, by name."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from gns_pretrain.batch_size.controller import Controller, lr_multiplier, make_controller
+from gns_pretrain.batch_size.settings import ShadowSettings
+from gns_pretrain.config import Config, feasible_sizes, policies
+from gns_pretrain.data.batches import Batches, read_in_order
+from gns_pretrain.data.settings import open_splits
+from gns_pretrain.data.tokens import TokenSplit
+from gns_pretrain.distributed.checkpoint import Checkpoints
+from gns_pretrain.distributed.mesh import World
+from gns_pretrain.distributed.noise_meter import NoiseMeter
+from gns_pretrain.distributed.sharding import parallelize
+from gns_pretrain.errors import InputError
+from gns_pretrain.loop import LoopSettings, Run
+from gns_pretrain.metrics.record import Record
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.custom import CustomSettings, build_custom
+from gns_pretrain.optim.groups import remember_peaks
+from gns_pretrain.optim.muon import MuonSettings, build_muon
+from gns_pretrain.optim.sgd import SGDSettings, build_sgd
+from gns_pretrain.optim.signum import SignumSettings, build_signum
+from gns_pretrain.optim.specsgd import SpecSGDSettings, build_specsgd
+from gns_pretrain.optim.token_ties import retie, tie_to_tokens
+from gns_pretrain.run_directory import CHECKPOINTS
+from gns_pretrain.schedule import Schedule, steps_in_budget
+from gns_pretrain.state import TrainState
+
+OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {
+    SGDSettings: build_sgd,
+    SignumSettings: build_signum,
+    AdamWSettings: build_adamw,
+    SpecSGDSettings: build_specsgd,
+    MuonSettings: build_muon,
+    CustomSettings: build_custom,
+}
+
+
+def settings_from(node: DictConfig) -> Config:
+    """Plain dataclasses out of what Hydra composed; each checks itself as it is made.
+
+    Raises:
+        InputError: a setting breaks a rule or is still missing.
+    """
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise InputError(f"{missing[0]} has no value; give it one, as in: {missing[0]}=...")
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    refuse_additions(config)
+    return config
+
+
+def refuse_additions(settings: Any, prefix: str = "") -> None:
+    """Refuse what `+name=value` put beside a schema's own fields: nothing would read it."""
+    known = {field.name for field in dataclasses.fields(settings)}
+    for name, value in vars(settings).items():
+        if name not in known:
+            raise InputError(f"{prefix}{name}: there is no such setting; leave it out")
+        if dataclasses.is_dataclass(value):
+            refuse_additions(value, f"{prefix}{name}.")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Nested plain values of a YAML file."""
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def data_fingerprint(splits: tuple[TokenSplit, TokenSplit]) -> str:
+    """One hash for the training and validation data."""
+    return hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Dtype of the forward and backward passes' copies of the weights."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
+
+
+def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.nn.Module:
+    """The model with its first weights, compiled where asked and laid over the ranks."""
+    shape = config.model
+    if shape.vocab_size is None:
+        shape = dataclasses.replace(shape, vocab_size=data_vocab_size)
+    with world.device:
+        model = Llama(shape)
+    model.init_weights(config.seed)
+    if config.compile == "always" or (config.compile == "auto" and world.device.type == "cuda"):
+        model.compile_blocks()
+    return parallelize(model, world, compute_dtype=compute_dtype(config, world.device))
+
+
+def build_run(config: Config, world: World, directory: Path) -> Run:
+    """Everything that a run needs, at its first step or where its last checkpoint stood."""
+    torch.manual_seed(config.seed)
+    training, validation = open_splits(config.data)
+    sequence_length = config.data.sequence_length
+    model = build_model(config, world, data_vocab_size=training.vocab_size)
+    optimizer = OPTIMIZERS[type(config.optimizer)](model, config.optimizer)
+    remember_peaks(optimizer)
+    if config.optimizer.tie_to_tokens:
+        tie_to_tokens(optimizer, config.batch_size.initial)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, world=world)
+    state, damaged = checkpoints.load_latest(model, optimizer)
+    controller, *shadows = controllers(config, num_ranks=world.num_ranks)
+    resumed = state is not None
+    state = state or first_state(controller)
+    record = Record(
+        directory,
+        config.metrics,
+        is_main=world.is_main,
+        resume_step=state.step,
+        config=as_dict(config),
+        token_budget=config.token_budget,
+        run_id=run_id(config),
+    )
+    for line in damaged:
+        record.message(f"{line}; the one before it is used")
+    if resumed:
+        record.message(f"resumed from step {state.step:,}, {state.tokens:,} tokens")
+    fit_to_ranks(state, controller, optimizer, record)
+    for prefix, policy in policies(config):
+        if (note := policy.threshold_note) is not None:
+            record.message(f"{prefix}.{note}")
+    return Run(
+        settings=LoopSettings(
+            token_budget=config.token_budget,
+            sequence_length=sequence_length,
+            evaluate_every_tokens=config.evaluation.every_tokens,
+            save_every_steps=config.checkpoint.every_steps,
+            log_every_steps=config.metrics.log_every,
+            max_gradient_norm=config.gradient_clip,
+        ),
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(
+            config.schedule,
+            initial_batch_size=config.batch_size.initial,
+            total_steps=steps_in_budget(
+                config.token_budget,
+                batch_size=config.batch_size.initial,
+                sequence_length=sequence_length,
+            ),
+        ),
+        batches=Batches(
+            training, sequence_length=sequence_length, seed=config.seed, device=world.device
+        ),
+        validation_sequences=read_in_order(
+            validation, sequence_length, 0, config.evaluation.num_sequences
+        ).to(world.device),
+        state=state,
+        checkpoints=checkpoints,
+        record=record,
+        noise_scale=config.noise_scale,
+        meter=NoiseMeter(model, world, config.noise_scale)
+        if config.noise_scale.geometries
+        else None,
+        controller=controller,
+        shadows=shadows,
+    )
+
+
+def controllers(config: Config, *, num_ranks: int) -> list[Controller]:
+    """The controller that is followed, then the shadows."""
+    batch_size = config.batch_size
+    return [
+        make_controller(
+            policy,
+            policy.label if isinstance(policy, ShadowSettings) else policy.policy,
+            sizes=feasible_sizes(config, policy, num_ranks=num_ranks),
+            initial_batch_size=batch_size.initial,
+            total_steps=steps_in_budget(
+                config.token_budget,
+                batch_size=batch_size.initial,
+                sequence_length=config.data.sequence_length,
+            ),
+            smoothing=config.noise_scale.smoothing,
+        )
+        for _, policy in policies(config)
+    ]
+
+
+def first_state(controller: Controller) -> TrainState:
+    """The state before the first step.
+
+    Raises:
+        InputError: the ranks cannot take the initial batch.
+    """
+    split = controller.sizes.require(controller.initial_batch_size, "batch_size.initial")
+    return TrainState(batch_size=split.batch_size, micro_batch_size=split.micro_batch_size)
+
+
+def fit_to_ranks(
+    state: TrainState,
+    controller: Controller,
+    optimizer: torch.optim.Optimizer,
+    record: Record,
+) -> None:
+    """Split the batch over these ranks; one that they cannot take becomes the next larger one."""
+    previous, sizes = state.batch_size, controller.sizes
+    split = sizes.at_least(previous)
+    if split.batch_size == previous:
+        state.micro_batch_size = split.micro_batch_size
+        return
+    multiplier = lr_multiplier(
+        controller.lr_scaling, split.batch_size, controller.initial_batch_size
+    )
+    state.change_batch_size(
+        split.batch_size, micro_batch_size=split.micro_batch_size, lr_multiplier=multiplier
+    )
+    retie(optimizer, split.batch_size, lr_multiplier=multiplier)
+    record.batch_size_changed(
+        step=state.step + 1,
+        previous=previous,
+        new=split.batch_size,
+        target=None,
+        lr_multiplier=multiplier,
+        why=f"{previous} is not feasible on {sizes}: the next larger size, {split}",
+    )
+
+
+def run_id(config: Config) -> str:
+    """Name of the run at a tracking service: the same when it is resumed, elsewhere too."""
+    values = as_dict(config)
+    for key in ("output_directory", "launch", "metrics", "resume"):
+        del values[key]
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,86 @@
+"""Hydra's composition errors as one line that names the setting, the rule and the way out."""
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from gns_pretrain.config import Config
+from gns_pretrain.errors import InputError
+
+WANTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+
+
+def as_input_error(error: Exception) -> InputError:
+    """The same mistake, told to people; an error of another kind is raised again as it is."""
+    if isinstance(error, OverrideParseException):
+        return InputError(
+            f"{error.override}: not of the form setting=value; quote a value that has special "
+            "signs, as in: 'run_name=\"a b\"'"
+        )
+    if isinstance(error, MissingConfigException):
+        return InputError(missing_choice(error))
+    if isinstance(error, ConfigCompositionException):
+        return InputError(bad_override(error))
+    if isinstance(error, OmegaConfBaseException):
+        return InputError(f"{error.full_key}: {first_line(error)}; see the files under conf/")
+    raise error
+
+
+def missing_choice(error: MissingConfigException) -> str:
+    """A group's option that has no file."""
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or [] if not name.startswith("schema_")]
+    if not group or not options:
+        return f"{error.missing_cfg_file}: there is no such file under conf/"
+    return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}"
+
+
+def bad_override(error: ConfigCompositionException) -> str:
+    """A setting that does not exist, or a value of the wrong type."""
+    cause = error.__cause__
+    text = first_line(error)
+    given = re.search(r"'([^'=]+)(?:=[^']*)?'|merging override ([^\s=]+)", text)
+    key = str(getattr(cause, "full_key", None) or (given and (given[1] or given[2])) or "")
+    if text.startswith("Could not override"):
+        return unknown_setting(key.lstrip("+~"))
+    if text.startswith("Error merging override") and isinstance(cause, OmegaConfBaseException):
+        assignment = text.removeprefix("Error merging override ")
+        return f"{assignment}: {expectation(first_line(cause))}"
+    return f"{text}; see the files under conf/"
+
+
+def expectation(reason: str) -> str:
+    """What a value should have been."""
+    wrong_type = re.search(r"of type '(\w+)' could not be converted to (\w+)", reason)
+    if not wrong_type:
+        return f"{reason}; give a value of the setting's own kind"
+    wanted = WANTED.get(wrong_type[2], wrong_type[2])
+    hint = ", written without a point or exponent" if wrong_type[2] == "Integer" else ""
+    return f"this setting is {wanted}{hint}; give it one"
+
+
+def unknown_setting(name: str) -> str:
+    """A setting that nobody reads, and the one that was probably meant."""
+    known = known_settings(Config)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    guess = f"did you mean {close[0]}?" if close else "conf/ holds every setting there is"
+    return f"{name}: there is no such setting; {guess}"
+
+
+def known_settings(schema: Any, prefix: str = "") -> list[str]:
+    """Dotted names of a dataclass's fields and those of its own dataclass fields, groups too."""
+    names = []
+    for field in dataclasses.fields(schema):
+        names.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            names += known_settings(field.type, f"{prefix}{field.name}.")
+    return names
+
+
+def first_line(error: Exception) -> str:
+    """The message without Hydra's own hints."""
+    return str(error).partition("\n")[0].strip()

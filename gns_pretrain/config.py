@@ -1,0 +1,217 @@
+"""All settings of a run: their schema for Hydra, and the rules that hold between them.
+
+Each group's dataclass stands beside the code that it configures and checks itself; this module
+puts them together and checks what only the whole can tell, before anything starts.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from gns_pretrain.batch_size.feasible import FeasibleSizes
+from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings
+from gns_pretrain.data.settings import DataSettings
+from gns_pretrain.distributed.checkpoint import CheckpointSettings
+from gns_pretrain.distributed.mesh import ParallelSettings, shard_group_size
+from gns_pretrain.errors import InputError
+from gns_pretrain.evaluate import EvaluationSettings
+from gns_pretrain.metrics.settings import MetricsSettings
+from gns_pretrain.model.llama import LlamaConfig
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.optim.custom import CustomSettings
+from gns_pretrain.optim.muon import MuonSettings
+from gns_pretrain.optim.settings import OptimizerSettings
+from gns_pretrain.optim.sgd import SGDSettings
+from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.optim.specsgd import SpecSGDSettings
+from gns_pretrain.schedule import ScheduleSettings
+
+CHOICES = {
+    "precision": ("auto", "float32", "bfloat16"),
+    "compile": ("auto", "always", "never"),
+    "resume": ("auto", "never"),
+}
+
+
+@dataclass
+class LaunchSettings:
+    """How many processes, and on what."""
+
+    nproc_per_node: int = 1  # ranks that this command starts on this machine
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda
+    threads: int | None = None  # of a rank on the CPU; null shares the cores among the ranks
+
+    def __post_init__(self) -> None:
+        """Check each setting by itself."""
+        for name in ("nproc_per_node", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"launch.{name}={value} must be at least 1")
+
+
+@dataclass
+class Config:
+    """The whole configuration of `python train.py`."""
+
+    run_name: str = MISSING  # folder under output_directory; the same on every rank, no time in it
+    output_directory: str = "outputs"
+    resume: str = "auto"  # auto: go on where the run was | never: start over in a fresh folder
+    seed: int = 0  # of the weights and of the data's order
+    token_budget: int = MISSING  # tokens; the run ends with the first whole step that reaches it
+    micro_batch_size: int = MISSING  # sequences that a rank takes through the model at once
+    gradient_clip: float | None = 1.0  # joint norm; the paper's value; null clips nothing
+    precision: str = "auto"  # of the compute copies: auto (bfloat16 on GPUs) | float32 | bfloat16
+    compile: str = "auto"  # torch.compile each block: auto (on GPUs) | always | never
+    model: LlamaConfig = MISSING
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    noise_scale: NoiseScaleSettings = field(default_factory=NoiseScaleSettings)
+    batch_size: BatchSizeSettings = field(default_factory=BatchSizeSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+
+    def __post_init__(self) -> None:
+        """Check the top-level settings by themselves."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.run_name):
+            raise InputError(
+                f"run_name={self.run_name!r} is a folder's name; use letters, digits and ._=,+- "
+                "and begin with a letter or a digit"
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is not known; use one of {', '.join(choices)}"
+                )
+        for name in ("token_budget", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise InputError(
+                f"gradient_clip={self.gradient_clip} must be positive; null clips nothing"
+            )
+
+
+def register_schemas() -> None:
+    """Tell Hydra the dataclasses; each group's YAML files begin from their schema."""
+    store = ConfigStore.instance()
+    store.store(name="schema_train", node=Config)
+    for group, name, node in (
+        ("model", "schema_llama", LlamaConfig),
+        ("data", "schema_data", DataSettings),
+        ("optimizer", "schema_sgd", SGDSettings),
+        ("optimizer", "schema_signum", SignumSettings),
+        ("optimizer", "schema_adamw", AdamWSettings),
+        ("optimizer", "schema_specsgd", SpecSGDSettings),
+        ("optimizer", "schema_muon", MuonSettings),
+        ("optimizer", "schema_custom", CustomSettings),
+        ("schedule", "schema_schedule", ScheduleSettings),
+        ("noise_scale", "schema_noise_scale", NoiseScaleSettings),
+        ("batch_size", "schema_batch_size", BatchSizeSettings),
+        ("parallel", "schema_parallel", ParallelSettings),
+        ("metrics", "schema_metrics", MetricsSettings),
+    ):
+        store.store(group=group, name=name, node=node)
+
+
+def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
+    """Rules between settings and ranks; reads no file.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    kind = config.parallel.resolved_kind(num_ranks)
+    if kind == "single" and num_ranks > 1:
+        raise InputError(
+            f"parallel.kind=single is one process, but {num_ranks} were asked for; "
+            "use parallel=fsdp, ddp or hsdp, or launch.nproc_per_node=1"
+        )
+    if kind == "hsdp":
+        shard_group_size(config.parallel, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    if config.launch.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=cpu")
+    step_tokens = config.batch_size.initial * config.data.sequence_length
+    if config.token_budget < step_tokens:
+        raise InputError(
+            f"token_budget={config.token_budget} is less than one step's {step_tokens} tokens "
+            f"(batch_size.initial={config.batch_size.initial} x data.sequence_length="
+            f"{config.data.sequence_length}); raise it, or make the batch smaller"
+        )
+
+
+def feasible_sizes(config: Config, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
+    """The batch sizes that these ranks can take under one of the run's policies.
+
+    Raises:
+        InputError: the largest micro-batch is below the smallest.
+    """
+    noise_scale = config.noise_scale
+    return config.batch_size.sizes_for(
+        policy,
+        num_ranks=num_ranks,
+        micro_batch_size=config.micro_batch_size,
+        min_samples=noise_scale.min_samples if noise_scale.geometries else 1,
+    )
+
+
+def policies(config: Config) -> list[tuple[str, PolicySettings]]:
+    """The policy that is followed and the shadows, each after the prefix of its settings."""
+    shadows = enumerate(config.batch_size.shadows)
+    return [
+        ("batch_size", config.batch_size),
+        *((f"batch_size.shadows[{number}]", shadow) for number, shadow in shadows),
+    ]
+
+
+def check_batch_size(config: Config, *, num_ranks: int) -> None:
+    """Rules between the batch size's policies, the ranks and what is measured.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    measured = config.noise_scale
+    for prefix, policy in policies(config):
+        if policy.reads is not None:
+            geometry, estimate = policy.reads
+            for name, value, all_measured in (
+                ("geometries", geometry, measured.geometries),
+                ("estimates", estimate, measured.estimates),
+            ):
+                if value not in all_measured:
+                    raise InputError(
+                        f"{prefix}.policy={policy.policy} reads the {geometry} {estimate} noise "
+                        f"scale, but noise_scale.{name}=[{','.join(all_measured)}] does not "
+                        f"measure it; use noise_scale.{name}=[{','.join([*all_measured, value])}]"
+                    )
+        sizes = feasible_sizes(config, policy, num_ranks=num_ranks)
+        sizes.require(config.batch_size.initial, "batch_size.initial")
+        for name, size in policy.whole_sizes:
+            sizes.require(size, f"{prefix}.{name}")
+
+
+def check_data(config: Config, *, data_vocab_size: int, validation_sequences: int) -> None:
+    """Rules between settings and the data that is there.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < data_vocab_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size} is smaller than the {data_vocab_size} token ids of "
+            f"data.path={config.data.path}; use model.vocab_size={data_vocab_size} or null"
+        )
+    if config.evaluation.num_sequences > validation_sequences:
+        raise InputError(
+            f"evaluation.num_sequences={config.evaluation.num_sequences} is more than the "
+            f"{validation_sequences} validation sequences of data.sequence_length="
+            f"{config.data.sequence_length} in data.path={config.data.path}; use at most "
+            f"{validation_sequences}"
+        )

@@ -1,0 +1,152 @@
+"""How fast tokens are read from shards, and how fast shards are made from documents."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from gns_pretrain.data.batches import Batches
+from gns_pretrain.data.corpus import LocalFiles, find_files, parse_texts
+from gns_pretrain.data.embedded import gather_documents
+from gns_pretrain.data.encoding_pool import available_cores
+from gns_pretrain.data.preparation_settings import PrepareSettings
+from gns_pretrain.data.prepare import prepare
+from gns_pretrain.data.shards import CorpusMeta, write_meta, write_shard
+from gns_pretrain.data.tokenization import train_bpe
+from gns_pretrain.data.tokens import TokenSplit
+
+RANDOM_TOKENS = 2**26  # 128 MiB of uint16: more than a processor's caches hold
+DOCUMENTS_AT_ONCE = 1000  # that the bare tokenizer is given
+
+
+def measure_reading(
+    folder: Path | None = None,
+    *,
+    sequence_length: int = 2048,
+    batch_size: int = 64,
+    micro_batch_size: int = 8,
+    seconds: float = 5.0,
+) -> dict[str, Any]:
+    """Tokens per second from training shards to int64 micro-batches on the CPU, on one rank.
+
+    Args:
+        folder: token shards; None: random tokens, uint16, in a temporary folder.
+        batch_size, micro_batch_size: sequences in a step and in a micro-batch.
+        seconds: how long to read.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        split = TokenSplit.open(folder or _write_random_shards(Path(temporary)), "train")
+        device = torch.device("cpu")
+        batches = Batches(split, sequence_length=sequence_length, seed=0, device=device)
+        began = time.perf_counter()
+        for step in count(1):
+            for _ in batches.micro_batches(
+                (step - 1) * batch_size,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                rank=0,
+                num_ranks=1,
+            ):
+                pass
+            elapsed = time.perf_counter() - began
+            if elapsed > seconds:
+                break
+        batches.close()
+    tokens = step * batch_size * sequence_length
+    return {
+        "measured": "reading",
+        "data": str(folder or "random tokens"),
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "tokens": tokens,
+        "seconds": round(elapsed, 3),
+        "tokens_per_second": round(tokens / elapsed),
+    }
+
+
+def measure_preparation(
+    files: list[str] | None = None, tokenizer: str | None = None, *, rounds: int = 3
+) -> dict[str, Any]:
+    """Tokens per second from compressed documents to shards, against the bare tokenizer.
+
+    The bare tokenizer has its documents in memory, uses all cores, and its results are thrown away.
+    Both take turns; the ratio is the median over pairs, so that a busy machine slows both.
+
+    Args:
+        files: documents in C4's schema; None: the embedded text.
+        tokenizer: a tokenizer.json; None: a BPE trained on the embedded text.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if files is None or tokenizer is None:
+            own_files, own_tokenizer = _write_embedded_documents(folder)
+            files, tokenizer = files or own_files, tokenizer or own_tokenizer
+        batches = LocalFiles(find_files(files, "--files")).batches(None)
+        texts = [text for batch in batches for text in parse_texts(batch)]
+        pairs = [
+            (
+                _bare_rate(texts, Tokenizer.from_file(tokenizer)),
+                _preparation_rate(files, tokenizer, texts[0], folder / f"round_{number}"),
+            )
+            for number in range(rounds)
+        ]
+    bare, prepared = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+    return {
+        "measured": "preparation",
+        "documents": len(texts),
+        "cores": available_cores(),
+        "tokens_per_second": round(prepared),
+        "bare_tokens_per_second": round(bare),
+        "ratio_to_bare": round(statistics.median(ours / theirs for theirs, ours in pairs), 3),
+    }
+
+
+def _write_random_shards(folder: Path) -> Path:
+    tokens = np.random.default_rng(0).integers(0, 32_000, RANDOM_TOKENS, dtype=np.uint16)
+    shards = tuple(
+        write_shard(folder, split="train", index=index, tokens=part)
+        for index, part in enumerate(np.array_split(tokens, 4))
+    )
+    write_meta(folder, CorpusMeta(dtype="uint16", vocab_size=32_000, shards=shards))
+    return folder
+
+
+def _write_embedded_documents(folder: Path) -> tuple[list[str], str]:
+    """(files, tokenizer) of the embedded text as documents."""
+    texts = list(gather_documents().values())
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    train_bpe(texts[::4], 4096).save(str(folder / "tokenizer.json"))
+    return [str(folder / "documents.jsonl")], str(folder / "tokenizer.json")
+
+
+def _bare_rate(texts: list[str], tokenizer: Tokenizer) -> float:
+    """Tokens per second of the tokenizer's own threads."""
+    seconds, tokens = 0.0, 0
+    for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
+        part = texts[start : start + DOCUMENTS_AT_ONCE]
+        began = time.perf_counter()
+        encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        seconds += time.perf_counter() - began
+        tokens += sum(map(len, encodings))
+    return tokens / seconds
+
+
+def _preparation_rate(files: list[str], tokenizer: str, text: str, out: Path) -> float:
+    """Tokens per second of a whole preparation, one document aside for validation."""
+    validation = out.with_suffix(".jsonl")
+    validation.write_text(json.dumps({"text": text}) + "\n")
+    settings = PrepareSettings(
+        out=str(out), train=files, validation=[str(validation)], tokenizer=tokenizer
+    )
+    return prepare(settings, show_progress=False)["tokens_per_second"]

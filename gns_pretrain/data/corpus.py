@@ -1,0 +1,183 @@
+"""Documents from local files, in C4's own schema: one record a document, its text under `text`.
+
+Read in the order of the files' names and of the records inside them, as batches of records that a
+worker process turns into texts (`parse_texts`): decompressing is left to one process, parsing and
+tokenising to all. Each batch carries the cursor from which reading it again starts.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from gns_pretrain.errors import InputError
+
+BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenising, long against the cost of sending it
+JSON_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+
+Cursor = dict[str, Any]  # JSON, opaque to everyone but the corpus that made it
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Consecutive records of one file or stream, not parsed yet."""
+
+    cursor: Cursor  # of the first record
+    origin: str  # file or data set, for error messages
+    first_record: int  # number of the first record in its origin, from 1: the line in a JSON file
+    records: list[bytes] | list[str | None]  # lines of JSON, or texts
+    fraction: float  # of the corpus that is read when this batch is
+
+
+class Corpus(Protocol):
+    """A stream of records that can be taken up again at any batch."""
+
+    def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
+        """The records from cursor on (None: from the start), the same every time."""
+        ...
+
+    def sizes_read(self, cursor: Cursor) -> list[int]:
+        """Bytes of the files that lie wholly before cursor: they must not change any more."""
+        ...
+
+
+def parse_texts(batch: RecordBatch) -> list[str]:
+    """The texts of a batch; InputError names the file and the line that hold none."""
+    return [
+        _text_of(record, f"{batch.origin}, record {number}")
+        for number, record in enumerate(batch.records, start=batch.first_record)
+        if record is None or isinstance(record, str) or not record.isspace()
+    ]
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation part: decided by its text alone.
+
+    So copies of a document fall on the same side, and adding files moves none to the other.
+    """
+    digest = blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def find_files(patterns: list[str], setting: str) -> list[Path]:
+    """The files that paths and globs name, sorted; InputError names the setting and the pattern."""
+    paths: set[Path] = set()
+    for pattern in patterns:
+        found = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207 (absolute too)
+        if not found:
+            raise InputError(f"{setting}={pattern} matches no file; give a path or a quoted glob")
+        paths.update(found)
+    for path in paths:
+        if not path.is_file() or not path.name.endswith(SUFFIXES):
+            raise InputError(f"{setting}={path} is not a file ending in {', '.join(SUFFIXES)}")
+        if path.stat().st_size == 0:
+            raise InputError(f"{setting}={path} is empty; remove it or fetch it again")
+    return sorted(paths)
+
+
+class LocalFiles:
+    """JSON lines, gzipped or not, and Parquet."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self._sizes = [path.stat().st_size for path in paths]
+
+    def sizes_read(self, cursor: Cursor) -> list[int]:
+        """See `Corpus`."""
+        return self._sizes[: cursor["file"]]
+
+    def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
+        """See `Corpus`; InputError names a file that is empty, truncated or unreadable."""
+        first_file, skip = (cursor["file"], cursor["record"]) if cursor else (0, 0)
+        total = max(1, sum(self._sizes))
+        for number in range(first_file, len(self.paths)):
+            before, size = sum(self._sizes[:number]), self._sizes[number]
+            for record, records, share in self._file_batches(self.paths[number], skip):
+                yield RecordBatch(
+                    cursor={"file": number, "record": record},
+                    origin=str(self.paths[number]),
+                    first_record=record + 1,
+                    records=records,
+                    fraction=(before + share * size) / total,
+                )
+            skip = 0
+
+    def _file_batches(self, path: Path, skip: int) -> Iterator[tuple[int, Any, float]]:
+        """(records before these, records, share of the file read) from record `skip` on."""
+        read = _parquet_texts if path.suffix == ".parquet" else _lines
+        before, batch_bytes = skip, 0
+        records: list[Any] = []
+        for record, share in islice(read(path), skip, None):
+            records.append(record)
+            batch_bytes += len(record or "")
+            if batch_bytes >= BATCH_BYTES:
+                yield before, records, share
+                before, records, batch_bytes = before + len(records), [], 0
+        if records:
+            yield before, records, 1.0
+        elif before == 0:
+            raise InputError(f"{path} is empty; remove it or fetch it again")
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
+    """Lines of a file, gzipped or not, each with the share of the file that is read."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as raw:
+            for line in gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw:
+                yield line, raw.tell() / size
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+
+
+def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
+    """The column `text` of a Parquet file, each with the share of the file that is read."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"reading {path} needs pyarrow; pip install 'gns-pretrain[data]'"
+        ) from error
+    record = 0
+    try:
+        file = parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise InputError(f"{path} has no column `text`; C4's schema needs one")
+        for rows in file.iter_batches(batch_size=64, columns=["text"]):
+            for text in rows.column(0):
+                record += 1
+                yield text.as_py(), record / file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is no whole Parquet file ({reason}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, record {record}: not UTF-8 ({error}); mend or remove the record"
+        ) from error
+
+
+def _text_of(record: bytes | str | None, where: str) -> str:
+    """The text of one record: a line of JSON, or a text as it is."""
+    text: Any = record
+    try:
+        if isinstance(record, bytes):
+            content = json.loads(record.decode("utf-8"))
+            text = content.get("text") if isinstance(content, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{where}: no `text` in it; each record needs one, a string")
+        text.encode("utf-8")  # a lone surrogate escaped in JSON passes so far
+    except UnicodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error}); mend or remove the record") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); is the file cut short?") from error
+    return text

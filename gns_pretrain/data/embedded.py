@@ -1,0 +1,181 @@
+"""The embedded text: token shards made once from the docstrings of installed packages, then cached.
+
+Needs no network and ships no corpus; the same versions of the packages give the same tokens
+everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from gns_pretrain.data.corpus import is_held_out
+from gns_pretrain.data.docstrings import PACKAGES, extract, source_files
+from gns_pretrain.data.encoding_pool import available_cores
+from gns_pretrain.data.files import folder_lock, sha256_of, write_whole
+from gns_pretrain.data.shards import META_FILE, CorpusMeta, token_dtype, write_meta, write_shard
+from gns_pretrain.data.tokenization import (
+    BOS_NAMES,
+    EOS_NAMES,
+    MIN_BPE_VOCABULARY,
+    TOKENIZER_FILE,
+    DocumentEncoder,
+    train_bpe,
+    vocabulary_size,
+)
+from gns_pretrain.errors import InputError
+
+FORMAT = 1  # raise it when the code below makes other tokens from the same packages
+MAX_BYTES = 16_000_000  # of text
+VALIDATION_FRACTION = 0.02  # of the files
+BPE_EVERY = 4  # the BPE is trained on every fourth document: a quarter of the time, 1 % more tokens
+DOCUMENTS_AT_ONCE = 256  # about 2 MB of text
+
+
+def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Path:
+    """The folder of the embedded text's shards, made first if it is not there.
+
+    Several processes may call at once: one makes it, the others wait. On a file system without
+    locks each makes it, and the first to finish wins.
+
+    Args:
+        cache: folder to keep it in; None: $GNS_PRETRAIN_CACHE, else ~/.cache/gns_pretrain.
+        vocab_size: entries of the byte-level BPE.
+
+    Raises:
+        InputError: the cache cannot be written; the packages' sources are not installed.
+    """
+    if vocab_size < MIN_BPE_VOCABULARY:
+        raise InputError(
+            f"data.embedded_vocab_size={vocab_size} must be at least {MIN_BPE_VOCABULARY}: "
+            "all bytes and two special tokens"
+        )
+    if cache is None:
+        cache = Path(os.environ.get("GNS_PRETRAIN_CACHE") or "~/.cache/gns_pretrain").expanduser()
+    settings = _settings(vocab_size)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = cache / f"embedded-{digest[:16]}"
+    if (folder / META_FILE).is_file():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with folder_lock(cache, wait=True):
+            if not (folder / META_FILE).is_file():
+                _build(folder, settings)
+    except OSError as error:
+        raise InputError(
+            f"the embedded text cannot be written to {cache} ({error.strerror or error}); "
+            "name a folder for it in the environment variable GNS_PRETRAIN_CACHE"
+        ) from error
+    return folder
+
+
+def _settings(vocab_size: int) -> dict[str, Any]:
+    """All that decides which tokens come out."""
+    versions = {"python": platform.python_version()}
+    for package in (*PACKAGES[1:], "tokenizers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"source": "embedded", "format": FORMAT, "vocab_size": vocab_size, "versions": versions}
+
+
+def _build(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the shards in a temporary folder, then rename it."""
+    say = Console(stderr=True).print
+    say("making the embedded text from the documentation of installed packages, once ...")
+    temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=folder.parent))
+    try:
+        documents = gather_documents()
+        if not documents:
+            raise InputError(
+                "no docstrings found: the sources of the installed packages are missing; "
+                "set data.path to a folder made with scripts/prepare_data.py"
+            )
+        meta = _write_shards(temporary, documents, settings)
+        write_meta(temporary, meta)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"{sum(shard.tokens for shard in meta.shards):,} tokens in {folder}", highlight=False)
+
+
+def gather_documents() -> dict[str, str]:
+    """One document a file, its distinct docstrings, up to MAX_BYTES, by name of the file."""
+    files = source_files()
+    documents: dict[str, str] = {}
+    seen: set[str] = set()
+    num_bytes = 0
+    for name, docstrings in zip(
+        files, extract(list(files.values()), available_cores()), strict=True
+    ):
+        new = [text for text in dict.fromkeys(docstrings) if text not in seen]
+        seen.update(new)
+        document = "\n\n".join(new)
+        num_bytes += len(document.encode())
+        if num_bytes > MAX_BYTES:
+            break
+        if document:
+            documents[name] = document
+    return documents
+
+
+def _write_shards(folder: Path, documents: dict[str, str], settings: dict[str, Any]) -> CorpusMeta:
+    """Tokenizer and one shard a split; whole files go to one split or the other."""
+    tokenizer = train_bpe(list(documents.values())[::BPE_EVERY], settings["vocab_size"])
+    text = tokenizer.to_str()
+    write_whole(folder / TOKENIZER_FILE, lambda file: file.write(text.encode()))
+    bos_id, eos_id = tokenizer.token_to_id(BOS_NAMES[0]), tokenizer.token_to_id(EOS_NAMES[0])
+    dtype = token_dtype(vocabulary_size(tokenizer))
+    encoder = DocumentEncoder(tokenizer, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
+    for name, document in documents.items():
+        parts["validation" if is_held_out(name, VALIDATION_FRACTION) else "train"].append(document)
+    shards = tuple(
+        write_shard(folder, split=split, index=0, tokens=_encode(encoder, part))
+        for split, part in parts.items()
+    )
+    return CorpusMeta(
+        dtype=dtype.name,
+        vocab_size=vocabulary_size(tokenizer),
+        shards=shards,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        tokenizer=TOKENIZER_FILE,
+        tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
+        documents={split: len(part) for split, part in parts.items()},
+        settings=settings,
+    )
+
+
+def _encode(encoder: DocumentEncoder, documents: list[str]) -> np.ndarray:
+    """Ids of all documents, by portions: a tokenizer's results take far more memory than ids."""
+    return np.concatenate(
+        [
+            encoder.encode(documents[start : start + DOCUMENTS_AT_ONCE])
+            for start in range(0, len(documents), DOCUMENTS_AT_ONCE)
+        ]
+    )
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Put the finished folder in its place, unless another process was faster."""
+    if folder.is_dir() and not (folder / META_FILE).is_file():
+        shutil.rmtree(folder)  # somebody took its meta.json away
+    temporary.chmod(0o755)  # mkdtemp's folders are private
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / META_FILE).is_file():
+            raise

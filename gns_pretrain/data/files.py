@@ -1,0 +1,96 @@
+"""Files that are either whole or absent, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gns_pretrain.errors import InputError
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, put it on disk, then rename it to `path`.
+
+    A process killed at any moment leaves the old file, the new file, or no file, never a part;
+    what it may leave is the temporary one, for `remove_temporaries`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`content` as indented JSON, whole or not at all."""
+    data = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    write_whole(path, lambda file: file.write(data))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; InputError names the file if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); restore it or prepare the folder again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; restore it or prepare the folder again")
+    return content
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `write_whole` leaves in `folder` when it is killed."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the advisory lock of `folder` (released by the system when the process dies).
+
+    Yields:
+        Whether the lock is held: False if another process has it and `wait` is False. On a file
+        system without such locks (some parallel ones) it yields True: callers must stay correct
+        without it, since everything is written beside and renamed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # no locks on this file system
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on disk: it lives in the folder, not in the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""Token shards: a folder with meta.json and one-dimensional .npy files of uint16 or uint32.
+
+    meta.json: dtype, vocab_size, bos_id, eos_id, tokenizer, tokenizer_sha256, and per shard: file,
+    split, tokens, sha256. The shards of a split, in meta.json's order, are one long text.
+    Sequence i of length L is tokens[i * L : i * L + L + 1]: L inputs and the L targets one further.
+
+Readable with numpy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gns_pretrain.data.files import read_json, sha256_of, write_json, write_whole
+from gns_pretrain.errors import InputError
+
+META_FILE = "meta.json"
+PROGRESS_FILE = "progress.json"  # stands in for meta.json while a folder is being prepared
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """One .npy file of tokens."""
+
+    file: str  # name inside the folder
+    split: str
+    tokens: int  # > 0
+    sha256: str  # of the whole file
+
+
+@dataclass(frozen=True)
+class CorpusMeta:
+    """What meta.json says about a folder of shards."""
+
+    dtype: str  # uint16 or uint32
+    vocab_size: int  # every token id is below it
+    shards: tuple[ShardMeta, ...]
+    bos_id: int | None = None  # stands before each document; null: nothing does
+    eos_id: int | None = None  # stands after each document; null: nothing does
+    tokenizer: str | None = None  # file inside the folder, or just a name
+    tokenizer_sha256: str | None = None  # of that file
+    documents: dict[str, int] = field(default_factory=dict)  # by split; the last may be cut off
+    settings: dict[str, Any] = field(default_factory=dict)  # how the folder was prepared
+
+    def of_split(self, split: str) -> tuple[ShardMeta, ...]:
+        """The shards of one split, in order; empty if there are none."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest of the two dtypes that holds every id of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def write_meta(folder: Path, meta: CorpusMeta) -> None:
+    """Write meta.json: the last file of a folder, it makes the shards valid."""
+    write_json(folder / META_FILE, asdict(meta))
+
+
+def read_meta(folder: Path) -> CorpusMeta:
+    """Read and check meta.json; InputError names the file, and what is missing or wrong in it."""
+    path = folder / META_FILE
+    if not path.is_file():
+        if (folder / PROGRESS_FILE).is_file():
+            raise InputError(
+                f"{folder} is half prepared; finish it with the same prepare_data.py command"
+            )
+        raise InputError(
+            f"{folder} is no folder of token shards ({META_FILE} is missing); "
+            "make one with scripts/prepare_data.py"
+        )
+    content = read_json(path)
+    try:
+        shards = tuple(
+            ShardMeta(
+                file=str(shard["file"]),
+                split=str(shard["split"]),
+                tokens=int(shard["tokens"]),
+                sha256=str(shard["sha256"]),
+            )
+            for shard in content["shards"]
+        )
+        known = {
+            key: content.get(key) for key in ("bos_id", "eos_id", "tokenizer", "tokenizer_sha256")
+        }
+        meta = CorpusMeta(
+            dtype=str(content["dtype"]),
+            vocab_size=int(content["vocab_size"]),
+            shards=shards,
+            documents=dict(content.get("documents", {})),
+            settings=dict(content.get("settings", {})),
+            **known,
+        )
+    except KeyError as error:
+        raise InputError(f"{path} lacks the entry {error}; prepare the folder again") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} holds an entry of the wrong type ({error}); prepare the folder again"
+        ) from error
+    empty = next((shard.file for shard in meta.shards if shard.tokens < 1), None)
+    if empty is not None:
+        raise InputError(f"{path} says that {empty} is empty; prepare the folder again")
+    if meta.dtype not in ("uint16", "uint32"):
+        raise InputError(
+            f"{path}: dtype={meta.dtype} must be uint16 or uint32; prepare the folder again"
+        )
+    return meta
+
+
+def write_shard(folder: Path, *, split: str, index: int, tokens: np.ndarray) -> ShardMeta:
+    """Write tokens, [n], as one .npy file, whole or not at all, and describe it for meta.json."""
+    path = folder / f"{split}_{index:05d}.npy"
+    write_whole(path, lambda file: np.lib.format.write_array(file, tokens, allow_pickle=False))
+    return ShardMeta(file=path.name, split=split, tokens=tokens.size, sha256=sha256_of(path))
+
+
+def check_tokenizer(folder: Path, meta: CorpusMeta) -> None:
+    """InputError if the tokenizer beside the shards is not the one that made them."""
+    if meta.tokenizer is None or meta.tokenizer_sha256 is None:
+        return
+    path = folder / meta.tokenizer
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing, though meta.json names it; put the tokenizer of these shards back"
+        )
+    if sha256_of(path) != meta.tokenizer_sha256:
+        raise InputError(
+            f"{path} does not match tokenizer_sha256 in meta.json; "
+            "put the tokenizer of these shards back"
+        )
+
+
+def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool) -> np.ndarray:
+    """Map one shard into memory: [tokens], dtype as in meta.json, read-only.
+
+    Existence, dtype, length and size are always checked, without reading a page; with `verify` the
+    SHA-256 too.
+    """
+    path = folder / shard.file
+    way_out = "restore the file or prepare the folder again"
+    if not path.is_file():
+        raise InputError(f"{path} is missing, though meta.json names it; {way_out}")
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is truncated or no .npy file ({error}); {way_out}") from error
+    if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
+        raise InputError(
+            f"{path} holds {tokens.dtype}{list(tokens.shape)}, but meta.json says "
+            f"{dtype}[{shard.tokens}]; {way_out}"
+        )
+    if path.stat().st_size != tokens.offset + tokens.nbytes:
+        raise InputError(f"{path} is longer than its {shard.tokens} tokens; {way_out}")
+    if verify and sha256_of(path) != shard.sha256:
+        raise InputError(f"{path} was altered: its sha256 is not the one in meta.json; {way_out}")
+    # A plain view: slicing np.memmap itself costs several microseconds.
+    return np.asarray(tokens)

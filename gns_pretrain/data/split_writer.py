@@ -1,0 +1,117 @@
+"""One split of a corpus to whole shards, each followed by a note of where the next one begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gns_pretrain.data.corpus import Corpus
+from gns_pretrain.data.encoding_pool import EncodingPool
+from gns_pretrain.data.preparation_progress import SplitProgress
+from gns_pretrain.data.shards import write_shard
+from gns_pretrain.errors import InputError
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a split is made from, and how it is cut."""
+
+    name: str
+    corpus: Corpus
+    held_out: bool  # of the corpus, the held-out documents rather than the others
+    dtype: np.dtype
+    shard_tokens: int
+    max_tokens: int | None  # None: the whole corpus
+
+
+def write_split(
+    folder: Path,
+    plan: SplitPlan,
+    progress: SplitProgress,
+    pool: EncodingPool,
+    save: Callable[[], None],
+    report: Callable[[str, int, float], None],
+) -> None:
+    """Write the shards of a split that are still missing.
+
+    Args:
+        progress: where the split stands; advanced after each whole shard, then `save` is called.
+        report: called with the split, its tokens so far, and the fraction of the work that is done.
+
+    Raises:
+        InputError: a file that was read before has changed; the input is bad; the split is empty.
+    """
+    if progress.done:
+        return
+    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
+        raise InputError(
+            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
+            "now; put the old one back, or name another --out"
+        )
+    limit = sys.maxsize if plan.max_tokens is None else plan.max_tokens
+    shard = _ShardBuffer(min(plan.shard_tokens, limit), plan.dtype)
+    written, skip, documents = progress.tokens, progress.skip_tokens, progress.documents
+
+    def finish_shard() -> None:
+        progress.shards.append(
+            write_shard(folder, split=plan.name, index=len(progress.shards), tokens=shard.take())
+        )
+
+    # With no token left to write, not even one batch is read.
+    batches = plan.corpus.batches(progress.cursor) if written < limit else iter(())
+    with closing(pool.encode(batches, held_out=plan.held_out)) as encoded:
+        for batch in encoded:
+            tokens = batch.tokens[: skip + limit - written]
+            while skip < tokens.size:
+                taken = shard.add(tokens[skip:])
+                skip, written = skip + taken, written + taken
+                if shard.is_full:
+                    finish_shard()
+                    progress.cursor, progress.skip_tokens = batch.cursor, skip
+                    progress.documents = documents
+                    progress.file_sizes = plan.corpus.sizes_read(batch.cursor)
+                    save()
+            documents += batch.documents
+            skip = 0
+            report(plan.name, written, max(batch.fraction, written / limit))
+            if written == limit:
+                break
+    if shard.filled:
+        finish_shard()
+    if not progress.shards:
+        raise InputError(
+            f"not one document is left for the split {plan.name}; give more files, "
+            "or another --validation-fraction"
+        )
+    progress.documents, progress.done = documents, True
+    save()
+
+
+class _ShardBuffer:
+    """Collects the tokens of one shard in memory."""
+
+    def __init__(self, capacity: int, dtype: np.dtype):
+        self._tokens = np.empty(capacity, dtype)
+        self.filled = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.filled == self._tokens.size
+
+    def add(self, tokens: np.ndarray) -> int:
+        """Take as many of the tokens as fit; returns how many."""
+        taken = min(tokens.size, self._tokens.size - self.filled)
+        self._tokens[self.filled : self.filled + taken] = tokens[:taken]
+        self.filled += taken
+        return taken
+
+    def take(self) -> np.ndarray:
+        """The tokens collected, valid until the next `add`; the buffer is empty afterwards."""
+        tokens = self._tokens[: self.filled]
+        self.filled = 0
+        return tokens

@@ -1,0 +1,1 @@
+"""Everything that talks to other ranks; the only package that names torch.distributed."""

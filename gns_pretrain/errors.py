@@ -1,0 +1,15 @@
+"""The two kinds of failure that end a run with one line instead of a traceback."""
+
+
+class InputError(ValueError):
+    """A setting or a file that people can mend; the command ends with exit code 2.
+
+    The message is one line that names the setting or file, its value, the rule and the way out.
+    """
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on (a loss that is not finite, a full disk); exit code 3.
+
+    The message names the step and what is still good; nothing that was saved is lost.
+    """

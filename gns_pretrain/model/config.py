@@ -1,0 +1,133 @@
+"""Shape of a Llama 3 model: its settings, their rules, and how many parameters they make."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gns_pretrain.errors import InputError
+
+
+@dataclass
+class RopeScaling:
+    """Llama-3.1 scaling of the rotary frequencies for contexts beyond the pretrained one.
+
+    Off unless `enabled`. The defaults are those of Llama-3.1 (and of the paper); Llama-3.2 has
+    factor 32. transformers' names for the last three: low_freq_factor, high_freq_factor,
+    original_max_position_embeddings.
+    """
+
+    enabled: bool = False
+    factor: float = 8.0  # slow rotations are slowed down by this much
+    low_frequency_factor: float = 1.0  # below this many turns in the original context: slowed
+    high_frequency_factor: float = 4.0  # above this many turns in the original context: unchanged
+    original_sequence_length: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model.rope_scaling",
+            factor=self.factor,
+            low_frequency_factor=self.low_frequency_factor,
+            high_frequency_factor=self.high_frequency_factor,
+            original_sequence_length=self.original_sequence_length,
+        )
+        if self.factor < 1:
+            raise InputError(
+                f"model.rope_scaling.factor={self.factor} is below 1, which would speed rotations "
+                "up; Llama-3.1 has 8, and model.rope_scaling.enabled=false turns scaling off"
+            )
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise InputError(
+                f"model.rope_scaling.high_frequency_factor={self.high_frequency_factor} is not "
+                f"above model.rope_scaling.low_frequency_factor={self.low_frequency_factor}; "
+                "Llama-3.1 has 4 and 1"
+            )
+
+
+@dataclass
+class LlamaConfig:
+    """A Llama 3 model; the files in conf/model are instances."""
+
+    name: str  # appears in records and tables
+    dim: int  # width of the residual stream
+    num_layers: int  # transformer blocks
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads; fewer than query heads: grouped-query attention
+    ffn_dim: int  # hidden width of the feed-forward network
+    vocab_size: int | None = None  # tokens; null: the data's, filled in before the model is built
+    rope_theta: float = 500_000.0  # base of the rotary frequencies; Llama 3's
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm; Llama 3's
+    tie_embeddings: bool = False  # the output matrix is the embedding
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            dim=self.dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_dim=self.ffn_dim,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+        )
+        if self.vocab_size is not None:
+            _require_positive("model", vocab_size=self.vocab_size)
+        if self.dim % self.num_heads:
+            raise InputError(
+                f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}; "
+                f"use a divisor of {self.dim}"
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                f"model.num_heads={self.num_heads} makes heads of width {self.head_dim}, which is "
+                f"odd, and RoPE turns pairs; use a divisor of {self.dim} that leaves an even width"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}; use a divisor of {self.num_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def known_vocab_size(self) -> int:
+        """Return vocab_size; InputError while it is still left to the data."""
+        if self.vocab_size is None:
+            raise InputError(
+                "model.vocab_size=null is known only with the data; "
+                "set it, or take it from the token shards' meta.json"
+            )
+        return self.vocab_size
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters, as the paper counts them."""
+
+    in_blocks: int
+    with_output: int  # blocks, final norm and output matrix: what computes on a token
+    total: int
+
+
+def count_parameters(config: LlamaConfig) -> ParameterCounts:
+    """Count the parameters from the shape alone; a tied matrix counts once."""
+    kv_dim = config.num_kv_heads * config.head_dim
+    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    feed_forward = 3 * config.dim * config.ffn_dim
+    block = attention + feed_forward + 2 * config.dim
+    matrix = config.known_vocab_size * config.dim
+    in_blocks = config.num_layers * block
+    with_output = in_blocks + config.dim + matrix
+    return ParameterCounts(
+        in_blocks, with_output, with_output + (0 if config.tie_embeddings else matrix)
+    )
+
+
+def _require_positive(prefix: str, **settings: float) -> None:
+    for name, value in settings.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{prefix}.{name}={value} must be positive and finite")

@@ -1,0 +1,242 @@
+"""Llama 3 as a plain nn.Module: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+Legend: B sequences, T tokens in each, D model width, H query heads, K key and value heads,
+d head width, F feed-forward width, V vocabulary.
+
+Parameters stay in the dtype they are held in (float32 master weights) and are cast where they
+are used to the activations' dtype, `Llama.compute_dtype`; under FSDP2's mixed precision they
+arrive in that dtype already and the cast is no work. Nothing here knows of ranks.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gns_pretrain.model.config import LlamaConfig, ParameterCounts, RopeScaling, count_parameters
+from gns_pretrain.model.loss import next_token_loss
+from gns_pretrain.model.parameters import Kind, parameter_kinds
+from gns_pretrain.model.rotary import inverse_frequencies, rotary_tables, rotate
+
+__all__ = [
+    "Kind",
+    "Llama",
+    "LlamaConfig",
+    "ParameterCounts",
+    "RopeScaling",
+    "count_parameters",
+    "parameter_kinds",
+]
+
+
+class Linear(nn.Linear):
+    """x @ W.T without a bias, W cast to x's dtype; NaN until initialised or loaded."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Mark as not initialised; `Llama.init_weights` or a checkpoint fills it."""
+        nn.init.constant_(self.weight, math.nan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A row of [V, D] per token; NaN until initialised or loaded."""
+
+    def reset_parameters(self) -> None:
+        """Mark as not initialised; `Llama.init_weights` or a checkpoint fills it."""
+        nn.init.constant_(self.weight, math.nan)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), math.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_kv_heads != config.num_heads
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]; cos and sin from `rotary_tables`."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.wq(x).view(heads), cos, sin).transpose(1, 2)  # [B, H, T, d]
+        k = rotate(self.wk(x).view(heads), cos, sin).transpose(1, 2)  # [B, K, T, d]
+        v = self.wv(x).view(heads).transpose(1, 2)  # [B, K, T, d]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.activation_checkpointing = config.activation_checkpointing
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]; with checkpointing only x is kept for the backward pass."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # No dropout anywhere: nothing random to replay.
+            recomputed: Tensor = checkpoint(
+                self._mix, x, cos, sin, use_reentrant=False, preserve_rng_state=False
+            )
+            return recomputed
+        return self._mix(x, cos, sin)
+
+    def _mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Llama(nn.Module):
+    """The language model; the loss is part of `forward`, which FSDP2 hooks.
+
+    Parameters are NaN until `init_weights` or a checkpoint fills them. Sharded, embedding, norm
+    and output belong to the root's group: the output matrix is used in the root's own forward.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embedding = Embedding(config.known_vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.known_vocab_size)
+        self._blocks_compiled = False
+        self._frequencies = inverse_frequencies(config)
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss if targets are given.
+
+        Args:
+            tokens: [B, T], int64.
+            targets: [B, T], int64; the token after each of `tokens`.
+
+        Returns:
+            Logits [B, T, V] in the compute dtype; with targets the mean negative log-likelihood
+            per token, [], float32, in nats.
+        """
+        x = self.embedding(tokens).to(self.compute_dtype)  # [B, T, D]
+        if self._blocks_compiled and x.shape[0] > 1:
+            # Left alone, the first change of the batch size would compile a second graph.
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        cos, sin = self._rotary_tables(tokens.shape[1], tokens.device)
+        for block in self.layers:
+            x = block(x, cos, sin)
+        x = self.norm(x)
+        weight = self.output_weight.to(x.dtype)
+        if targets is None:
+            return F.linear(x, weight)
+        return next_token_loss(x.flatten(0, 1), weight, targets.flatten())
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks; one graph serves all of them and every batch of two or more.
+
+        A batch of a single sequence, another sequence length and evaluation without gradients
+        take one more graph each. To be called before sharding.
+        """
+        for block in self.layers:
+            block.compile(backend=backend)
+        self._blocks_compiled = True
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix [V, D] that makes logits; the embedding's if tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables for T positions, computed once for a length and device.
+
+        Not buffers: those would be cast with the model, and left without values by to_empty.
+        """
+        key = (length, device)
+        if key not in self._tables:
+            # Tables made in inference mode could not be used in a training step later.
+            with torch.inference_mode(False):
+                self._tables[key] = rotary_tables(self._frequencies, length, device)
+        return self._tables[key]
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter as torchtitan's Llama 3 does.
+
+        Embedding N(0, 1); wq, wk, wv, w1 with std 0.02; wo, w2, w3 of block l = 0, 1, ... with
+        0.02 / sqrt(2 (l + 1)), which keeps the residual stream's variance bounded; output with
+        D^-0.5 cut at three standard deviations, so that the loss starts near ln V + 1/2; norms
+        1. A tied matrix has std 0.02 (ours): with an embedding's its logits would have standard
+        deviation sqrt(D), and with an output's a narrow model would start by repeating its input.
+
+        One generator on the parameters' device, parameters in a fixed order: every rank and
+        layout draws the same values. To be called before sharding.
+        """
+        assert type(self.embedding.weight.data) is Tensor, "initialise before sharding"
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        if self.output is None:
+            nn.init.trunc_normal_(self.embedding.weight, std=0.02, generator=generator)
+        else:
+            self.embedding.weight.normal_(generator=generator)
+        for weight, std in self._block_matrices():
+            nn.init.trunc_normal_(weight, std=std, generator=generator)
+        if self.output is not None:
+            std = self.config.dim**-0.5
+            nn.init.trunc_normal_(
+                self.output.weight, std=std, a=-3 * std, b=3 * std, generator=generator
+            )
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+
+    def _block_matrices(self) -> Iterator[tuple[Tensor, float]]:
+        """Each block's matrices in the order of initialisation, with their standard deviation."""
+        for index, block in enumerate(self.layers):
+            assert isinstance(block, TransformerBlock)
+            attention, feed_forward = block.attention, block.feed_forward
+            for linear in (attention.wq, attention.wk, attention.wv, feed_forward.w1):
+                yield linear.weight, 0.02
+            for linear in (attention.wo, feed_forward.w2, feed_forward.w3):
+                yield linear.weight, 0.02 / math.sqrt(2 * (index + 1))

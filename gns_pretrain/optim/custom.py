@@ -1,0 +1,105 @@
+"""Any other optimizer, by its class path: torch.optim.*, or one of an installed library."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.optim.adamw import AdamWPart
+from gns_pretrain.optim.composite import with_adamw
+from gns_pretrain.optim.groups import block_matrices, decay_groups
+from gns_pretrain.optim.rule import Group
+from gns_pretrain.optim.settings import OptimizerSettings, check_choice
+
+PARAMETERS = ("all", "block_matrices")
+
+
+@dataclass
+class CustomSettings(OptimizerSettings):
+    """Settings of an optimizer that is named by its class."""
+
+    name: str = "custom"
+    weight_decay: float = 0.0  # handed to the class, which may couple it with the gradient
+    class_path: str = "???"  # such as torch.optim.NAdam
+    kwargs: Any = None  # a mapping, for the class beside lr and weight decay; null: nothing
+    parameters: str = "all"  # all | block_matrices, with AdamW for the rest
+    adamw: AdamWPart = field(default_factory=AdamWPart)  # for what the class does not take
+
+    def __post_init__(self) -> None:
+        """Try the class on one small matrix, so that a mistake shows before anything starts."""
+        super().__post_init__()
+        check_choice("optimizer.parameters", self.parameters, PARAMETERS)
+        # Not typed as a mapping: Hydra would then refuse every name that is not there already.
+        if not (self.kwargs is None or isinstance(self.kwargs, dict)):
+            raise InputError(
+                f"optimizer.kwargs={self.kwargs} is no mapping; write optimizer.kwargs="
+                "'{momentum_decay: 0.004}'"
+            )
+        instantiate(self, [{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+
+
+def instantiate(settings: CustomSettings, groups: list[Group]) -> torch.optim.Optimizer:
+    """The named optimizer over some parameter groups.
+
+    Raises:
+        InputError: there is no such class, it is no optimizer, or it refuses its arguments.
+    """
+    kind = optimizer_class(settings.class_path)
+    keywords = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (settings.kwargs or {}).items()
+    }
+    try:
+        optimizer = kind(groups, lr=settings.lr, **keywords)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"optimizer.kwargs={settings.kwargs} with optimizer.lr={settings.lr} is not what "
+            f"{settings.class_path} takes: {' '.join(str(error).split())}; see its documentation"
+        ) from error
+    if settings.weight_decay > 0 and "weight_decay" not in optimizer.defaults:
+        raise InputError(
+            f"optimizer.weight_decay={settings.weight_decay}, but {settings.class_path} has no "
+            "weight decay; use optimizer.weight_decay=0"
+        )
+    return optimizer
+
+
+def optimizer_class(path: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class at a dotted path.
+
+    Raises:
+        InputError: there is none, or it is no optimizer.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"optimizer.class_path={path} cannot be imported ({error}); use a path such as "
+            "torch.optim.NAdam, and install its library first"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(
+            f"optimizer.class_path={path} is no torch.optim.Optimizer; name a subclass of it"
+        )
+    return kind
+
+
+def build_custom(model: nn.Module, settings: CustomSettings) -> torch.optim.Optimizer:
+    """The named optimizer for a model that is already laid over ranks."""
+    if settings.parameters == "all":
+        groups = decay_groups(
+            model, weight_decay=settings.weight_decay, matrices_only=settings.decay_matrices_only
+        )
+        return instantiate(settings, groups)
+    matrices = {"params": block_matrices(model), "weight_decay": settings.weight_decay}
+    return with_adamw(
+        model,
+        instantiate(settings, [matrices]),
+        settings.adamw,
+        decay_matrices_only=settings.decay_matrices_only,
+    )

@@ -1,0 +1,80 @@
+"""What our own update rules share: they work in place on the rows that a rank holds."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gns_pretrain.distributed.shard_layout import local_parts
+
+Group = dict[str, Any]
+
+
+class Rule(torch.optim.Optimizer):
+    """An optimizer whose state is one momentum buffer a parameter, of the parameter's layout."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the gradients first; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        trained = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        self.update([(group, parameters) for group, parameters in trained if parameters])
+        return loss
+
+    @abstractmethod
+    def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
+        """Change the parameters in place; the list holds each group's that have a gradient."""
+
+    def momenta(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Each parameter's momentum buffer, zeros at first, laid over ranks like the parameter."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+
+
+def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Each parameter's gradient, laid over ranks like the parameter."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def add_gradients(momenta: list[Tensor], gradients: list[Tensor], momentum: float) -> None:
+    """m = beta m + g, in place: the momentum that is a sum and not an average."""
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_add_(momenta, gradients)
+
+
+def descend(
+    parameters: list[nn.Parameter],
+    directions: list[Tensor],
+    *,
+    lr: float | Tensor,
+    shrink: float,
+) -> None:
+    """w = shrink w - lr d in place, on this rank's rows.
+
+    Args:
+        parameters: w, of any layout.
+        directions: d, this rank's rows of each.
+        lr: of this step; a 0-dim tensor where only the device knows it.
+        shrink: 1 - lr * weight_decay, the decoupled decay.
+    """
+    weights = local_parts(parameters)
+    torch._foreach_mul_(weights, shrink)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(weights, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(weights, directions, alpha=-lr)

@@ -1,0 +1,104 @@
+"""SGD, with momentum and normalised: the rules of the Euclidean geometry."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gns_pretrain.distributed.collectives import joint_norm
+from gns_pretrain.distributed.shard_layout import local_parts
+from gns_pretrain.errors import InputError
+from gns_pretrain.optim.groups import decay_groups
+from gns_pretrain.optim.rule import Group, Rule, add_gradients, descend, gradients_of
+from gns_pretrain.optim.settings import OptimizerSettings, check_averages
+
+
+@dataclass
+class SGDSettings(OptimizerSettings):
+    """Settings of SGD and its kin."""
+
+    name: str = "sgd"
+    momentum: float = 0.0  # m = beta m + g; 0 keeps no state
+    nesterov: bool = False  # step along g + beta m instead of m
+    normalize: bool = False  # divide the step by its norm over all parameters
+
+    def __post_init__(self) -> None:
+        """Check each setting by itself."""
+        super().__post_init__()
+        check_averages("optimizer", momentum=self.momentum)
+        if self.nesterov and self.momentum == 0:
+            raise InputError(
+                "optimizer.nesterov=true looks ahead along the momentum, and optimizer.momentum=0; "
+                "use a momentum such as 0.9, or optimizer.nesterov=false"
+            )
+
+
+class SGD(Rule):
+    """Steepest descent in the Euclidean geometry, with decoupled weight decay.
+
+        m = beta m + g;  d = g + beta m (Nesterov) or m
+        w = (1 - lr * weight_decay) w - lr d            or  - lr d / ||d||_2, normalised
+
+    ||d||_2 runs over all parameters together, so the normalised step is the geometry's own unit
+    direction (arXiv:2602.03001, Eq. 2) and its length is lr.
+
+    Args:
+        groups: parameter groups with their weight decay.
+        lr: learning rate.
+        momentum: beta; 0 keeps no state.
+        nesterov: whether to look ahead.
+        normalize: whether to divide by the joint norm; a gradient of zero moves nothing.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum})
+        self.nesterov = nesterov
+        self.normalize = normalize
+
+    def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
+        """One step."""
+        directions = [self._directions(group, parameters) for group, parameters in trained]
+        length: float | Tensor = 1.0
+        if self.normalize:
+            norm = joint_norm([d for of_group in directions for d in of_group])
+            length = torch.where(norm > 0, 1.0 / norm, 0.0)
+        for (group, parameters), of_group in zip(trained, directions, strict=True):
+            descend(
+                parameters,
+                local_parts(of_group),
+                lr=group["lr"] * length,
+                shrink=1 - group["lr"] * group["weight_decay"],
+            )
+
+    def _directions(self, group: Group, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Momentum, updated, or the gradients themselves; of the parameters' layout."""
+        gradients, momentum = gradients_of(parameters), group["momentum"]
+        if momentum == 0:
+            return gradients
+        momenta = self.momenta(parameters)
+        add_gradients(local_parts(momenta), local_parts(gradients), momentum)
+        if self.nesterov:
+            return list(torch._foreach_add(gradients, momenta, alpha=momentum))
+        return momenta
+
+
+def build_sgd(model: nn.Module, settings: SGDSettings) -> SGD:
+    """SGD over all trainable parameters of a model that is already laid over ranks."""
+    groups = decay_groups(
+        model, weight_decay=settings.weight_decay, matrices_only=settings.decay_matrices_only
+    )
+    return SGD(
+        groups,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        normalize=settings.normalize,
+    )

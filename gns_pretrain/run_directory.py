@@ -1,0 +1,182 @@
+"""The folder of a run: whose it is, whether it is finished, and that only one process has it.
+
+outputs/<run_name>/  config.yaml  run.json  metrics.jsonl  summary.json  checkpoints/
+"""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gns_pretrain.errors import InputError
+
+CONFIG, PROVENANCE, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
+CHECKPOINTS = "checkpoints"
+LOCK_PATIENCE_SECONDS = 10.0  # a killed run's other processes take a moment to be gone
+
+# Settings that may change between a run and its resumption: they say where and how it runs, and
+# what it tells, not what it computes.
+FREE_TO_CHANGE = (
+    "launch",
+    "parallel",
+    "metrics",
+    "checkpoint",
+    "compile",
+    "resume",
+    "output_directory",
+    "micro_batch_size",
+    "batch_size.micro_batch_max",
+    "batch_size.micro_batch_step",
+    "model.activation_checkpointing",
+    "data.path",  # the data itself is compared by its fingerprint
+    "data.verify",
+)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run in this folder has reached its budget."""
+    try:
+        summary = json.loads((directory / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(summary.get("state") == "finished")
+
+
+def fresh(directory: Path) -> Path:
+    """This folder's name, or the first free one after it: -2, -3, ... Nothing is deleted."""
+    if not directory.exists():
+        return directory
+    number = 2
+    while (candidate := directory.with_name(f"{directory.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flattened(value, name + ".")
+        else:
+            flat[name] = value
+    return flat
+
+
+def refuse_another_run(
+    directory: Path, *, before: dict[str, Any], now: dict[str, Any], data_fingerprint: str
+) -> None:
+    """Refuse to go on with a run under settings or data that are not its own.
+
+    Args:
+        directory: the run's folder.
+        before: the settings it was started with, nested.
+        now: those of this start.
+        data_fingerprint: of the training and validation data of this start.
+
+    Raises:
+        InputError: naming the first settings that differ, or the data.
+    """
+    old, new = flattened(before), flattened(now)
+    changed = [
+        f"{key} was {old.get(key)} and is now {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not is_free(key)
+    ]
+    way_out = "use another run_name, or resume=never to start over in a fresh folder"
+    if changed:
+        shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
+        raise InputError(f"{directory} holds a run with other settings: {shown}; {way_out}")
+    provenance = directory / PROVENANCE
+    if provenance.exists():
+        known = json.loads(provenance.read_text())["data_fingerprint"]
+        if known != data_fingerprint:
+            raise InputError(
+                f"{directory} holds a run on other data: data.path={new.get('data.path')} has "
+                f"fingerprint {data_fingerprint[:12]}, the run's had {known[:12]}; {way_out}"
+            )
+
+
+def is_free(key: str) -> bool:
+    """Whether a setting may change when a run is resumed."""
+    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+
+
+def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:
+    """The resolved settings, and what the run was made with; an existing record stays."""
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_text(directory / CONFIG, config_text)
+    if not (directory / PROVENANCE).exists():
+        values = {
+            "data_fingerprint": data_fingerprint,
+            "git_revision": git_revision(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        replace_text(directory / PROVENANCE, json.dumps(values, indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new text, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def git_revision() -> str | None:
+    """Revision of the code's checkout, with `+changes` if its files differ; None outside git."""
+    root = Path(__file__).parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the folder against a second run; the system lets go when this process ends, however.
+
+    Raises:
+        InputError: another process holds it, and is named.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+") as file:
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while not try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise InputError(
+                    f"{directory} is in use by {file.read().strip() or 'another process'}; "
+                    "wait for it, stop it, or use another run_name"
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the lock if nobody has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

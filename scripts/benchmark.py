@@ -1,0 +1,208 @@
+"""Measure this code's speed, each thing by a sub-command.
+
+python scripts/benchmark.py model                      against transformers, same shape
+python scripts/benchmark.py model --model small --compile --json
+python scripts/benchmark.py data                       tokens/s of reading and preparation
+python scripts/benchmark.py noise_scale --ranks 1 2    what a measurement costs a step
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from gns_pretrain.errors import InputError
+
+MODEL_CONFIGS = Path(__file__).resolve().parent.parent / "conf" / "model"
+Row = dict[str, Any]
+
+
+class Command(NamedTuple):
+    """A sub-command: its arguments, and what it measures with them."""
+
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace], list[Row]]
+
+
+def main() -> int:
+    """Exit code 0: measured; 2: bad input."""
+    arguments = _parser().parse_args()
+    try:
+        rows = COMMANDS[arguments.command].measure(arguments)
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        return 2
+    for row in rows:
+        if arguments.json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            Console().print(_table(row))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.about,
+            description=command.about,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON object a line")
+    return parser
+
+
+def _table(row: Row) -> Table:
+    table = Table(show_header=False)
+    for key, value in row.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        table.add_row(key.replace("_", " "), str(shown))
+    return table
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    models = sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml"))
+    parser.add_argument("--model", choices=models, default="tiny", help="a file in conf/model")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="tokens, where the model leaves it to the data"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
+    parser.add_argument("--pairs", type=int, default=20, help="timed steps of each, at least 2")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of both")
+
+
+def _measure_model(arguments: argparse.Namespace) -> list[Row]:
+    from gns_pretrain.model.benchmark import compare_with_transformers
+
+    for name in ("vocab_size", "batch_size", "sequence_length"):
+        _require_at_least(arguments, name, 1)
+    _require_at_least(arguments, "pairs", 2)
+    return [
+        compare_with_transformers(
+            _model_config(arguments.model, arguments.vocab_size),
+            batch_size=arguments.batch_size,
+            sequence_length=arguments.sequence_length,
+            pairs=arguments.pairs,
+            compiled=arguments.compile,
+        )
+    ]
+
+
+def _model_config(name: str, vocab_size: int) -> Any:
+    """The LlamaConfig of a file in conf/model."""
+    from gns_pretrain.build import read_yaml
+    from gns_pretrain.model.config import LlamaConfig, RopeScaling
+
+    values = read_yaml(MODEL_CONFIGS / f"{name}.yaml")
+    del values["defaults"]
+    scaling = RopeScaling(**values.pop("rope_scaling", {}))
+    values["vocab_size"] = values.get("vocab_size") or vocab_size
+    return LlamaConfig(**values, rope_scaling=scaling)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="token shards; default: random tokens")
+    parser.add_argument("--files", nargs="+", help="documents; default: the embedded text")
+    parser.add_argument("--tokenizer", help="tokenizer.json; default: a BPE of the embedded text")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens, for reading")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long to read")
+    parser.add_argument("--rounds", type=int, default=3, help="preparations")
+
+
+def _measure_data(arguments: argparse.Namespace) -> list[Row]:
+    from gns_pretrain.data.benchmark import measure_preparation, measure_reading
+
+    for name in ("sequence_length", "rounds"):
+        _require_at_least(arguments, name, 1)
+    return [
+        measure_reading(
+            arguments.data,
+            sequence_length=arguments.sequence_length,
+            seconds=arguments.seconds,
+        ),
+        measure_preparation(arguments.files, arguments.tokenizer, rounds=arguments.rounds),
+    ]
+
+
+def _add_noise_scale_arguments(parser: argparse.ArgumentParser) -> None:
+    models = sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml"))
+    parser.add_argument("--model", choices=models, default="tiny", help="a file in conf/model")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="tokens, where the model leaves it to the data"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1], help="processes; several: FSDP2"
+    )
+    parser.add_argument(
+        "--geometry", nargs="+", default=["euclidean", "manhattan", "nuclear"], help="one row each"
+    )
+    parser.add_argument("--estimate", nargs="+", default=["plug_in"], help="all in one measurement")
+    parser.add_argument("--square-root", default="auto", help="auto, iterative or exact")
+    parser.add_argument("--samples", type=int, default=8, help="micro-batches over all ranks")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens")
+    parser.add_argument("--pairs", type=int, default=20, help="timed steps of each, at least 2")
+
+
+def _measure_noise_scale(arguments: argparse.Namespace) -> list[Row]:
+    from gns_pretrain.noise_benchmark import measure_cost
+    from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+
+    for name in ("samples", "pairs"):
+        _require_at_least(arguments, name, 2)
+    for ranks in arguments.ranks:
+        if ranks < 1 or arguments.samples % ranks:
+            raise InputError(f"--samples {arguments.samples} is no multiple of --ranks {ranks}")
+    return [
+        measure_cost(
+            _model_config(arguments.model, arguments.vocab_size),
+            NoiseScaleSettings([geometry], arguments.estimate, square_root=arguments.square_root),
+            num_ranks=ranks,
+            micro_batch_size=arguments.micro_batch_size,
+            accumulation=arguments.samples // ranks,
+            sequence_length=arguments.sequence_length,
+            pairs=arguments.pairs,
+        )
+        for ranks in arguments.ranks
+        for geometry in arguments.geometry
+    ]
+
+
+def _require_at_least(arguments: argparse.Namespace, name: str, least: int) -> None:
+    value = getattr(arguments, name)
+    if value < least:
+        raise InputError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+COMMANDS = {
+    "model": Command(
+        "a training step against transformers' LlamaForCausalLM",
+        _add_model_arguments,
+        _measure_model,
+    ),
+    "data": Command(
+        "reading token shards, and preparing them from documents",
+        _add_data_arguments,
+        _measure_data,
+    ),
+    "noise_scale": Command(
+        "a training step with a measurement of the noise scale against one without",
+        _add_noise_scale_arguments,
+        _measure_noise_scale,
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""`python train.py ...` as a user types it, in a process forked from one that has torch loaded."""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.distributed.harness import CONTEXT
+from tests.settings import SEQUENCE_LENGTH
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 120
+
+
+def arguments(folder: Path, data: Path, *more: str, steps: int = 20) -> list[str]:
+    """The command line of the small run of tests/settings.py."""
+    tokens = 8 * SEQUENCE_LENGTH
+    return [
+        "run_name=small",
+        f"output_directory={folder}",
+        f"token_budget={steps * tokens}",
+        "micro_batch_size=2",
+        "batch_size.initial=8",
+        "model.dim=18",
+        "model.num_layers=2",
+        "model.num_heads=3",
+        "model.num_kv_heads=1",
+        "model.ffn_dim=26",
+        f"data.path={data}",
+        f"data.sequence_length={SEQUENCE_LENGTH}",
+        "optimizer.lr=1e-2",
+        f"evaluation.every_tokens={10 * tokens}",
+        "evaluation.num_sequences=7",
+        "checkpoint.every_steps=5",
+        "metrics.log_every=3",
+        "metrics.progress=never",
+        "launch.device=cpu",
+        "launch.threads=1",
+        *more,
+    ]
+
+
+def start(words: list[str], log: Path, sabotage: Callable[[], None] | None = None) -> BaseProcess:
+    """Start the command; what it prints goes to `log`; `sabotage` runs in it first."""
+    process = CONTEXT.Process(target=command, args=(words, log, sabotage))
+    process.start()
+    return process
+
+
+def run(words: list[str], log: Path, sabotage: Callable[[], None] | None = None) -> int:
+    """Run the command to its end; returns its exit code, negative for a signal."""
+    return finish(start(words, log, sabotage))
+
+
+def finish(process: BaseProcess) -> int:
+    """Wait for a command that was started; returns its exit code."""
+    process.join(PATIENCE_SECONDS)
+    if process.exitcode is None:
+        kill_group(process)
+        raise AssertionError(f"the command did not end in {PATIENCE_SECONDS} s")
+    return process.exitcode
+
+
+def command(words: list[str], log: Path, sabotage: Callable[[], None] | None) -> None:
+    """The process itself: its own group, so that a test can kill it with all its ranks."""
+    os.setpgid(0, 0)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if sabotage:
+        sabotage()
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *words]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def kill_group(process: BaseProcess) -> None:
+    """SIGKILL the command and every rank it has started."""
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def wait_for_line(metrics: Path, step: int, process: BaseProcess) -> None:
+    """Return once the training line of `step` has been written."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    wanted = f'"kind":"train","step":{step},'
+    while not (metrics.exists() and wanted in metrics.read_text().replace(" ", "")):
+        assert process.is_alive(), "the command ended before that step"
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.01)

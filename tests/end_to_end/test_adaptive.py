@@ -1,0 +1,188 @@
+"""The adaptive batch size through the real command: grown, killed, moved to other ranks."""
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from gns_pretrain import loop
+from gns_pretrain.batch_size.controller import Controller
+from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.metrics.record import Record
+from gns_pretrain.results.replay import main as replay
+from tests.end_to_end import commands
+from tests.settings import SEQUENCE_LENGTH, without_times
+
+MEASURED = (
+    "noise_scale=manhattan",
+    "noise_scale.every_steps=2",
+    "micro_batch_size=1",
+    "batch_size.micro_batch_max=2",
+    "metrics.log_every=1",
+)
+# Without smoothing to speak of and with a small theta the batch of this tiny model grows at once.
+ADAPTIVE = (
+    *MEASURED,
+    "batch_size=adaptive",
+    "batch_size.theta=0.5",
+    "batch_size.decide_every_steps=3",
+    "batch_size.cap=32",
+)
+BUDGET = 20 * 8 * SEQUENCE_LENGTH
+
+
+def lines(folder: Path) -> list[dict]:
+    return [without_times(record) for record in read_records(folder / "small" / "metrics.jsonl")]
+
+
+def of_kind(records: list[dict], kind: str) -> list[dict]:
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shards) -> Path:
+    """The folder of an adaptive run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("adaptive")
+    assert commands.run(commands.arguments(folder, shards, *ADAPTIVE), folder / "log") == 0
+    return folder
+
+
+def test_batch_grows_by_lines_that_say_from_what_to_what_and_why(whole):
+    changes = of_kind(lines(whole), "batch_size")
+    assert len(changes) >= 2
+    log = (whole / "log").read_text().splitlines()
+    told = [line for line in log if line.startswith("batch size ")]
+    assert len(told) == len(changes)
+    for change, text in zip(changes, told, strict=True):
+        assert text.startswith(
+            f"batch size {change['from']} -> {change['to']} at step {change['step']}: "
+            f"target {change['target']:.1f}, "
+        )
+        assert change["step"] % 3 == 0
+        assert change["lr_multiplier"] == (change["to"] / 8) ** 0.5
+
+
+def test_every_step_has_the_size_that_was_decided_and_its_samples(whole):
+    records = lines(whole)
+    sizes = {change["step"]: change["to"] for change in of_kind(records, "batch_size")}
+    size, samples = 8, 0
+    for step in of_kind(records, "train"):
+        size = sizes.get(step["step"], size)
+        samples += size
+        assert step["batch_size"] == size == step["micro_batch_size"] * step["accumulation"]
+        assert step["accumulation"] >= 8
+        assert (step["samples"], step["tokens"]) == (samples, samples * SEQUENCE_LENGTH)
+
+
+def test_budget_and_evaluation_are_counted_in_tokens(whole):
+    records = lines(whole)
+    *_, before_last, last = (step["tokens"] for step in of_kind(records, "train"))
+    assert before_last < BUDGET <= last
+    evaluated = {record["tokens"] for record in of_kind(records, "validation")}
+    tokens = [0, *(step["tokens"] for step in of_kind(records, "train"))]
+    half = BUDGET // 2
+    crossing = {after for before, after in pairwise(tokens) if before // half != after // half}
+    assert evaluated == crossing | {tokens[1], last}
+
+
+def test_metrics_replay_to_the_same_batch_sizes_and_learning_rates(whole, capsys):
+    assert replay([str(whole / "small" / "metrics.jsonl")]) == 0
+    assert replay([str(whole / "small" / "metrics.jsonl"), "--theta=0.7"]) == 1
+    assert "first difference at step " in capsys.readouterr().out
+
+
+def die(*arguments, **keywords) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_before_the_second_change_of_the_batch() -> None:
+    decide, taken = Controller.decide, []
+
+    def decide_once(self, position, batch_size, averages):
+        decision = decide(self, position, batch_size, averages)
+        if decision is not None:
+            taken.append(decision)
+            if len(taken) == 2:
+                die()
+        return decision
+
+    Controller.decide = decide_once
+
+
+def die_when_the_change_has_been_told() -> None:
+    tell = Record.batch_size_changed
+
+    def tell_and_die(self, **values):
+        tell(self, **values)
+        die()
+
+    Record.batch_size_changed = tell_and_die
+
+
+def die_in_the_first_step_of_the_new_size() -> None:
+    take = loop.one_step
+
+    def take_unless_grown(run, log):
+        if run.state.batch_size > 8:
+            die()
+        return take(run, log)
+
+    loop.one_step = take_unless_grown
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "save_every"),
+    [
+        # Saved every step, the last checkpoint holds the measurement and not yet the change.
+        (die_before_the_second_change_of_the_batch, 1),
+        (die_when_the_change_has_been_told, 1),
+        (die_when_the_change_has_been_told, 4),
+        (die_in_the_first_step_of_the_new_size, 5),
+    ],
+)
+def test_killed_around_a_change_it_ends_with_the_same_lines(
+    sabotage, save_every, whole, tmp_path, shards
+):
+    words = commands.arguments(tmp_path, shards, *ADAPTIVE, f"checkpoint.every_steps={save_every}")
+    assert commands.run(words, tmp_path / "log", sabotage) == -signal.SIGKILL
+    assert commands.run(words, tmp_path / "log") == 0
+    assert "resumed from step" in (tmp_path / "log").read_text()
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_shadows_say_what_they_would_choose_and_change_nothing(tmp_path, shards):
+    alone, watched = tmp_path / "alone", tmp_path / "watched"
+    shadows = "{theta: 0.5, decide_every_steps: 3}, {policy: norm_test, theta: 0.3, name: norm}"
+    for folder, more in (
+        (alone, ()),
+        (
+            watched,
+            (f"batch_size.shadows=[{shadows}]", "noise_scale.geometries=[manhattan,euclidean]"),
+        ),
+    ):
+        folder.mkdir()
+        words = commands.arguments(folder, shards, *MEASURED, *more)
+        assert commands.run(words, folder / "log") == 0, (folder / "log").read_text()
+    assert of_kind(lines(watched), "train") == of_kind(lines(alone), "train")
+    told = of_kind(lines(watched), "shadow")
+    assert {line["policy"] for line in told} == {"adaptive_manhattan_plug_in_theta_0.5", "norm"}
+    for name in {line["policy"] for line in told}:
+        path = [line for line in told if line["policy"] == name]
+        assert path[0]["from"] == 8
+        assert all(before["to"] == after["from"] < after["to"] for before, after in pairwise(path))
+    # The first decision is that of the run that followed the same policy: nothing differed yet.
+    assert path[0]["step"] % 3 == 0 or name == "norm"
+
+
+def test_mistake_is_refused_in_one_line_before_anything_is_written(tmp_path, shards):
+    folder = tmp_path / "outputs"
+    words = commands.arguments(folder, shards, *ADAPTIVE, "micro_batch_size=2")
+    assert commands.run(words, tmp_path / "log") == 2
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("error: batch_size.initial=8 is not feasible on 1 rank")
+    assert "noise_scale.min_samples=8" in log
+    assert log.endswith("or micro_batch_size=1\n")
+    assert log.count("\n") == 1
+    assert not folder.exists()

@@ -1,0 +1,181 @@
+"""Killed at any moment and started again, a run ends as if nothing had happened."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gns_pretrain.distributed import checkpoint
+from gns_pretrain.metrics.jsonl import read_records
+from tests.end_to_end import commands
+from tests.settings import without_times
+
+STEPS = 20
+FSDP_ON_TWO = ("launch.nproc_per_node=2", "parallel=fsdp")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [without_times(record) for record in read_records(folder / "small" / "metrics.jsonl")]
+
+
+def uninterrupted(folder: Path, data: Path, *more: str) -> list[dict]:
+    assert commands.run(commands.arguments(folder, data, *more), folder / "log") == 0
+    return lines(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, shards) -> list[dict]:
+    return uninterrupted(tmp_path_factory.mktemp("whole"), shards)
+
+
+@pytest.fixture(scope="module")
+def expected_on_two(tmp_path_factory, shards) -> list[dict]:
+    return uninterrupted(tmp_path_factory.mktemp("whole_on_two"), shards, *FSDP_ON_TWO)
+
+
+def kill_self(*arguments, **keywords) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_hashing_the_second_checkpoint() -> None:
+    seal = checkpoint.seal
+
+    def seal_once(folder, digests):
+        if "step_00000010" in folder.name:
+            kill_self()
+        seal(folder, digests)
+
+    checkpoint.seal = seal_once
+
+
+def die_before_the_rename() -> None:
+    checkpoint.publish = kill_self
+
+
+def die_while_removing_old_checkpoints() -> None:
+    checkpoint.Checkpoints._prune = kill_self
+
+
+@pytest.mark.parametrize("step", [1, 7, 10])
+def test_killed_after_a_step_it_ends_with_the_same_lines(step, expected, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", step, process)
+    commands.kill_group(process)
+    assert commands.run(words, tmp_path / "log") == 0
+    assert lines(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        die_while_hashing_the_second_checkpoint,
+        die_before_the_rename,
+        die_while_removing_old_checkpoints,
+    ],
+)
+def test_killed_while_saving_it_ends_with_the_same_lines(sabotage, expected, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards)
+    assert commands.run(words, tmp_path / "log", sabotage) == -signal.SIGKILL
+    assert commands.run(words, tmp_path / "log") == 0
+    assert lines(tmp_path) == expected
+
+
+def test_two_sharded_ranks_killed_go_on_bit_for_bit(expected_on_two, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 12, process)
+    commands.kill_group(process)
+    assert commands.run(words, tmp_path / "log") == 0
+    assert "resumed from step" in (tmp_path / "log").read_text()
+    assert lines(tmp_path) == expected_on_two
+
+
+def test_one_process_takes_over_from_two_ranks_with_the_same_sequences(expected, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO)
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 12, process)
+    commands.kill_group(process)
+    assert commands.run(commands.arguments(tmp_path, shards), tmp_path / "log") == 0
+    found = lines(tmp_path)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine["kind"], mine["step"], mine["tokens"]) == (
+            theirs["kind"],
+            theirs["step"],
+            theirs["tokens"],
+        )
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(number, expected, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 2, process)
+    os.kill(process.pid, number)
+    assert commands.finish(process) == 75
+    assert "asked to stop: saved at step" in (tmp_path / "log").read_text()
+    assert commands.run(words, tmp_path / "log") == 0
+    assert lines(tmp_path) == expected
+
+
+def test_launcher_of_two_ranks_hands_a_signal_on_and_keeps_the_code(
+    expected_on_two, tmp_path, shards
+):
+    words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 2, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert commands.finish(process) == 75
+    assert commands.run(words, tmp_path / "log") == 0
+    assert lines(tmp_path) == expected_on_two
+
+
+def test_finished_run_says_so_and_trains_nothing(tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, steps=2)
+    assert commands.run(words, tmp_path / "log") == 0
+    before = (tmp_path / "small" / "metrics.jsonl").read_bytes()
+    assert commands.run(words, tmp_path / "log") == 0
+    assert "is finished; resume=never starts over" in (tmp_path / "log").read_text()
+    assert (tmp_path / "small" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_never_starts_over_in_a_fresh_folder(tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, steps=2)
+    assert commands.run(words, tmp_path / "log") == 0
+    assert commands.run([*words, "resume=never"], tmp_path / "log") == 0
+    first, second = (
+        (tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("small", "small-2")
+    )
+    assert first == second > 0
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(expected, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
+    process = commands.start(words, tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 16, process)
+    commands.kill_group(process)
+    newest = checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")[0]
+    path = next(newest.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+    assert commands.run(words, tmp_path / "log") == 0
+    log = (tmp_path / "log").read_text()
+    assert f"{newest.name} is damaged" in log
+    assert lines(tmp_path) == expected
+
+
+def test_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(
+    tmp_path, shards
+):
+    words = commands.arguments(tmp_path, shards, "optimizer.lr=1e35", "gradient_clip=null")
+    assert commands.run(words, tmp_path / "log") == 3
+    log = (tmp_path / "log").read_text()
+    assert "error: step " in log
+    assert "nan" in log or "inf" in log
+    assert "Traceback" not in log
+    for folder in checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints"):
+        assert checkpoint.damage(folder) is None

@@ -1,0 +1,94 @@
+"""Settings of the batch size that cannot be meant, each with the rule and the way out."""
+
+import pytest
+
+from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
+from gns_pretrain.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"initial": 0}, "batch_size.initial=0 must be at least 1 sequence"),
+        ({"policy": "adaptiv"}, "batch_size.policy=adaptiv .* constant, adaptive, staged"),
+        ({"rounding": "nearest"}, "batch_size.rounding=nearest .* down, up"),
+        ({"lr_scaling": "cubic"}, "batch_size.lr_scaling=cubic .* sqrt, linear, none"),
+        ({"geometry": "spherical"}, "batch_size.geometry=spherical .* euclidean, manhattan"),
+        ({"geometry": "nuclear", "estimate": "debiased"}, "estimate=debiased .* nuclear; use one"),
+        ({"target": "knee"}, "batch_size.target=knee .* theta, kappa, inflection"),
+        ({"theta": 0.0}, "batch_size.theta=0.0 must be positive; the paper uses 0.6"),
+        ({"theta": -1.0}, "batch_size.theta=-1.0 must be positive"),
+        ({"theta": float("nan")}, "batch_size.theta=nan must be positive"),
+        ({"kappa": 1.0}, "batch_size.kappa=1.0 .* between 0 and 1"),
+        ({"noise_decay": 1.0}, "batch_size.noise_decay=1.0 must be at least 0 and below 1"),
+        ({"signal_decay": -0.1}, "batch_size.signal_decay=-0.1 must be at least 0 and below 1"),
+        ({"decide_every_steps": 0}, "batch_size.decide_every_steps=0 must be at least 1 step"),
+        ({"warmup_fraction": 1.0}, "batch_size.warmup_fraction=1.0 .* below 1; the paper"),
+        ({"warmup_fraction": -0.1}, "batch_size.warmup_fraction=-0.1 .* at least 0"),
+        ({"geometry": "euclidean", "target": "inflection"}, "target=inflection .* euclidean"),
+        ({"cap": 8}, "batch_size.cap=8 is below batch_size.initial=16; .* raise the cap"),
+        ({"micro_batch_max": 0}, "batch_size.micro_batch_max=0 must be at least 1"),
+        ({"micro_batch_step": 0}, "batch_size.micro_batch_step=0 must be at least 1"),
+        ({"policy": "staged"}, r"batch_size.stage_tokens=\[\] .* as in stage_tokens="),
+        (
+            {"policy": "staged", "stage_tokens": [5, 5], "stage_sizes": [32, 64]},
+            r"stage_tokens=\[5, 5\] .* must both rise",
+        ),
+        (
+            {"policy": "staged", "stage_tokens": [5, 6], "stage_sizes": [64, 32]},
+            r"stage_sizes=\[64, 32\] must both rise",
+        ),
+        (
+            {"policy": "staged", "stage_tokens": [5], "stage_sizes": [32, 64]},
+            "of one length",
+        ),
+        ({"policy": "linear_ramp", "ramp_tokens": 5}, "batch_size.ramp_size=null must be at least"),
+        ({"policy": "linear_ramp", "ramp_size": 64}, "batch_size.ramp_tokens=null must be at"),
+        (
+            {"shadows": [ShadowSettings(), ShadowSettings(theta=0.0)]},
+            r"batch_size.shadows\[1\].theta=0.0 must be positive",
+        ),
+        (
+            {"shadows": [ShadowSettings(cap=4)]},
+            r"batch_size.shadows\[0\].cap=4 is below batch_size.initial=16",
+        ),
+        (
+            {"shadows": [ShadowSettings(), ShadowSettings()]},
+            "more than once; give a shadow another",
+        ),
+        (
+            {"policy": "norm_test", "shadows": [ShadowSettings(name="norm_test")]},
+            "the policy norm_test more than once",
+        ),
+    ],
+)
+def test_setting_that_breaks_a_rule_is_named_with_the_way_out(settings, told):
+    with pytest.raises(InputError, match=told):
+        BatchSizeSettings(**settings)
+
+
+def test_large_theta_is_allowed():
+    assert BatchSizeSettings(policy="adaptive", theta=3.0).theta == 3.0
+
+
+def test_shadows_are_told_apart_by_what_they_are():
+    labels = [
+        ShadowSettings().label,
+        ShadowSettings(theta=0.3, geometry="euclidean").label,
+        ShadowSettings(target="maximum_efficiency").label,
+        ShadowSettings(policy="norm_test", theta=0.1).label,
+        ShadowSettings(name="mine").label,
+    ]
+    assert labels == [
+        "adaptive_manhattan_plug_in_theta_0.6",
+        "adaptive_euclidean_plug_in_theta_0.3",
+        "adaptive_manhattan_plug_in_maximum_efficiency",
+        "norm_test_0.1",
+        "mine",
+    ]
+
+
+def test_policies_name_the_noise_scale_that_must_be_measured_for_them():
+    assert BatchSizeSettings(policy="adaptive", geometry="nuclear").reads == ("nuclear", "plug_in")
+    assert BatchSizeSettings(policy="norm_test").reads == ("euclidean", "plug_in")
+    assert BatchSizeSettings(policy="staged", stage_tokens=[1], stage_sizes=[32]).reads is None

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from gns_pretrain.model.llama import Llama, LlamaConfig
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compiled_model(**changes):
+    values = {"dim": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24}
+    model = Llama(LlamaConfig(name="test", vocab_size=31, **(values | changes)))
+    model.init_weights(0)
+    # Traces and differentiates as the default backend does, but runs torch's own kernels.
+    model.compile_blocks(backend="aot_eager")
+    return model
+
+
+def text(batch):
+    generator = torch.Generator().manual_seed(batch)
+    tokens = torch.randint(31, (batch, 13), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_blocks_and_batch_sizes_share_one_graph(checkpointing, dtype):
+    model = compiled_model(activation_checkpointing=checkpointing)
+    model.compute_dtype = dtype
+    for batch in (4, 4, 6, 2, 3, 16):  # the first two accumulate
+        model(*text(batch)).backward()
+    assert graphs() == 1
+
+
+def test_evaluation_adds_one_graph():
+    model = compiled_model()
+    model(*text(4)).backward()
+    for batch in (4, 7):
+        with torch.no_grad():
+            model(*text(batch))
+    model(*text(5)).backward()
+    assert graphs() == 2
+
+
+def test_compiled_blocks_compute_the_same():
+    model = compiled_model()
+    plain = Llama(model.config)
+    plain.load_state_dict(model.state_dict())
+    for one in (model, plain):
+        one(*text(4)).backward()
+    for compiled, eager in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)

@@ -1,0 +1,73 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gns_pretrain import run_directory
+from gns_pretrain.errors import InputError
+from gns_pretrain.run_directory import (
+    fresh,
+    is_finished,
+    locked,
+    refuse_another_run,
+    write_provenance,
+)
+
+SETTINGS = {"seed": 0, "model": {"dim": 8}, "launch": {"nproc_per_node": 1}}
+
+
+def test_fresh_folder_takes_the_first_free_number_and_leaves_the_others(tmp_path):
+    run = tmp_path / "run"
+    assert fresh(run) == run
+    run.mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert fresh(run) == tmp_path / "run-3"
+    assert run.is_dir()
+
+
+def test_run_is_finished_only_by_its_summary(tmp_path):
+    assert not is_finished(tmp_path)
+    (tmp_path / "summary.json").write_text('{"state": "stopped"}')
+    assert not is_finished(tmp_path)
+    (tmp_path / "summary.json").write_text('{"state": "finished"}')
+    assert is_finished(tmp_path)
+
+
+def test_changed_model_under_the_same_name_is_refused_and_named(tmp_path):
+    now = SETTINGS | {"model": {"dim": 16}}
+    with pytest.raises(InputError, match=r"model.dim was 8 and is now 16; use another run_name"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+
+
+def test_changed_number_of_ranks_is_not_another_run(tmp_path):
+    now = SETTINGS | {"launch": {"nproc_per_node": 4}}
+    refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+
+
+def test_changed_data_under_the_same_path_is_refused(tmp_path):
+    write_provenance(tmp_path, "seed: 0\n", "first")
+    with pytest.raises(InputError, match="on other data"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="second")
+    refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="first")
+
+
+def test_second_run_in_one_folder_is_refused_naming_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.0)
+    with (
+        locked(tmp_path),
+        pytest.raises(InputError, match=f"in use by process {os.getpid()} on"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    holder = (
+        "import os, signal; from pathlib import Path\n"
+        "from gns_pretrain.run_directory import locked\n"
+        f"with locked(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", holder], check=False)
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

@@ -1,0 +1,33 @@
+"""Train a Llama: `python train.py [group=choice] [setting=value] ...`; see README.md."""
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from gns_pretrain.build import settings_from
+from gns_pretrain.composition_errors import as_input_error
+from gns_pretrain.config import register_schemas
+from gns_pretrain.errors import InputError
+from gns_pretrain.launch import launch, say
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(node: DictConfig) -> None:
+    """Check the settings, then train."""
+    try:
+        code = launch(settings_from(node))
+    except InputError as error:
+        code = say(error)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
+    try:
+        main()
+    except Exception as error:
+        sys.exit(say(as_input_error(error)))
