@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: train test check clean
 
 train: $(VENV)/.training
-	$(BIN)/python train.py
+	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest
@@ -31,7 +31,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.training: pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "installing the packages for training ..."
-	$(INSTALL) --editable .
+	$(INSTALL) --editable ".[figures]"
 	@touch $@
 
 $(VENV)/.development: pyproject.toml constraints.txt $(VENV)/.torch

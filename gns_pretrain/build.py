@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from gns_pretrain.batch_size.controller import Controller, lr_multiplier, make_controller
+from gns_pretrain.batch_size.controller import Controller, make_controller
 from gns_pretrain.batch_size.settings import ShadowSettings
 from gns_pretrain.config import Config, feasible_sizes, policies
 from gns_pretrain.data.batches import Batches, read_in_order
@@ -22,6 +23,7 @@ from gns_pretrain.distributed.sharding import parallelize
 from gns_pretrain.errors import InputError
 from gns_pretrain.loop import LoopSettings, Run
 from gns_pretrain.metrics.record import Record
+from gns_pretrain.metrics.settings import MetricsSettings
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
 from gns_pretrain.optim.custom import CustomSettings, build_custom
@@ -30,8 +32,9 @@ from gns_pretrain.optim.muon import MuonSettings, build_muon
 from gns_pretrain.optim.sgd import SGDSettings, build_sgd
 from gns_pretrain.optim.signum import SignumSettings, build_signum
 from gns_pretrain.optim.specsgd import SpecSGDSettings, build_specsgd
-from gns_pretrain.optim.token_ties import retie, tie_to_tokens
-from gns_pretrain.run_directory import CHECKPOINTS
+from gns_pretrain.optim.token_ties import tie_to_tokens
+from gns_pretrain.resize import fit_to_ranks
+from gns_pretrain.run_directory import CHECKPOINTS, flattened, is_free
 from gns_pretrain.schedule import Schedule, steps_in_budget
 from gns_pretrain.state import TrainState
 
@@ -129,7 +132,7 @@ def build_run(config: Config, world: World, directory: Path) -> Run:
     state = state or first_state(controller)
     record = Record(
         directory,
-        config.metrics,
+        shown_as(config),
         is_main=world.is_main,
         resume_step=state.step,
         config=as_dict(config),
@@ -213,38 +216,14 @@ def first_state(controller: Controller) -> TrainState:
     return TrainState(batch_size=split.batch_size, micro_batch_size=split.micro_batch_size)
 
 
-def fit_to_ranks(
-    state: TrainState,
-    controller: Controller,
-    optimizer: torch.optim.Optimizer,
-    record: Record,
-) -> None:
-    """Split the batch over these ranks; one that they cannot take becomes the next larger one."""
-    previous, sizes = state.batch_size, controller.sizes
-    split = sizes.at_least(previous)
-    if split.batch_size == previous:
-        state.micro_batch_size = split.micro_batch_size
-        return
-    multiplier = lr_multiplier(
-        controller.lr_scaling, split.batch_size, controller.initial_batch_size
-    )
-    state.change_batch_size(
-        split.batch_size, micro_batch_size=split.micro_batch_size, lr_multiplier=multiplier
-    )
-    retie(optimizer, split.batch_size, lr_multiplier=multiplier)
-    record.batch_size_changed(
-        step=state.step + 1,
-        previous=previous,
-        new=split.batch_size,
-        target=None,
-        lr_multiplier=multiplier,
-        why=f"{previous} is not feasible on {sizes}: the next larger size, {split}",
-    )
-
-
 def run_id(config: Config) -> str:
     """Name of the run at a tracking service: the same when it is resumed, elsewhere too."""
-    values = as_dict(config)
-    for key in ("output_directory", "launch", "metrics", "resume"):
-        del values[key]
-    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
+    own = {key: value for key, value in flattened(as_dict(config)).items() if not is_free(key)}
+    return hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:16]
+
+
+def shown_as(config: Config) -> MetricsSettings:
+    """Settings of the record; runs that differ in the seed alone are one group at W&B."""
+    wandb = config.metrics.wandb
+    group = wandb.group or re.sub(r"[-_]?seed=?\d+", "", config.run_name)
+    return dataclasses.replace(config.metrics, wandb=dataclasses.replace(wandb, group=group))

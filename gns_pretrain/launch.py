@@ -137,9 +137,12 @@ def start_ranks(config: Config, directory: Path, fingerprint: str, ranks: int) -
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        # One server imports torch and is forked for each rank: N imports would fight for the cores.
+        start_method="forkserver",
         # The ranks get the signals below from us and finish their step; the agent would kill them.
         signals_to_handle="SIGHUP",
     )
+    multiprocessing.set_forkserver_preload([__name__])
     with signals_passed_on():
         try:
             elastic_launch(settings, entrypoint=run_rank)(config, directory, fingerprint)

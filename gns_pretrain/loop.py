@@ -19,7 +19,7 @@ from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.step_log import StepLog
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.groups import set_learning_rate
-from gns_pretrain.optim.token_ties import retie
+from gns_pretrain.resize import note_shadow, resize
 from gns_pretrain.schedule import Schedule
 from gns_pretrain.state import TrainState, crossed
 from gns_pretrain.step import train_step
@@ -109,34 +109,17 @@ def choose_batch_size(run: Run, log: StepLog) -> None:
     )
     if decision := run.controller.decide(position, state.batch_size, state.averages):
         log.flush()
-        size, previous = decision.split.batch_size, state.batch_size
-        state.change_batch_size(
-            size,
-            micro_batch_size=decision.split.micro_batch_size,
-            lr_multiplier=decision.lr_multiplier,
-        )
-        retie(run.optimizer, size, lr_multiplier=decision.lr_multiplier)
-        run.record.batch_size_changed(
-            step=position.step,
-            previous=previous,
-            new=size,
+        resize(
+            state,
+            run.optimizer,
+            run.record,
+            decision.split,
             target=decision.target,
-            lr_multiplier=decision.lr_multiplier,
+            multiplier=decision.lr_multiplier,
             why=decision.why,
         )
     for shadow in run.shadows:
-        previous = state.shadow_batch_sizes.get(shadow.name, shadow.initial_batch_size)
-        if decision := shadow.decide(position, previous, state.averages):
-            log.flush()
-            state.shadow_batch_sizes[shadow.name] = decision.split.batch_size
-            run.record.shadow_batch_size_changed(
-                policy=shadow.name,
-                step=position.step,
-                previous=previous,
-                new=decision.split.batch_size,
-                target=decision.target,
-                lr_multiplier=decision.lr_multiplier,
-            )
+        note_shadow(shadow, position, state, run.record, log)
 
 
 def one_step(run: Run, log: StepLog) -> list[Reading]:

@@ -4,6 +4,7 @@ python scripts/benchmark.py model                      against transformers, sam
 python scripts/benchmark.py model --model small --compile --json
 python scripts/benchmark.py data                       tokens/s of reading and preparation
 python scripts/benchmark.py noise_scale --ranks 1 2    what a measurement costs a step
+python scripts/benchmark.py optimizer                  Muon against torch's, sign rules
 """
 
 import argparse
@@ -180,6 +181,31 @@ def _measure_noise_scale(arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
+def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    models = sorted(path.stem for path in MODEL_CONFIGS.glob("*.yaml"))
+    parser.add_argument(
+        "--model", choices=models, default="llama3_160m", help="a file in conf/model"
+    )
+    parser.add_argument("--layers", type=int, help="blocks; default: all. Time is linear in them")
+    parser.add_argument("--pairs", type=int, default=5, help="timed steps of each, at least 2")
+    parser.add_argument("--eager", action="store_true", help="sign rules without torch.compile")
+
+
+def _measure_optimizer(arguments: argparse.Namespace) -> list[Row]:
+    from gns_pretrain.optim.benchmark import compare_muon, measure_sign_rule
+
+    _require_at_least(arguments, "pairs", 2)
+    if arguments.layers is not None:
+        _require_at_least(arguments, "layers", 1)
+    config = _model_config(arguments.model, vocab_size=2)
+    values = {"layers": arguments.layers, "pairs": arguments.pairs}
+    signs = [
+        measure_sign_rule(config, momentum=momentum, compiled=not arguments.eager, **values)
+        for momentum in (0.0, 0.95)
+    ]
+    return [*signs, compare_muon(config, **values)]
+
+
 def _require_at_least(arguments: argparse.Namespace, name: str, least: int) -> None:
     value = getattr(arguments, name)
     if value < least:
@@ -201,6 +227,11 @@ COMMANDS = {
         "a training step with a measurement of the noise scale against one without",
         _add_noise_scale_arguments,
         _measure_noise_scale,
+    ),
+    "optimizer": Command(
+        "Muon's step against torch.optim.Muon's; sign rules against one pass over their tensors",
+        _add_optimizer_arguments,
+        _measure_optimizer,
     ),
 }
 

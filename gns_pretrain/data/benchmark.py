@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 import tempfile
@@ -17,14 +18,15 @@ from tokenizers import Tokenizer
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.embedded import gather_documents
-from gns_pretrain.data.encoding_pool import available_cores
-from gns_pretrain.data.preparation_settings import PrepareSettings
-from gns_pretrain.data.prepare import prepare
-from gns_pretrain.data.shards import CorpusMeta, write_meta, write_shard
-from gns_pretrain.data.tokenization import train_bpe
+from gns_pretrain.data.encoding_pool import EncodingJob, EncodingPool, available_cores
+from gns_pretrain.data.preparation_progress import SplitProgress
+from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_shard
+from gns_pretrain.data.split_writer import SplitPlan, write_split
+from gns_pretrain.data.tokenization import train_bpe, vocabulary_size
 from gns_pretrain.data.tokens import TokenSplit
 
 RANDOM_TOKENS = 2**26  # 128 MiB of uint16: more than a processor's caches hold
+SHARD_TOKENS = 10_000_000
 DOCUMENTS_AT_ONCE = 1000  # that the bare tokenizer is given
 
 
@@ -76,10 +78,11 @@ def measure_reading(
 def measure_preparation(
     files: list[str] | None = None, tokenizer: str | None = None, *, rounds: int = 3
 ) -> dict[str, Any]:
-    """Tokens per second from compressed documents to shards, against the bare tokenizer.
+    """Tokens per second from documents to shards, against the bare tokenizer, both on all cores.
 
-    The bare tokenizer has its documents in memory, uses all cores, and its results are thrown away.
-    Both take turns; the ratio is the median over pairs, so that a busy machine slows both.
+    The bare tokenizer has its documents in memory, and its results are thrown away. Both take
+    turns, file by file; the ratio is the median over these pairs, so that a busy machine slows
+    both. Starting the worker processes (a second or two) is left out.
 
     Args:
         files: documents in C4's schema; None: the embedded text.
@@ -90,22 +93,25 @@ def measure_preparation(
         if files is None or tokenizer is None:
             own_files, own_tokenizer = _write_embedded_documents(folder)
             files, tokenizer = files or own_files, tokenizer or own_tokenizer
-        batches = LocalFiles(find_files(files, "--files")).batches(None)
-        texts = [text for batch in batches for text in parse_texts(batch)]
-        pairs = [
-            (
-                _bare_rate(texts, Tokenizer.from_file(tokenizer)),
-                _preparation_rate(files, tokenizer, texts[0], folder / f"round_{number}"),
-            )
-            for number in range(rounds)
-        ]
-    bare, prepared = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+        bare = Tokenizer.from_file(tokenizer)
+        dtype = token_dtype(vocabulary_size(bare))
+        job = EncodingJob(tokenizer, dtype.name, bos_id=0, eos_id=0)
+        pairs = []
+        with EncodingPool(job, available_cores()) as pool:
+            paths = find_files(files, "--files")
+            _preparation_rate(paths[0], pool, dtype, folder / "warm_up")
+            for number in range(rounds):
+                for path in paths:
+                    bare_rate = _bare_rate(path, bare)
+                    rate = _preparation_rate(path, pool, dtype, folder / f"{path.name}_{number}")
+                    pairs.append((bare_rate, rate))
+    bare_rates, rates = zip(*pairs, strict=True)
     return {
         "measured": "preparation",
-        "documents": len(texts),
+        "files": len(paths),
         "cores": available_cores(),
-        "tokens_per_second": round(prepared),
-        "bare_tokens_per_second": round(bare),
+        "tokens_per_second": round(statistics.median(rates)),
+        "bare_tokens_per_second": round(statistics.median(bare_rates)),
         "ratio_to_bare": round(statistics.median(ours / theirs for theirs, ours in pairs), 3),
     }
 
@@ -121,17 +127,19 @@ def _write_random_shards(folder: Path) -> Path:
 
 
 def _write_embedded_documents(folder: Path) -> tuple[list[str], str]:
-    """(files, tokenizer) of the embedded text as documents."""
+    """(files, tokenizer) of the embedded text as gzipped documents."""
     texts = list(gather_documents().values())
-    (folder / "documents.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    )
-    train_bpe(texts[::4], 4096).save(str(folder / "tokenizer.json"))
-    return [str(folder / "documents.jsonl")], str(folder / "tokenizer.json")
+    paths = [folder / f"documents.{number}.json.gz" for number in range(4)]
+    for number, path in enumerate(paths):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[number :: len(paths)]]
+        path.write_bytes(gzip.compress("".join(lines).encode()))
+    train_bpe(texts[:: len(paths)], 4096).save(str(folder / "tokenizer.json"))
+    return [str(path) for path in paths], str(folder / "tokenizer.json")
 
 
-def _bare_rate(texts: list[str], tokenizer: Tokenizer) -> float:
+def _bare_rate(path: Path, tokenizer: Tokenizer) -> float:
     """Tokens per second of the tokenizer's own threads."""
+    texts = [text for batch in LocalFiles([path]).batches(None) for text in parse_texts(batch)]
     seconds, tokens = 0.0, 0
     for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
         part = texts[start : start + DOCUMENTS_AT_ONCE]
@@ -142,11 +150,18 @@ def _bare_rate(texts: list[str], tokenizer: Tokenizer) -> float:
     return tokens / seconds
 
 
-def _preparation_rate(files: list[str], tokenizer: str, text: str, out: Path) -> float:
-    """Tokens per second of a whole preparation, one document aside for validation."""
-    validation = out.with_suffix(".jsonl")
-    validation.write_text(json.dumps({"text": text}) + "\n")
-    settings = PrepareSettings(
-        out=str(out), train=files, validation=[str(validation)], tokenizer=tokenizer
+def _preparation_rate(path: Path, pool: EncodingPool, dtype: np.dtype, out: Path) -> float:
+    """Tokens per second from a file to shards on disk."""
+    out.mkdir()
+    plan = SplitPlan(
+        name="train",
+        corpus=LocalFiles([path]),
+        held_out=False,
+        dtype=dtype,
+        shard_tokens=SHARD_TOKENS,
+        max_tokens=None,
     )
-    return prepare(settings, show_progress=False)["tokens_per_second"]
+    progress = SplitProgress()
+    began = time.perf_counter()
+    write_split(out, plan, progress, pool, save=lambda: None, report=lambda *_: None)
+    return progress.tokens / (time.perf_counter() - began)

@@ -21,8 +21,7 @@ from typing import Any, Protocol
 from gns_pretrain.errors import InputError
 
 BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenising, long against the cost of sending it
-JSON_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".parquet")
 
 Cursor = dict[str, Any]  # JSON, opaque to everyone but the corpus that made it
 
@@ -52,8 +51,9 @@ class Corpus(Protocol):
 
 def parse_texts(batch: RecordBatch) -> list[str]:
     """The texts of a batch; InputError names the file and the line that hold none."""
+    unit = "line" if batch.records and isinstance(batch.records[0], bytes) else "record"
     return [
-        _text_of(record, f"{batch.origin}, record {number}")
+        _text_of(record, f"{batch.origin}, {unit} {number}")
         for number, record in enumerate(batch.records, start=batch.first_record)
         if record is None or isinstance(record, str) or not record.isspace()
     ]
@@ -72,7 +72,9 @@ def find_files(patterns: list[str], setting: str) -> list[Path]:
     """The files that paths and globs name, sorted; InputError names the setting and the pattern."""
     paths: set[Path] = set()
     for pattern in patterns:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207 (absolute too)
+        # Path.glob takes no absolute patterns; a name with brackets may exist as it stands.
+        names = glob.glob(pattern, recursive=True)  # noqa: PTH207
+        found = [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in names]
         if not found:
             raise InputError(f"{setting}={pattern} matches no file; give a path or a quoted glob")
         paths.update(found)

@@ -39,6 +39,7 @@ FORMAT = 1  # raise it when the code below makes other tokens from the same pack
 MAX_BYTES = 16_000_000  # of text
 VALIDATION_FRACTION = 0.02  # of the files
 BPE_EVERY = 4  # the BPE is trained on every fourth document: a quarter of the time, 1 % more tokens
+MAX_PROCESSES = 16  # more would spend their time on starting
 DOCUMENTS_AT_ONCE = 256  # about 2 MB of text
 
 
@@ -117,9 +118,8 @@ def gather_documents() -> dict[str, str]:
     documents: dict[str, str] = {}
     seen: set[str] = set()
     num_bytes = 0
-    for name, docstrings in zip(
-        files, extract(list(files.values()), available_cores()), strict=True
-    ):
+    found = extract(list(files.values()), min(available_cores(), MAX_PROCESSES))
+    for name, docstrings in zip(files, found, strict=True):
         new = [text for text in dict.fromkeys(docstrings) if text not in seen]
         seen.update(new)
         document = "\n\n".join(new)

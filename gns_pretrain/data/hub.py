@@ -18,15 +18,11 @@ class HubDataset:
             no hub.
         name: configuration of the data set (en), if it has several.
         split: a split of the data set.
-        data_files: local files by split.
+        data_files: local files of this split.
     """
 
     def __init__(
-        self,
-        path: str,
-        name: str | None,
-        split: str,
-        data_files: dict[str, list[str]] | None = None,
+        self, path: str, name: str | None, split: str, data_files: list[str] | None = None
     ):
         try:
             from datasets import load_dataset_builder
@@ -37,7 +33,9 @@ class HubDataset:
         self._label = " ".join(filter(None, [path, name, split]))
         self._split = split
         try:
-            self._builder = load_dataset_builder(path, name, data_files=data_files)
+            # Of this split alone: the library takes the columns of the first split for all.
+            files = {split: data_files} if data_files else None
+            self._builder = load_dataset_builder(path, name, data_files=files)
             self._builder.as_streaming_dataset(split=split)
         except Exception as error:
             raise InputError(

@@ -36,9 +36,10 @@ def open_corpora(settings: PrepareSettings, files: dict[str, list[Path]]) -> dic
     parts = {split: "train" if settings.validation_fraction else split for split in SPLITS}
     if settings.source == "local":
         return {split: LocalFiles(files[part]) for split, part in parts.items()}
-    data_files = {name: [str(path) for path in paths] for name, paths in files.items() if paths}
     return {
-        split: HubDataset(settings.dataset, settings.dataset_config, part, data_files or None)
+        split: HubDataset(
+            settings.dataset, settings.dataset_config, part, [str(path) for path in files[part]]
+        )
         for split, part in parts.items()
     }
 

@@ -55,8 +55,14 @@ class PreparationBar:
         """Show tokens written so far, and the fraction (0 to 1) of the split that is done."""
         now = time.perf_counter()
         if split not in self._tasks:
-            task = self._bars.add_task(split, total=1.0, millions=0.0, thousands=0.0)
+            task = self._bars.add_task(split, total=None, millions=0.0, thousands=0.0)
             self._tasks[split] = (task, now, tokens)
         task, began, tokens_at_start = self._tasks[split]
         rate = (tokens - tokens_at_start) / max(now - began, 1e-9)
-        self._bars.update(task, completed=fraction, millions=tokens / 1e6, thousands=rate / 1e3)
+        self._bars.update(
+            task,
+            completed=fraction,
+            total=1.0 if fraction else None,  # a stream may not know its length
+            millions=tokens / 1e6,
+            thousands=rate / 1e3,
+        )

@@ -18,17 +18,13 @@ VERIFY_BELOW_BYTES = 2**28  # of shards: hashing them takes about a second
 
 @dataclass
 class DataSettings:
-    """The text of a run; see docs for the folder's format."""
+    """The text of a run."""
 
-    path: str = (
-        EMBEDDED  # "embedded" (documentation of installed packages), or a folder of token shards
-    )
+    path: str = EMBEDDED  # that word (docstrings of installed packages), or a folder of shards
     sequence_length: int = 256  # tokens the model sees at once; 2048 in the paper
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json
-    verify: bool | None = (
-        None  # check each shard's sha256 first; null: if there are less than 256 MiB of them
-    )
+    verify: bool | None = None  # check the shards' sha256 first; null: if they are below 256 MiB
     embedded_vocab_size: int = 4096  # entries of the BPE trained on the embedded text
 
     def __post_init__(self) -> None:

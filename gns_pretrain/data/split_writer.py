@@ -90,6 +90,7 @@ def write_split(
         )
     progress.documents, progress.done = documents, True
     save()
+    report(plan.name, written, 1.0)
 
 
 class _ShardBuffer:

@@ -5,10 +5,7 @@ A checkpoint is a folder `step_00001200/`: torch.distributed.checkpoint's files,
 and renamed when all of it is on disk, so a folder with that name is whole.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +25,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from gns_pretrain.distributed.checkpoint_files import (
+    checkpoint_folders,
+    damage,
+    digests_of,
+    pick_whole,
+    prepare,
+    publish,
+    seal,
+    write_json,
+)
 from gns_pretrain.distributed.collectives import from_main, gathered
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.sharding import unwrapped
@@ -35,11 +42,9 @@ from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
 from gns_pretrain.state import TrainState
 
-MANIFEST, TRAIN_STATE, MODEL = "manifest.json", "train_state.json", "model.json"
-GENERATORS = "generators.pt"
+TRAIN_STATE, MODEL, GENERATORS = "train_state.json", "model.json", "generators.pt"
 # torch's own is a BaseException; it holds what each rank met.
 SAVE_ERRORS = (OSError, RuntimeError, CheckpointException)
-FOLDER = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
@@ -193,33 +198,11 @@ def restore_generators(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def prepare(folder: Path) -> None:
-    """An empty folder to write in; what an interrupted save left goes."""
-    for stale in folder.parent.glob(".unfinished_*"):
-        shutil.rmtree(stale)
-    folder.mkdir(parents=True)
-
-
 def write_state(folder: Path, model: nn.Module, state: TrainState) -> None:
     """What is not a sharded tensor: the run's position, the model's shape, the generators."""
     write_json(folder / TRAIN_STATE, state.as_dict())
     write_json(folder / MODEL, asdict(unwrapped(model).config))
     torch.save(generator_states(), folder / GENERATORS)
-
-
-def digests_of(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of the files that this rank wrote."""
-    return {
-        path.name: digest(path) for path in sorted(folder.iterdir()) if owner_of(path.name) == rank
-    }
-
-
-def seal(folder: Path, digests: list[dict[str, tuple[int, str]]]) -> None:
-    """Write the manifest and wait until all of the folder is on the disk."""
-    manifest = {name: entry for part in digests for name, entry in part.items()}
-    write_json(folder / MANIFEST, manifest)
-    for path in [*folder.iterdir(), folder]:
-        flush_to_disk(path)
 
 
 def load_model(checkpoint: Path) -> Llama:
@@ -239,89 +222,6 @@ def load_model(checkpoint: Path) -> Llama:
         dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
     model.load_state_dict(tensors["model"])
     return model
-
-
-def checkpoint_folders(directory: Path) -> list[Path]:
-    """All checkpoints, newest first; unfinished ones do not count."""
-    if not directory.is_dir():
-        return []
-    found = [
-        (int(match[1]), path)
-        for path in directory.iterdir()
-        if path.is_dir() and (match := FOLDER.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def pick_whole(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that is damaged."""
-    damaged: list[str] = []
-    for folder in checkpoint_folders(directory):
-        reason = damage(folder)
-        if reason is None:
-            return folder, damaged
-        damaged.append(f"checkpoint {folder} is damaged ({reason})")
-    return None, damaged
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if nothing is.
-
-    torch.distributed.checkpoint loads a flipped byte without a word, hence hashes of our own.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or not JSON"
-    for name, (size, sha256) in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if digest(path)[1] != sha256:
-            return f"{name} is not the one that was written: its sha256 differs"
-    return None
-
-
-def digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), sha256
-
-
-def owner_of(file_name: str) -> int:
-    """The rank that wrote a file: `__<rank>_<n>.distcp` is torch's name, the rest is the main's."""
-    match = re.fullmatch(r"__(\d+)_\d+\.distcp", file_name)
-    return int(match[1]) if match else 0
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Readable JSON; floats keep every bit."""
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def publish(unfinished: Path, target: Path) -> None:
-    """Rename a complete folder into place; a damaged one of that name is set aside, not deleted."""
-    if target.exists():
-        aside = next(
-            path
-            for n in range(1, 1000)
-            if not (path := target.with_name(f"damaged_{n}_{target.name}")).exists()
-        )
-        target.rename(aside)
-    unfinished.rename(target)
-    flush_to_disk(target.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def root_cause(error: BaseException) -> str:

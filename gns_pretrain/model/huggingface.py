@@ -47,6 +47,8 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
         save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
         _write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
+        # safetensors writes for its owner's eyes only; everything else follows the umask.
+        shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
         if text.tokenizer is not None:
             _copy_tokenizer(unfinished, text, model.config.known_vocab_size)
 

@@ -49,12 +49,8 @@ def instantiate(settings: CustomSettings, groups: list[Group]) -> torch.optim.Op
         InputError: there is no such class, it is no optimizer, or it refuses its arguments.
     """
     kind = optimizer_class(settings.class_path)
-    keywords = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in (settings.kwargs or {}).items()
-    }
     try:
-        optimizer = kind(groups, lr=settings.lr, **keywords)
+        optimizer = kind(groups, lr=settings.lr, **(settings.kwargs or {}))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"optimizer.kwargs={settings.kwargs} with optimizer.lr={settings.lr} is not what "

@@ -99,9 +99,13 @@ def sign_step(
         shrink: 1 - lr * weight_decay.
         rate: -lr.
     """
-    if momenta:
-        weight: Any = [gain] * len(momenta) if isinstance(gain, Tensor) else gain
-        torch._foreach_lerp_(momenta, gradients, weight)
+    if momenta and isinstance(gain, Tensor):
+        # lerp's own formula: with a tensor for its weight it compiles to code four times as slow.
+        differences = torch._foreach_sub(gradients, momenta)
+        torch._foreach_mul_(differences, gain)
+        torch._foreach_add_(momenta, differences)
+    elif momenta:
+        torch._foreach_lerp_(momenta, gradients, float(gain))
     signs = torch._foreach_sign(momenta or gradients)
     torch._foreach_mul_(weights, shrink)
     torch._foreach_mul_(signs, rate)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.distributed.gradient_tap import unsharded_weights
 from gns_pretrain.distributed.mesh import ParallelSettings, Place, joined
 from gns_pretrain.distributed.noise_meter import NoiseMeter
 from gns_pretrain.distributed.sharding import parallelize, unwrapped
+from gns_pretrain.distributed.tapped_weights import unsharded_weights
 from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings, build_adamw

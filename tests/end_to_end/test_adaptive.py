@@ -20,7 +20,7 @@ MEASURED = (
     "noise_scale.every_steps=2",
     "micro_batch_size=1",
     "batch_size.micro_batch_max=2",
-    "metrics.log_every=1",
+    "metrics.log_every=4",
 )
 # Without smoothing to speak of and with a small theta the batch of this tiny model grows at once.
 ADAPTIVE = (
@@ -74,6 +74,11 @@ def test_every_step_has_the_size_that_was_decided_and_its_samples(whole):
         assert step["batch_size"] == size == step["micro_batch_size"] * step["accumulation"]
         assert step["accumulation"] >= 8
         assert (step["samples"], step["tokens"]) == (samples, samples * SEQUENCE_LENGTH)
+
+
+def test_lines_stand_in_the_order_of_their_steps(whole):
+    steps = [record["step"] for record in lines(whole)]
+    assert steps == sorted(steps)
 
 
 def test_budget_and_evaluation_are_counted_in_tokens(whole):
@@ -152,7 +157,7 @@ def test_killed_around_a_change_it_ends_with_the_same_lines(
     assert lines(tmp_path) == lines(whole)
 
 
-def test_shadows_say_what_they_would_choose_and_change_nothing(tmp_path, shards):
+def test_shadows_say_what_they_would_choose_and_change_nothing(whole, tmp_path, shards):
     alone, watched = tmp_path / "alone", tmp_path / "watched"
     shadows = "{theta: 0.5, decide_every_steps: 3}, {policy: norm_test, theta: 0.3, name: norm}"
     for folder, more in (
@@ -172,8 +177,10 @@ def test_shadows_say_what_they_would_choose_and_change_nothing(tmp_path, shards)
         path = [line for line in told if line["policy"] == name]
         assert path[0]["from"] == 8
         assert all(before["to"] == after["from"] < after["to"] for before, after in pairwise(path))
-    # The first decision is that of the run that followed the same policy: nothing differed yet.
-    assert path[0]["step"] % 3 == 0 or name == "norm"
+    # Until its first change the run that followed the same policy was the same run.
+    chosen = next(line for line in told if line["policy"].startswith("adaptive"))
+    followed = of_kind(lines(whole), "batch_size")[0]
+    assert chosen == followed | {"kind": "shadow", "policy": chosen["policy"]}
 
 
 def test_mistake_is_refused_in_one_line_before_anything_is_written(tmp_path, shards):

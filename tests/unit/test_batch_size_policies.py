@@ -162,6 +162,13 @@ def test_target_without_bound_is_held_to_what_the_budget_has_left(noise):
     assert decided(noise, position=before(10, sequences_left=50)) is None
 
 
+def test_size_rounded_up_past_what_the_budget_has_left_is_rounded_down():
+    left = before(10, sequences_left=110)
+    decision = decided(100.0, theta=1.0, rounding="up", position=left)
+    assert decision.split.batch_size == 96
+    assert "what the budget has left" in decision.why
+
+
 def test_measurements_of_another_geometry_or_estimate_are_not_read():
     it, averages = controller(), {}
     it.include(averages, measured(100.0, geometry="euclidean"))

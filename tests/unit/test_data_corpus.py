@@ -52,7 +52,7 @@ def hub_stream(folder: Path) -> Corpus:
     pytest.importorskip("datasets")
     gzip_files(folder)
     paths = [str(folder / name) for name in ("a.json.gz", "b.json.gz")]
-    return HubDataset("json", None, "train", {"train": paths})
+    return HubDataset("json", None, "train", paths)
 
 
 def halves() -> tuple[list[str], list[str]]:
@@ -109,12 +109,12 @@ def test_held_out_part_is_a_fraction_that_depends_on_the_text_alone():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "bad \xff"}\n', "record 3: not UTF-8"),
-        (b'{"text": "\\ud800"}\n', "record 3: not UTF-8"),
-        (b'{"text": "cut sh', "record 3: not JSON"),
-        (b'{"txt": "misnamed"}\n', "record 3: no `text`"),
-        (b'{"text": null}\n', "record 3: no `text`"),
-        (b"[1]\n", "record 3: no `text`"),
+        (b'{"text": "bad \xff"}\n', "line 3: not UTF-8"),
+        (b'{"text": "\\ud800"}\n', "line 3: not UTF-8"),
+        (b'{"text": "cut sh', "line 3: not JSON"),
+        (b'{"txt": "misnamed"}\n', "line 3: no `text`"),
+        (b'{"text": null}\n', "line 3: no `text`"),
+        (b"[1]\n", "line 3: no `text`"),
     ],
 )
 def test_bad_record_is_named_with_its_line(tmp_path, line, message):
@@ -160,13 +160,23 @@ def test_file_that_a_stream_cannot_read_is_named(tmp_path, content):
     pytest.importorskip("datasets")
     good, bad = write_gzip(tmp_path / "a.json.gz", TEXTS), tmp_path / "b.json.gz"
     bad.write_bytes(content)
-    stream = HubDataset("json", None, "train", {"train": [str(good), str(bad)]})
+    stream = HubDataset("json", None, "train", [str(good), str(bad)])
     with pytest.raises(InputError, match=r"b\.json\.gz"):
         list(stream.batches(None))
 
 
+def test_columns_beside_the_text_may_differ_between_splits(tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b'{"text": "bare"}\n{"text": "odd", "timestamp": "noon"}\n')
+    texts = [
+        parse_texts(batch) for batch in HubDataset("json", None, "x", [str(path)]).batches(None)
+    ]
+    assert texts == [["good", "bare", "odd"]]
+
+
 def test_split_that_a_data_set_lacks_is_named(tmp_path):
     pytest.importorskip("datasets")
-    path = write_gzip(tmp_path / "a.json.gz", TEXTS)
-    with pytest.raises(InputError, match="json validation cannot be opened"):
-        HubDataset("json", None, "validation", {"train": [str(path)]})
+    write_gzip(tmp_path / "train.json.gz", TEXTS)
+    with pytest.raises(InputError, match=r"validation cannot be opened .*Bad split: validation"):
+        HubDataset(str(tmp_path), None, "validation")

@@ -276,7 +276,7 @@ def test_bad_document_leaves_nothing_behind(inputs, tmp_path, split, workers):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(as_line("good") + b'{"text": "bad \xff"}\n')
     settings = settings_for(inputs, tmp_path / "out", workers=workers, **{split: [str(bad)]})
-    with pytest.raises(InputError, match=r"bad\.jsonl, record 2: not UTF-8"):
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: not UTF-8"):
         run(settings)
     assert not (tmp_path / "out").exists()
 
@@ -384,6 +384,6 @@ def test_command_ends_bad_input_with_2_and_one_line(inputs, tmp_path):
     assert result.returncode == 2
     last_line = result.stderr.splitlines()[-1]
     assert last_line.startswith("error: ")
-    assert "bad.jsonl, record 1: not JSON" in last_line
+    assert "bad.jsonl, line 1: not JSON" in last_line
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -70,6 +70,7 @@ def test_llama_3_2_1b_has_the_published_number_of_parameters():
         ({"num_layers": -1}, "model.num_layers=-1"),
         ({"vocab_size": 0}, "model.vocab_size=0"),
         ({"rope_theta": float("nan")}, "model.rope_theta=nan"),
+        ({"rope_theta": float("inf")}, "model.rope_theta=inf"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
     ],
 )

@@ -20,7 +20,7 @@ def random_model(**changes):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():  # larger than at the start, so that mistakes show
-            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
     return model
 
 

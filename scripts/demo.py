@@ -1,0 +1,82 @@
+"""The demo of `make train`: an adaptive batch against a constant one, on the same token budget.
+
+    python scripts/demo.py                      both runs, a table and a picture
+    python scripts/demo.py seed=1               settings for both, as for train.py
+
+Started again it goes on where it was; finished runs are not trained twice.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.results.picture import draw_runs
+from gns_pretrain.results.runs import RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}
+
+
+def main() -> int:
+    """Exit code of the first run that did not finish, else 0."""
+    settings = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in settings):
+        sys.stdout.write(__doc__ or "")
+        return 0
+    for label, experiment in RUNS.items():
+        Console(soft_wrap=True).print(f"\n{label}: python train.py +experiment=demo/{experiment}")
+        command = [sys.executable, "train.py", f"+experiment=demo/{experiment}", *settings]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if code:
+            return code
+    try:
+        compare(settings)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def compare(settings: list[str]) -> None:
+    """Print the closing table and save the picture beside the runs."""
+    given = dict(word.split("=", 1) for word in settings if "=" in word)
+    outputs = ROOT / given.get("output_directory", "outputs")
+    seed = given.get("seed", "0")
+    runs = {
+        label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
+        for label, experiment in RUNS.items()
+    }
+    picture = outputs / f"demo-seed{seed}.png"
+    draw_runs(runs, picture)
+    console = Console(soft_wrap=True)
+    console.print(closing_table(runs))
+    console.print(f"picture: {picture}")
+
+
+def closing_table(runs: dict[str, RunRecord]) -> Table:
+    """Steps, tokens, loss and time of each run."""
+    table = Table(title="the same tokens, taken in batches of different size")
+    table.add_column("")
+    columns = ("steps", "tokens", "batch at the end", "validation loss", "tokens/s", "training")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for label, run in runs.items():
+        summary = run.summary
+        table.add_row(
+            label,
+            f"{summary['steps']:,}",
+            f"{summary['tokens']:,}",
+            f"{summary['batch_size']:,}",
+            f"{summary['validation_loss']:.4f}",
+            f"{summary['tokens_per_second']:,.0f}",
+            f"{summary['seconds']:.0f} s",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

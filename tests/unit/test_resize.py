@@ -1,0 +1,115 @@
+"""Measuring leaves no memory behind, and other ranks take over the batch of a state."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from gns_pretrain import loop
+from gns_pretrain.batch_size import BatchSizeSettings
+from gns_pretrain.build import controllers
+from gns_pretrain.launch import launch
+from gns_pretrain.metrics.settings import MetricsSettings
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.resize import fit_to_ranks
+from gns_pretrain.state import TrainState
+from tests.settings import SEQUENCE_LENGTH, small_run
+
+EVERY = 4
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors of this process, each storage once, less the sequences read ahead."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.dtype != torch.int64:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("geometry", ["manhattan", "nuclear"])
+def test_memory_stays_what_it_was_after_the_first_measurement(
+    geometry, tmp_path, shards, monkeypatch
+):
+    seen = {}
+    take = loop.one_step
+
+    def take_and_weigh(run, log):
+        readings = take(run, log)
+        log.flush()
+        gc.collect()
+        seen[run.state.step] = live_bytes()
+        return readings
+
+    monkeypatch.setattr(loop, "one_step", take_and_weigh)
+    config = small_run(
+        tmp_path,
+        shards,
+        micro_batch_size=1,
+        noise_scale=NoiseScaleSettings(geometries=[geometry], every_steps=EVERY),
+        # The batch grows by accumulation: the micro-batch keeps its size.
+        batch_size=BatchSizeSettings(
+            initial=8,
+            policy="linear_ramp",
+            ramp_size=32,
+            ramp_tokens=15 * 8 * SEQUENCE_LENGTH,
+        ),
+        metrics=MetricsSettings(log_every=1, progress="never"),
+    )
+    assert launch(config) == 0
+    measured = [seen[step] for step in sorted(seen) if step == 1 or step % EVERY == 0]
+    assert len(measured) >= 3
+    assert set(measured) == {measured[0]}
+    assert max(seen.values()) == measured[0]
+
+
+class Told:
+    """A record that keeps what it is told."""
+
+    def __init__(self):
+        self.changes = []
+
+    def batch_size_changed(self, **values):
+        self.changes.append(values)
+
+
+def moved(batch_size: int, *, num_ranks: int) -> tuple[TrainState, list[dict]]:
+    """A state of 8 sequences at first, taken over by other ranks in the middle of its run."""
+    config = small_run(
+        Path("outputs"),
+        Path("data"),
+        micro_batch_size=2,
+        batch_size=BatchSizeSettings(initial=8, policy="adaptive", micro_batch_max=4),
+        noise_scale=NoiseScaleSettings(geometries=["manhattan"], min_samples=4),
+    )
+    state = TrainState(batch_size, micro_batch_size=99, step=7, lr_multiplier=7.0)
+    record = Told()
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    (controller,) = controllers(config, num_ranks=num_ranks)
+    fit_to_ranks(state, controller, optimizer, record)
+    return state, record.changes
+
+
+@pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(1, 4), (2, 4), (4, 4), (8, 2)])
+def test_batch_that_the_ranks_can_take_is_kept(num_ranks, micro_batch_size):
+    state, changes = moved(16, num_ranks=num_ranks)
+    assert (state.batch_size, state.micro_batch_size) == (16, micro_batch_size)
+    assert state.lr_multiplier == 7.0
+    assert changes == []
+
+
+def test_batch_that_the_ranks_cannot_take_becomes_the_next_larger_with_its_learning_rate():
+    # 3 ranks take 2 micro-batches each, of 2 to 4 sequences: 12, 18, 24, then 36.
+    state, changes = moved(26, num_ranks=3)
+    assert (state.batch_size, state.micro_batch_size) == (36, 4)
+    assert state.lr_multiplier == 4.5**0.5
+    (change,) = changes
+    assert (change["step"], change["previous"], change["new"], change["target"]) == (
+        8,
+        26,
+        36,
+        None,
+    )
+    assert "26 is not feasible on 3 ranks" in change["why"]
