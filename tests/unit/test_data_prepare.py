@@ -316,6 +316,15 @@ def test_bpe_is_trained_on_the_first_training_documents(inputs, tmp_path):
     )
 
 
+def test_bpe_sees_no_held_out_document(inputs, tmp_path):
+    settings = {"tokenizer": None, "train_bpe": 280, "train_bpe_documents": 50}
+    held_out = {"validation": [], "validation_fraction": 0.3}
+    run(settings_for(inputs, tmp_path / "out", **settings, **held_out))
+    kept = [text for text in TRAIN if not is_held_out(text, 0.3)]
+    placed = (tmp_path / "out" / "tokenizer.json").read_text()
+    assert placed == train_bpe(kept[:50], 280).to_str()
+
+
 def test_folder_in_use_is_refused(inputs, tmp_path):
     with folder_lock(tmp_path, wait=False), pytest.raises(InputError, match="another process"):
         run(settings_for(inputs, tmp_path))
