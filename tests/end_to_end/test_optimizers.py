@@ -17,6 +17,7 @@ from gns_pretrain.optim.muon import MuonSettings
 from gns_pretrain.optim.settings import OptimizerSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.specsgd import SpecSGDSettings
+from gns_pretrain.optim.spectral import SpectralSettings
 from tests.distributed.harness import run_ranks
 from tests.end_to_end import commands
 from tests.settings import small_run, without_times
@@ -51,7 +52,10 @@ def check_training(directory: Path) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_trains_and_goes_on_bit_for_bit_after_a_kill(rule, tmp_path, shards):
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    words = [f"optimizer={rule}", f"optimizer.lr={RULES[rule].lr}", "metrics.log_every=1"]
+    settings = RULES[rule]
+    words = [f"optimizer={rule}", f"optimizer.lr={settings.lr}", "metrics.log_every=1"]
+    if isinstance(settings, SpectralSettings):
+        words.append(f"optimizer.adamw.lr={settings.adamw.lr}")
     whole, killed = (commands.arguments(folder, shards, *words, steps=STEPS) for folder in folders)
     assert commands.run(whole, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     check_training(folders[0] / "small")
