@@ -60,8 +60,8 @@ def compare(settings: list[str]) -> None:
 def closing_table(runs: dict[str, RunRecord]) -> Table:
     """Steps, tokens, loss and time of each run."""
     table = Table(title="the same tokens, taken in batches of different size")
-    table.add_column("")
-    columns = ("steps", "tokens", "batch at the end", "validation loss", "tokens/s", "training")
+    table.add_column("", no_wrap=True)
+    columns = ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training")
     for column in columns:
         table.add_column(column, justify="right")
     for label, run in runs.items():
