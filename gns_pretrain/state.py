@@ -17,6 +17,7 @@ class TrainState:
     samples: int = 0  # sequences consumed
     tokens: int = 0  # tokens predicted
     lr_multiplier: float = 1.0  # from the batch size, on top of the schedule
+    recent_noise_scales: dict[str, list[float]] = field(default_factory=dict)  # newest last
     averages: dict[str, dict[str, float]] = field(default_factory=dict)  # noise and signal
     shadow_batch_sizes: dict[str, int] = field(default_factory=dict)  # of policies only logged
 

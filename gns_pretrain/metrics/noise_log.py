@@ -1,5 +1,6 @@
 """A measurement of the noise scale, on its way into its averages and into the record."""
 
+import statistics
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,8 @@ from gns_pretrain.metrics.record import Record
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.smoothing import Averages, include, smoothed
 from gns_pretrain.state import TrainState
+
+SPREAD_OVER = 10  # measurements
 
 
 def note_noise(
@@ -36,8 +39,21 @@ def note_noise(
         noise_scale_ema=ema.noise_scale,
         num_samples=total.num_samples,
         seconds=reading.seconds,
+        spread=spread_of_last(state, key, total.noise_scale),
         **parts_of(reading),
     )
+
+
+def spread_of_last(state: TrainState, key: str, noise_scale: float | None) -> float | None:
+    """Standard deviation of the last single noise scales, in sequences; None below two of them.
+
+    It stands in for an interval, which would need every sample's gradient.
+    """
+    recent = state.recent_noise_scales.setdefault(key, [])
+    if noise_scale is not None:
+        recent.append(noise_scale)
+        del recent[:-SPREAD_OVER]
+    return statistics.stdev(recent) if len(recent) > 1 else None
 
 
 def parts_of(reading: Reading) -> dict[str, Any]:

@@ -1,0 +1,15 @@
+import pytest
+
+from gns_pretrain.metrics.noise_log import SPREAD_OVER, spread_of_last
+from gns_pretrain.state import TrainState
+
+
+def test_spread_is_the_deviation_of_the_last_measurements_and_skips_those_without_signal():
+    state = TrainState(batch_size=8, micro_batch_size=2)
+    assert spread_of_last(state, "manhattan/plug_in", 3.0) is None
+    assert spread_of_last(state, "manhattan/plug_in", None) is None
+    # 3 and 5: one apart from their mean on either side, so sqrt(2).
+    assert spread_of_last(state, "manhattan/plug_in", 5.0) == pytest.approx(2**0.5)
+    for _ in range(SPREAD_OVER):
+        last = spread_of_last(state, "manhattan/plug_in", 7.0)
+    assert last == 0.0
