@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from gns_pretrain.build import settings_from
 from gns_pretrain.composition_errors import as_input_error
 from gns_pretrain.config import register_schemas
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import launch, say
 
 
@@ -29,5 +29,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
     try:
         main()
+    except (InputError, TrainingError) as error:  # of a sweep as a whole
+        sys.exit(say(error))
     except Exception as error:
         sys.exit(say(as_input_error(error)))

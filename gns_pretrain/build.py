@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -54,13 +54,37 @@ def settings_from(node: DictConfig) -> Config:
     Raises:
         InputError: a setting breaks a rule or is still missing.
     """
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise InputError(f"{missing[0]} has no value; give it one, as in: {missing[0]}=...")
+    values = flattened(
+        cast(dict[str, Any], OmegaConf.to_container(node))
+    )  # ${...} as it is written
+    missing = {key for key, value in values.items() if value == "???"}
+    for key, value in values.items():
+        source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))
+        if source and source[1] in missing:
+            raise InputError(missing_of_scale(source[1], values["scale.name"]))
+        if key in missing and not key.startswith("scale."):
+            raise InputError(f"{key} has no value; give it one, as in: {key}=...")
+    for key in missing:  # of the scale: no role of this run reads it
+        OmegaConf.update(node, key, None)
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     refuse_additions(config)
     return config
+
+
+def missing_of_scale(number: str, scale: str) -> str:
+    """What to do about a number that an experiment needs and its scale does not have."""
+    optimizer = re.fullmatch(r"scale\.(\w+)\.\w+", number)
+    if scale == "none":
+        way_out = "choose a scale that has it, as in: scale=demo"
+    elif optimizer:
+        way_out = (
+            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it; then give {number}=..., "
+            f"or write it into conf/scale/{scale}.yaml"
+        )
+    else:
+        way_out = f"give it one, as in: {number}=..."
+    return f"{number} has no value at scale={scale}; {way_out}"
 
 
 def refuse_additions(settings: Any, prefix: str = "") -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import MISSING, OmegaConf
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings
@@ -28,6 +29,8 @@ from gns_pretrain.optim.settings import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.specsgd import SpecSGDSettings
+from gns_pretrain.run_directory import changes_the_run
+from gns_pretrain.scale import ScaleSettings
 from gns_pretrain.schedule import ScheduleSettings
 
 CHOICES = {
@@ -61,6 +64,8 @@ class Config:
     output_directory: str = "outputs"
     resume: str = "auto"  # auto: go on where the run was | never: start over in a fresh folder
     seed: int = 0  # of the weights and of the data's order
+    table: str | None = None  # of the paper, that this run belongs to; null: none
+    cell: str | None = None  # its place in that table
     token_budget: int = MISSING  # tokens; the run ends with the first whole step that reaches it
     micro_batch_size: int = MISSING  # sequences that a rank takes through the model at once
     gradient_clip: float | None = 1.0  # joint norm; the paper's value; null clips nothing
@@ -77,6 +82,7 @@ class Config:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)
+    scale: ScaleSettings = field(default_factory=ScaleSettings)
 
     def __post_init__(self) -> None:
         """Check the top-level settings by themselves."""
@@ -97,10 +103,33 @@ class Config:
             raise InputError(
                 f"gradient_clip={self.gradient_clip} must be positive; null clips nothing"
             )
+        if self.table == "table3" and self.scale.table3 not in (None, self.scale.name):
+            raise InputError(
+                f"scale={self.scale.name} is not of Table 3's larger model; "
+                f"use scale={self.scale.table3}"
+            )
+
+
+def overridden() -> str:
+    """The settings on the command line that make this run another one: `-optimizer.lr=0.001`.
+
+    Experiments end their run_name with it, `${overridden:}`, so that whatever is swept has a folder
+    of its own. Their own choice, the scale and the seed stand in the name already; what changes
+    only how and where a run computes stays out of it.
+    """
+    if not HydraConfig.initialized():
+        return ""
+    named = ("experiment", "sweep", "scale", "seed", "run_name")
+    words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
+    own = sorted(
+        word for word in words if (key := word.split("=")[0]) not in named and changes_the_run(key)
+    )
+    return "".join("-" + re.sub(r"[^A-Za-z0-9._=,+-]", "", word) for word in own)
 
 
 def register_schemas() -> None:
     """Tell Hydra the dataclasses; each group's YAML files begin from their schema."""
+    OmegaConf.register_new_resolver("overridden", overridden, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema_train", node=Config)
     for group, name, node in (

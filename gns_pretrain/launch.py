@@ -54,6 +54,18 @@ def launch(config: Config) -> int:
         InputError: before any process has started or any file was written.
     """
     place = place_from(os.environ)
+    directory, fingerprint = checked(config, place)
+    if place is None and config.launch.nproc_per_node > 1:
+        return start_ranks(config, directory, fingerprint, config.launch.nproc_per_node)
+    return run_rank(config, directory, fingerprint, place or Place())
+
+
+def checked(config: Config, place: Place | None) -> tuple[Path, str]:
+    """The run's folder and its data's fingerprint, once every rule is found kept.
+
+    Raises:
+        InputError: the first rule that is broken; nothing has been written.
+    """
     ranks = config.launch.nproc_per_node if place is None else place.num_ranks
     check_layout(config, num_ranks=ranks, ranks_per_node=place.ranks_per_node if place else ranks)
     directory = run_folder(config)
@@ -71,9 +83,7 @@ def launch(config: Config) -> int:
     fingerprint = data_fingerprint(splits)
     if config.resume == "auto":
         check_directory(directory, config, fingerprint)
-    if place is None and ranks > 1:
-        return start_ranks(config, directory, fingerprint, ranks)
-    return run_rank(config, directory, fingerprint, place or Place())
+    return directory, fingerprint
 
 
 def run_folder(config: Config) -> Path:

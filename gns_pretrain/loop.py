@@ -16,7 +16,7 @@ from gns_pretrain.distributed.noise_meter import NoiseMeter, Reading
 from gns_pretrain.evaluate import evaluate
 from gns_pretrain.metrics.noise_log import note_noise
 from gns_pretrain.metrics.record import Record
-from gns_pretrain.metrics.step_log import StepLog
+from gns_pretrain.metrics.step_log import StepLog, raise_unless_finite
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.groups import set_learning_rate
 from gns_pretrain.resize import note_shadow, resize
@@ -178,11 +178,16 @@ def meter_of_step(run: Run, accumulation: int) -> NoiseMeter | None:
 
 
 def validate(run: Run) -> None:
-    """Take the validation loss and record it."""
+    """Take the validation loss and record it.
+
+    Raises:
+        TrainingError: it is not finite: the step before has ruined the weights.
+    """
     loss = evaluate(
         run.model,
         run.validation_sequences,
         chunk=run.state.micro_batch_size,
         world=run.world,
     )
+    raise_unless_finite(run.state.step, "validation loss", loss)
     run.record.validation(step=run.state.step, tokens=run.state.tokens, loss=loss)

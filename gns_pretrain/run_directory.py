@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "model.activation_checkpointing",
     "data.path",  # the data itself is compared by its fingerprint
     "data.verify",
+    "scale",  # what a run takes from it stands in its own settings
 )
 
 
@@ -110,6 +111,11 @@ def refuse_another_run(
 def is_free(key: str) -> bool:
     """Whether a setting may change when a run is resumed."""
     return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+
+
+def changes_the_run(key: str) -> bool:
+    """Whether somebody who gives this setting asks for another run than without it."""
+    return key.startswith("scale.") or not is_free(key)
 
 
 def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:

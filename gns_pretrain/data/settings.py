@@ -20,7 +20,7 @@ VERIFY_BELOW_BYTES = 2**28  # of shards: hashing them takes about a second
 class DataSettings:
     """The text of a run."""
 
-    path: str = EMBEDDED  # that word (docstrings of installed packages), or a folder of shards
+    path: str = "???"  # embedded (docstrings of installed packages), or a folder of shards; given
     sequence_length: int = 256  # tokens the model sees at once; 2048 in the paper
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json

@@ -10,6 +10,8 @@ from typing import Any
 
 from gns_pretrain.errors import InputError, TrainingError
 
+TAIL_BYTES = 2**16  # hold many lines
+
 
 class JsonLines:
     """Appends records to a file; a record that was written survives a kill of this process.
@@ -70,6 +72,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         InputError: A whole line is not a JSON object with an integer "step".
     """
     return [_parse(path, number, line) for number, line in enumerate(_whole_lines(path), start=1)]
+
+
+def last_record(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The last whole record (of a kind), from the end of a long file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            file.seek(-min(size, TAIL_BYTES), os.SEEK_END)
+            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn
+    except OSError:
+        return {}
+    # The tail begins in the middle of a line.
+    records = (_parse(path, -1, line) for line in reversed(lines[size > TAIL_BYTES :]))
+    return next((record for record in records if kind in (None, record.get("kind"))), {})
 
 
 def truncate_after_step(path: Path, step: int) -> None:

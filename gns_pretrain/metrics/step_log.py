@@ -79,7 +79,8 @@ class StepLog:
         seconds = time.perf_counter() - self._since
         tokens = self._counters[-1]["tokens"] - self._tokens_at_last_flush
         for counters, loss, norm in zip(self._counters, *values, strict=True):
-            raise_unless_finite(counters["step"], loss, norm)
+            raise_unless_finite(counters["step"], "loss", loss)
+            raise_unless_finite(counters["step"], "gradient norm", norm)
             self._record.train(
                 **counters,
                 loss=loss,
@@ -93,12 +94,11 @@ class StepLog:
         self.restart_clock()
 
 
-def raise_unless_finite(step: int, loss: float, norm: float) -> None:
-    """Stop a run whose loss or gradient has left the finite numbers."""
-    for name, value in (("loss", loss), ("gradient norm", norm)):
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"step {step}: the {name} is {value}; the run stops, and its last checkpoint is "
-                "from before this step: lower optimizer.lr or look at the data, and start again "
-                "under another run_name"
-            )
+def raise_unless_finite(step: int, name: str, value: float) -> None:
+    """Stop a run one of whose losses, or whose gradient, has left the finite numbers."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"step {step}: the {name} is {value}, not finite; the run stops, and its last "
+            "checkpoint is from before this step: lower optimizer.lr or look at the data, and "
+            "start again under another run_name"
+        )

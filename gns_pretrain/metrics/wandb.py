@@ -1,9 +1,15 @@
-"""A Weights & Biases view of the run record; nothing is kept here that metrics.jsonl lacks."""
+"""A Weights & Biases view of the run record, and how its runs are read back.
+
+Nothing is kept there that metrics.jsonl lacks.
+"""
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.series import axes, series
 from gns_pretrain.metrics.settings import WandbSettings
 
@@ -82,3 +88,78 @@ class WandbView:
         if self._row:
             self._run.log(self._row)
             self._row = {}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as W&B tells it.
+
+    Args:
+        name: shown in the web.
+        config: the whole configuration, nested.
+        finished: whether it has spent its token budget; a running, failed or killed one has not.
+        steps: optimizer steps; 0 unless finished.
+        remote: the run of wandb's public API.
+    """
+
+    name: str
+    config: dict[str, Any]
+    finished: bool
+    steps: int
+    remote: Any
+
+    def validation(self) -> list[tuple[int, float]]:
+        """Steps and validation losses (nats per token) of its complete history.
+
+        Raises:
+            InputError: W&B cannot be reached.
+        """
+        import wandb
+
+        keys = ["trainer/step", "val/loss"]
+        points: list[tuple[int, float]] = []
+        try:
+            for row in self.remote.scan_history(keys=keys):
+                # What a resumed run did again replaces what it did before.
+                while points and points[-1][0] >= row["trainer/step"]:
+                    points.pop()
+                points.append((row["trainer/step"], row["val/loss"]))
+        except (wandb.Error, ValueError, OSError) as error:
+            raise _unreadable(f"the history of {self.name}", error) from error
+        return points
+
+
+def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> list[TrackedRun]:
+    """The runs of a project, through W&B's public API.
+
+    Args:
+        project: entity/project, or a project of the account's default entity.
+        filters: as the API's, e.g. {"config.table": "table2"}.
+
+    Raises:
+        InputError: wandb is not installed, or the project cannot be read.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("W&B is not installed; pip install 'gns-pretrain[tracking]'") from error
+    try:
+        remote = wandb.Api(timeout=_TIMEOUT_SECONDS).runs(
+            project, filters=dict(filters or {}), per_page=200, lazy=False
+        )
+        return [_tracked(run) for run in remote]
+    except (wandb.Error, ValueError, OSError) as error:
+        raise _unreadable(f"project {project}", error) from error
+
+
+def _tracked(run: Any) -> TrackedRun:
+    steps = run.summary.get("final/steps")
+    finished = run.state == "finished" and steps is not None
+    return TrackedRun(run.name, dict(run.config), finished, int(steps or 0), run)
+
+
+def _unreadable(what: str, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return InputError(
+        f"W&B: {what} cannot be read ({reason}); check its name, the network, and `wandb login`"
+    )

@@ -1,7 +1,8 @@
 """Each of the paper's five rules trains, and a killed run of it ends as if nothing had happened."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,6 @@ RULES: dict[str, OptimizerSettings] = {
 }
 
 
-class Killed(BaseException):
-    """Ends a run where it stands."""
-
-
 def lines(directory: Path) -> list[dict]:
     return [without_times(record) for record in read_records(directory / "metrics.jsonl")]
 
@@ -67,53 +64,62 @@ def test_rule_trains_and_goes_on_bit_for_bit_after_a_kill(rule, tmp_path, shards
     assert lines(folders[1] / "small") == lines(folders[0] / "small")
 
 
-@contextmanager
-def dying_after(steps: int) -> Iterator[None]:
-    """Each rank's run ends without a word when it takes its next step after `steps`."""
+def trained(place: Place, folder: Path, data: Path, rule: str, name: str) -> int:
+    """One rank's part of a run of two sharded ranks; returns its exit code."""
+    config = small_run(
+        folder,
+        data,
+        steps=STEPS,
+        run_name=name,
+        optimizer=RULES[rule],
+        parallel=ParallelSettings(kind="fsdp"),
+    )
+    here = replace(place, rendezvous=f"{place.rendezvous}-{name}")
+    return run_rank(config, folder / name, "data", here)
+
+
+def killed(place: Place, folder: Path, data: Path, rule: str) -> None:
+    """Every rank dies, by SIGKILL, as it begins its next step after KILLED_AFTER."""
+    end_at(KILLED_AFTER, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    trained(place, folder, data, rule, f"killed-{rule}")
+
+
+def end_at(steps: int, end: Callable[[], None]) -> None:
+    """Let something else happen in place of this process's next step after `steps`."""
     train_step, taken = loop.train_step, 0
 
     def mortal_step(*arguments: Any, **keywords: Any) -> Any:
         nonlocal taken
         if taken == steps:
-            raise Killed
+            end()
         taken += 1
         return train_step(*arguments, **keywords)
 
     loop.train_step = mortal_step
-    try:
-        yield
-    finally:
+
+
+def start_over_is_a_failure() -> None:
+    raise AssertionError("more steps than were lost: the run did not go on from its checkpoint")
+
+
+def whole_and_resumed(place: Place, folder: Path, data: Path) -> None:
+    """Every rule without a break, and what was killed of it from where it was saved."""
+    train_step = loop.train_step
+    for rule in RULES:
+        assert trained(place, folder, data, rule, f"whole-{rule}") == 0
+        end_at(STEPS - SAVED_AFTER, start_over_is_a_failure)
+        assert trained(place, folder, data, rule, f"killed-{rule}") == 0
         loop.train_step = train_step
-
-
-def run_each(place: Place, folder: Path, data: Path) -> None:
-    """One rank's part: every rule, and again with everything after its checkpoint lost."""
-    for rule, settings in RULES.items():
-
-        def trained(name: str, start: int = 0, settings: OptimizerSettings = settings) -> int:
-            config = small_run(
-                folder,
-                data,
-                steps=STEPS,
-                run_name=name,
-                optimizer=settings,
-                parallel=ParallelSettings(kind="fsdp"),
-            )
-            here = replace(place, rendezvous=f"{place.rendezvous}-{name}-{start}")
-            return run_rank(config, folder / name, "data", here)
-
-        assert trained(f"whole-{rule}") == 0
-        with dying_after(KILLED_AFTER), pytest.raises(Killed):
-            trained(f"killed-{rule}")
-        with dying_after(STEPS - SAVED_AFTER):  # more would be a run that started over
-            assert trained(f"killed-{rule}", start=1) == 0
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory, shards) -> Path:
     """The folder of all runs of two sharded ranks."""
     folder = tmp_path_factory.mktemp("on_two")
-    run_ranks(2, run_each, folder, folder, shards)
+    for rule in RULES:
+        with pytest.raises(AssertionError, match="ended without an answer"):
+            run_ranks(2, killed, folder, folder, shards, rule)
+    run_ranks(2, whole_and_resumed, folder, folder, shards)
     return folder
 
 

@@ -10,13 +10,28 @@ from gns_pretrain.build import OPTIMIZERS, as_yaml, settings_from
 from gns_pretrain.config import Config, register_schemas
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter
+from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama, count_parameters
 from tests.settings import odd_model
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent != CONF
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent != CONF and path.parent.name != "sweep"
 )
+TABLES = ("table2", "table3", "table8", "table9", "theta_sensitivity")
+CELLS = sorted(f"{p.parent.name}/{p.stem}" for t in TABLES for p in CONF.glob(f"experiment/{t}/*"))
+SCALES = ("demo", "h200", "paper", "paper_1b")
+TUNED = {
+    "signsgd": ["lr"],
+    "signum": ["lr", "momentum"],
+    "adamw": ["lr", "beta1", "beta2"],
+    "specsgd": ["lr", "adamw_lr"],
+    "muon": ["lr", "momentum", "adamw_lr"],
+}
+# Stands in for what a search has not found yet; no scale has it.
+ANY_TUNING = [f"scale.{name}.{key}=0.123" for name, keys in TUNED.items() for key in keys]
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 # Values that a user has to give.
 GIVEN = {
@@ -25,10 +40,114 @@ GIVEN = {
 }
 
 
-def composed(*overrides: str) -> Config:
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    """Hydra, initialised once for all files."""
     register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return settings_from(compose("train", overrides=list(overrides)))
+        yield
+
+
+def composed(*overrides: str) -> Config:
+    return settings_from(compose("train", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell_is_what_its_name_says_at_every_scale(cell):
+    table, name = cell.split("/")
+    for scale in SCALES:
+        if scale == ("paper" if table == "table3" else "paper_1b"):
+            continue  # Table 3 is the larger model's, and the other tables are not
+        config = composed(f"+experiment={cell}", f"scale={scale}", "seed=7", *ANY_TUNING)
+        assert (config.table, config.cell) == (table, name)
+        assert config.run_name == f"{table}-{name}-{scale}-seed7"
+        assert config.optimizer.lr == 0.123
+        assert config.metrics.wandb.job_type == config.batch_size.policy
+        assert config.metrics.wandb.group == f"{table}/{config.optimizer.name}"
+        if is_constant(name):
+            assert config.batch_size.policy == "constant"
+            assert config.noise_scale.geometries == []
+            assert config.metrics.wandb.tags == [scale]
+        else:
+            assert config.batch_size.policy == "adaptive"
+            assert config.noise_scale.geometries == [geometry_of(name)]
+            assert config.batch_size.geometry == geometry_of(name)
+            assert config.batch_size.theta == theta_of(name)
+            assert config.batch_size.lr_scaling == ("none" if "unscaled" in name else "sqrt")
+            assert config.metrics.wandb.tags == [scale, geometry_of(name), "plug_in"]
+
+
+def is_constant(name: str) -> bool:
+    first, last = name.split("_")[0], name.split("_")[-1]
+    return first == "constant" or (first in TUNED and last in ("small", "large", "baseline"))
+
+
+def geometry_of(name: str) -> str:
+    if "euclidean" in name:
+        return "euclidean"
+    return "nuclear" if name.split("_")[0] in ("specsgd", "muon") else "manhattan"
+
+
+def theta_of(name: str) -> float:
+    if "euclidean" in name:
+        return 0.3
+    return {"theta_low": 0.5, "theta_high": 0.7}.get(name, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("cell", "batch_size"),
+    [
+        ("table2/signsgd_small", 64),
+        ("table2/signsgd_adaptive", 256),
+        ("table2/signum_euclidean", 64),
+        ("table2/muon_large", 256),
+        ("table8/adaptive_middle_scaled", 128),
+        ("table9/manhattan_large", 256),
+        ("theta_sensitivity/theta_low", 64),
+    ],
+)
+def test_cell_begins_at_the_papers_batch(cell, batch_size):
+    config = composed(f"+experiment={cell}", "scale=paper", *ANY_TUNING)
+    assert config.batch_size.initial == batch_size
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_sweep_names_every_cell_of_its_table_once(table):
+    words = [f"+sweep={table}", "scale=paper"]
+    node = compose("train", overrides=words, return_hydra_config=True)
+    assert node.hydra.mode.name == "MULTIRUN"
+    cells = [word.strip() for word in node.hydra.sweeper.params["+experiment"].split(",")]
+    assert sorted(cells) == [cell for cell in CELLS if cell.startswith(table + "/")]
+    assert node.hydra.sweeper.params["seed"] == "range(0,10)"
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_search_covers_the_papers_space(name):
+    words = [f"+sweep=tune_{name}", "scale=demo"]
+    node = compose("train", overrides=words, return_hydra_config=True)
+    params = node.hydra.sweeper.params
+    rates = params["optimizer.lr"].split(",")
+    assert rates == [*(f"{x}e-4" for x in (1, 2, 4, 6, 8)), "1e-3", "2e-3", "4e-3", "8e-3", "1e-2"]
+    for key in TUNED[name]:
+        assert f"optimizer.{key}" in params or key == "adamw_lr"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "scale.muon.lr has no value at scale=none; choose a scale that has it"),
+        (["scale=paper"], r"scale.muon.lr has no value at scale=paper; \+sweep=tune_muon"),
+    ],
+    ids=["no-scale", "not-tuned"],
+)
+def test_number_that_the_scale_lacks_is_asked_for(overrides, line):
+    with pytest.raises(InputError, match=line):
+        composed("+experiment=table2/muon_adaptive", *overrides)
+
+
+def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
+    with pytest.raises(InputError, match="use scale=paper_1b"):
+        composed("+experiment=table3/signsgd_baseline", "scale=paper")
 
 
 def test_default_run_composes_and_names_itself():

@@ -129,7 +129,7 @@ def test_bad_record_is_named_with_its_line(tmp_path, line, message):
     [
         ("empty.jsonl", b""),
         ("empty.json.gz", b""),
-        ("nothing.json.gz", gzip.compress(b"")),
+        ("nothing.json.gz", gzip.compress(b"", mtime=0)),
         ("cut.json.gz", gzip.compress(GOOD * 500)[:-20]),
         ("other.json.gz", GOOD),
         ("cut.parquet", b"PAR1"),

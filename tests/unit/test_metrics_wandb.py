@@ -6,8 +6,11 @@ from types import ModuleType
 
 import pytest
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.settings import WandbSettings
-from gns_pretrain.metrics.wandb import WandbView
+from gns_pretrain.metrics.wandb import WandbView, tracked_runs
+from gns_pretrain.results.tables.command import TableRequest, make_table
+from tests.unit.run_records import configuration
 
 RUN = """
 import sys
@@ -165,3 +168,92 @@ def test_a_finished_run_shows_as_finished(library, tmp_path):
     view.finish({"tokens": 50})
     assert library.exit_codes == [0]
     assert library.summary == {"final/tokens": 50}
+
+
+class RemoteRun:
+    """A run as wandb's public API hands it out."""
+
+    def __init__(self, name, *, state="finished", steps=4, history=(), **config):
+        self.name, self.state, self.config = name, state, config
+        self.summary = {} if steps is None else {"final/steps": steps}
+        self.history = history
+
+    def scan_history(self, keys):
+        assert keys == ["trainer/step", "val/loss"]
+        return iter(dict(zip(keys, row, strict=True)) for row in self.history)
+
+
+class Reader(ModuleType):
+    """A wandb whose server holds these runs, or is not to be reached."""
+
+    class Error(Exception):
+        """As wandb's own."""
+
+    def __init__(self, runs=(), error=None):
+        super().__init__("wandb")
+        self.held, self.error, self.asked = runs, error, None
+
+    def Api(self, timeout):  # noqa: N802
+        assert 0 < timeout <= 60
+        return self
+
+    def runs(self, project, **asked):
+        self.asked = (project, asked["filters"])
+        if self.error:
+            raise self.error
+        return iter(self.held)
+
+
+def test_a_projects_runs_are_read_with_their_settings_and_evaluations(monkeypatch):
+    runs = [
+        RemoteRun("a", history=[(1, 5.0), (4, 3.0)], seed=3, scale={"name": "demo"}),
+        RemoteRun("b", state="running", steps=None),
+        RemoteRun("c", state="crashed", steps=7),
+    ]
+    server = Reader(runs)
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    read = tracked_runs("team/study", filters={"config.table": "table2"})
+    assert server.asked == ("team/study", {"config.table": "table2"})
+    assert [(run.name, run.finished) for run in read] == [("a", True), ("b", False), ("c", False)]
+    assert read[0].config == {"seed": 3, "scale": {"name": "demo"}}
+    assert read[0].steps == 4
+    assert read[0].validation() == [(1, 5.0), (4, 3.0)]
+
+
+def test_steps_that_a_resumed_run_logged_again_count_once(monkeypatch):
+    history = [(1, 5.0), (2, 4.0), (3, 3.5), (2, 4.1), (4, 3.0)]
+    monkeypatch.setitem(sys.modules, "wandb", Reader([RemoteRun("a", history=history)]))
+    (run,) = tracked_runs("study")
+    assert run.validation() == [(1, 5.0), (2, 4.1), (4, 3.0)]
+
+
+@pytest.mark.parametrize("error", [ValueError, Reader.Error, OSError])
+def test_a_project_that_cannot_be_read_is_said_in_one_line(monkeypatch, error):
+    monkeypatch.setitem(sys.modules, "wandb", Reader(error=error("no such project.\nTraceback")))
+    with pytest.raises(
+        InputError, match=r"project team/x cannot be read \(no such project\)"
+    ) as no:
+        tracked_runs("team/x")
+    assert "\n" not in str(no.value)
+
+
+def test_a_table_is_read_from_w_and_b_as_from_folders(monkeypatch):
+    def remote(cell, seed, steps, *history):
+        return RemoteRun(
+            f"{cell}-{seed}",
+            steps=steps,
+            history=history,
+            **configuration("table2", cell, seed=seed),
+        )
+
+    runs = [
+        remote("muon_small", 0, 100, (80, 4.0), (100, 4.5)),
+        remote("muon_adaptive", 0, 50, (20, 4.0), (50, 3.0)),
+        RemoteRun("late", state="running", **configuration("table2", "muon_adaptive", seed=1)),
+    ]
+    monkeypatch.setitem(sys.modules, "wandb", Reader(runs))
+    table = make_table(TableRequest("table2", project="team/study"))
+    muon = next(row for row in table.rows if row.labels == ("Muon",))
+    values = [entry.statistic and entry.statistic.value for entry in muon.entries]
+    assert values == [4.0, None, None, 3.0, 75.0, 75.0, 50.0]
+    assert "not counted, unfinished: late" in table.notes

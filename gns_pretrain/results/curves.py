@@ -1,0 +1,200 @@
+"""Curves of a run over steps or tokens: from its own record, or from a published CSV."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.results.reading import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    PUBLISHED_AVERAGE,
+    STEP,
+    TOKENS,
+    Table,
+)
+from gns_pretrain.results.runs import METRICS, read_settings, run_directories
+from gns_pretrain.run_directory import CONFIG
+
+AXES = {"step": STEP, "tokens": TOKENS}
+NOISE_SCALE = "noise_scale"
+# Quantity: kind and key of a record's line, and its columns in a CSV, ours first.
+QUANTITIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "loss": ("validation", "loss", ("val/loss", "validation_metrics/loss")),
+    "train_loss": ("train", "loss", ("train/loss", "loss_metrics/global_avg_loss")),
+    "batch_size": ("train", "batch_size", BATCH_SIZE),
+    "lr": ("train", "lr", LEARNING_RATE),
+    NOISE_SCALE: ("noise", "noise_scale_ema", (PUBLISHED_AVERAGE,)),
+}
+Noise = tuple[str, str]  # geometry and estimate of a noise scale
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity along a run.
+
+    Args:
+        x: [points], float64, ascending; steps or tokens.
+        y: [points], float64; a loss in nats per token, a batch size or noise scale in sequences.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+    @classmethod
+    def through(cls, points: list[tuple[float, float]]) -> "Curve":
+        """Points in the order of a record; what a resumed run did again replaces the earlier."""
+        kept: list[tuple[float, float]] = []
+        for point in points:
+            while kept and kept[-1][0] >= point[0]:
+                kept.pop()
+            kept.append(point)
+        pairs = np.array(kept, dtype=np.float64).reshape(-1, 2)
+        return cls(pairs[:, 0], pairs[:, 1])
+
+
+def read_curves(path: Path, *, axis: str = "step", noise: Noise | None = None) -> dict[str, Curve]:
+    """All curves that a run directory or a CSV holds, by quantity (QUANTITIES).
+
+    Args:
+        path: a run directory, finished or not, or a CSV.
+        axis: step or tokens.
+        noise: whose noise scale; None takes the one that chose the batch, else the first there is.
+
+    Raises:
+        InputError: the file cannot be read, or has no such axis.
+    """
+    if path.is_dir():
+        records = read_records(path / METRICS)
+        return curves_of_records(records, axis=axis, noise=noise or policy_noise(path, records))
+    return curves_of_csv(path, axis=axis, noise=noise)
+
+
+def curves_of_records(
+    records: list[dict[str, Any]], *, axis: str = "step", noise: Noise | None = None
+) -> dict[str, Curve]:
+    """Likewise, from the lines of a metrics.jsonl."""
+    tokens_at = {line["step"]: line["tokens"] for line in records if "tokens" in line}
+    found = {}
+    for quantity, (kind, key, _) in QUANTITIES.items():
+        points = [
+            (line["step"] if axis == "step" else tokens_at[line["step"]], line[key])
+            for line in records
+            if line["kind"] == kind
+            and line.get(key) is not None
+            and (axis == "step" or line["step"] in tokens_at)
+            and (kind != "noise" or noise in (None, (line["geometry"], line["estimate"])))
+        ]
+        if points:
+            found[quantity] = Curve.through(points)
+    return found
+
+
+def policy_noise(directory: Path, records: list[dict[str, Any]]) -> Noise | None:
+    """Geometry and estimate that chose a run's batch; else the first that was measured."""
+    measured = [(r["geometry"], r["estimate"]) for r in records if r["kind"] == "noise"]
+    policy = read_settings(directory).get("batch_size") or {}
+    own = (policy.get("geometry"), policy.get("estimate"))
+    return own if own in measured else next(iter(measured), None)
+
+
+def curves_of_csv(
+    path: Path, *, axis: str = "step", noise: Noise | None = None
+) -> dict[str, Curve]:
+    """Likewise, from a published curve or a W&B export."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; name a run directory or a CSV")
+    table = Table.read(path, None)
+    x = table.require(AXES[axis])
+    found = {}
+    for quantity, (_, _, names) in QUANTITIES.items():
+        if quantity == NOISE_SCALE:
+            names = (*_noise_columns(table, noise), *names)
+        column = table.find(names)
+        points = [
+            (at, value)
+            for index in range(len(table.rows))
+            if (at := table.number(index, x)) is not None
+            and (value := table.number(index, column)) is not None
+        ]
+        if points:
+            found[quantity] = Curve.through(points)
+    if not found:
+        raise InputError(f"{path} holds no curve; it has {', '.join(table.columns) or 'nothing'}")
+    return found
+
+
+def _noise_columns(table: Table, noise: Noise | None) -> Iterator[str]:
+    """Averaged noise scales under the names that our runs log."""
+    if noise is not None:
+        yield "noise/{}/{}/noise_scale_ema".format(*noise)
+        return
+    yield from (name for name in table.columns if re.fullmatch("noise/.*/noise_scale_ema", name))
+
+
+def curve_files(path: Path) -> list[Path]:
+    """Run directories and CSVs that a path names: itself, or what is in it, in natural order.
+
+    Raises:
+        InputError: there is nothing of the kind.
+    """
+    if path.is_file() or (path / CONFIG).is_file() or (path / METRICS).is_file():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder; name a run directory or a CSV")
+    found = sorted([*run_directories(path), *path.glob("*.csv")], key=natural_order)
+    if not found:
+        raise InputError(f"{path} holds neither a run directory nor a CSV; name one that does")
+    return found
+
+
+def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Run directories and CSVs by label, in the order in which labels appear.
+
+    Args:
+        arguments: paths, whose runs are grouped by folder and name without the seed, or
+            label=PATH.
+
+    Raises:
+        InputError: there is no such path.
+    """
+    groups: dict[tuple[str, str], list[Path]] = {}  # folder (of a given label: none) and name
+    for argument in arguments:
+        label, equals, given = argument.rpartition("=")
+        labelled = bool(equals) and not Path(argument).exists()
+        for path in curve_files(Path(given if labelled else argument)):
+            folder = path.resolve().parent
+            name = without_seed(path.resolve())
+            members = groups.setdefault(("", label) if labelled else (str(folder), name), [])
+            if path not in members:
+                members.append(path)
+    names = [name for _, name in groups]
+    return {
+        f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name: paths
+        for (folder, name), paths in groups.items()
+    }
+
+
+def natural_order(path: Path) -> tuple[tuple[int, str], ...]:
+    """Sorts seed_10 after seed_9."""
+    words = re.findall(r"\d+|\D+", str(path))
+    return tuple((int(word), "") if word.isdigit() else (-1, word) for word in words)
+
+
+def without_seed(path: Path) -> str:
+    """Name of a run without its seed; of the folder where a file's name is nothing but one."""
+    name = path.stem if path.suffix == ".csv" else path.name
+    rest = re.sub(r"(^|[-_])seed[-_]?\d+(?=$|[-_])", "", name).strip("-_")
+    return rest or path.parent.name
+
+
+def seed_in_name(path: Path) -> int | None:
+    """The 3 of seed_3.csv or run-seed3."""
+    match = re.search(r"(?:^|[-_])seed[-_]?(\d+)(?=$|[-_])", path.stem)
+    return int(match[1]) if match else None

@@ -1,0 +1,250 @@
+"""Runs in figures as the paper's: perplexity, batch size, noise scale and learning rate.
+
+Several seeds of a run become a mean and a band of one sample standard deviation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.results.bands import Band, Values, over_seeds, thinned
+from gns_pretrain.results.curves import Curve
+
+Run = Mapping[str, Curve]  # by quantity, as read_curves gives them
+AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Args:
+        label: of the y-axis, with its unit.
+        quantity: that it shows.
+        transform: of its values, after seeds were brought onto one grid.
+        log: scale of the y-axis.
+        stepwise: it stays until it changes: neither it nor its average is sloped between points.
+        falls: steeply at first, so that the y-axis fits what comes after.
+        behind: a quantity drawn faintly behind it.
+    """
+
+    label: str
+    quantity: str
+    transform: Callable[[Values], Values] = np.asarray
+    log: bool = False
+    stepwise: bool = False
+    falls: bool = False
+    behind: str | None = None
+
+
+PANELS = {
+    "perplexity": Panel("validation perplexity", "loss", transform=np.exp, log=True, falls=True),
+    "loss": Panel("validation loss (nats per token)", "loss", falls=True),
+    "losses": Panel("loss (nats per token)", "loss", behind="train_loss"),
+    "train_loss": Panel("training loss (nats per token)", "train_loss", falls=True),
+    "batch_size": Panel("batch size (sequences)", "batch_size", stepwise=True),
+    "noise_scale": Panel("noise scale, average (sequences)", "noise_scale"),
+    "lr": Panel("learning rate", "lr"),
+}
+# Told apart by people who see colours differently (Okabe and Ito); then again with dashes.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "pdf.fonttype": 42,  # text stays text
+}
+MOST_MARKERS = 25  # a line of fewer points shows them
+PANEL_INCHES = (3.5, 2.7)
+
+
+def draw(
+    groups: Mapping[str, Sequence[Run]],
+    paths: Sequence[Path],
+    *,
+    panels: Sequence[str] | None = None,
+    axis: str = "step",
+    each_seed: bool = False,
+    title: str | None = None,
+    focus: float = 0.15,
+) -> list[str]:
+    """Draw groups of runs and save the figure.
+
+    Args:
+        groups: by the label that the legend shows, the runs of its seeds.
+        paths: to write; each ending decides: .png, .pdf, ...
+        panels: names of PANELS; None takes the paper's, as far as the runs have them.
+        axis: step or tokens, as the curves were read.
+        each_seed: a thin line for every seed, instead of mean and band.
+        title: over all panels.
+        focus: the y-axis of a loss fits what comes after this share of each run.
+
+    Returns:
+        The panels that were drawn.
+
+    Raises:
+        InputError: a panel that no run can fill, or a file that cannot be written.
+    """
+    names = _panels(groups, panels)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 2 if len(names) == 4 else min(len(names), 3)
+    rows = -(-len(names) // columns)
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
+    with pyplot.rc_context(STYLE):
+        figure, grid = pyplot.subplots(
+            rows, columns, figsize=size, squeeze=False, layout="constrained"
+        )
+        for name, axes in zip(names, grid.flat, strict=False):
+            _draw_panel(axes, PANELS[name], groups, each_seed=each_seed, focus=focus)
+            _format_axes(axes, PANELS[name], axis)
+        drawn = grid.flat[: len(names)]
+        widest = max(axes.get_xlim()[1] for axes in drawn)
+        for axes in drawn:
+            axes.set_xlim(-0.03 * widest, widest)
+        for axes in grid.flat[len(names) :]:
+            axes.set_visible(False)
+        if title:
+            figure.suptitle(title)
+        handles = [pyplot.Line2D([], [], **line) for line in _lines(groups)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns)
+        try:
+            for path in paths:
+                figure.savefig(path, dpi=200)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be written ({error}); use .png or .pdf in a folder that exists"
+            ) from error
+        finally:
+            pyplot.close(figure)
+    return names
+
+
+def _panels(groups: Mapping[str, Sequence[Run]], panels: Sequence[str] | None) -> list[str]:
+    """Those to draw: some run has what they show."""
+    known = {quantity for runs in groups.values() for run in runs for quantity in run}
+    if panels is None:
+        paper = ("perplexity", "batch_size", "noise_scale", "lr")
+        names = [name for name in paper if PANELS[name].quantity in known]
+        if not names:
+            raise InputError("the runs hold nothing to draw; name finished or running runs")
+        return names
+    for name in panels:
+        if name not in PANELS:
+            raise InputError(f"there is no panel {name}; use some of {', '.join(PANELS)}")
+        if PANELS[name].quantity not in known:
+            raise InputError(
+                f"none of the runs has the panel {name}; they have {', '.join(sorted(known))}"
+            )
+    return list(panels)
+
+
+def _lines(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """How the line of each group looks."""
+    return [
+        {
+            "label": label,
+            "color": COLORS[number % len(COLORS)],
+            "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
+        }
+        for number, label in enumerate(groups)
+    ]
+
+
+def _draw_panel(
+    axes: Any,
+    panel: Panel,
+    groups: Mapping[str, Sequence[Run]],
+    *,
+    each_seed: bool,
+    focus: float,
+) -> None:
+    shown: list[Values] = []  # what the y-axis has to fit
+    for look, runs in zip(_lines(groups), groups.values(), strict=True):
+        if panel.behind:
+            for curve in (run[panel.behind] for run in runs if panel.behind in run):
+                axes.plot(*thinned(curve.x, curve.y), **(look | {"alpha": 0.25, "lw": 0.8}))
+        curves = [run[panel.quantity] for run in runs if panel.quantity in run]
+        if not curves:
+            continue
+        parts = [[curve] for curve in curves] if each_seed else [curves]
+        for part in parts:
+            band = over_seeds(part, transform=panel.transform, stepwise=panel.stepwise)
+            _draw_band(axes, band, look | ({"lw": 0.9} if len(parts) > 1 else {}), panel)
+            shown.append(_to_fit(band, focus if panel.falls else 0.0))
+    if panel.falls and focus > 0:
+        _fit(axes, np.concatenate(shown), log=panel.log)
+
+
+def _fit(axes: Any, values: Values, *, log: bool) -> None:
+    """A y-axis around these values, with a little room."""
+    low, high = float(values.min()), float(values.max())
+    if log:
+        room = (high / low) ** 0.05
+        low, high = low / room, high * room
+    else:
+        room = 0.05 * (high - low)
+        low, high = low - room, high + room
+    if low < high:
+        axes.set_ylim(low, high)
+
+
+def _draw_band(axes: Any, band: Band, look: dict[str, Any], panel: Panel) -> None:
+    drawn: dict[str, Any] = {}
+    if panel.stepwise:
+        drawn = {"drawstyle": "steps-post"}
+    elif len(band.x) <= MOST_MARKERS:
+        drawn = {"marker": "o", "markersize": 3}
+    axes.plot(*thinned(band.x, band.mean), **look, **drawn)
+    if band.deviation is not None:
+        x, low = thinned(band.x, band.mean - band.deviation)
+        _, high = thinned(band.x, band.mean + band.deviation)
+        step = "post" if panel.stepwise else None
+        axes.fill_between(x, low, high, step=step, color=look["color"], alpha=0.2, linewidth=0)
+
+
+def _to_fit(band: Band, share: float) -> Values:
+    """Values after a share of the run, and the lower edge of its band."""
+    start = band.x[0] + share * (band.x[-1] - band.x[0])
+    low = band.mean if band.deviation is None else band.mean - band.deviation
+    return np.concatenate([band.mean[band.x >= start], low[-1:]])
+
+
+def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
+    from matplotlib import ticker
+
+    axes.set(xlabel=AXIS_LABELS[axis], ylabel=panel.label)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_count(value)))
+    if panel.log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        # Within one decade its powers alone would leave the axis without a number.
+        subs = (1.0, 2.0, 3.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        return
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # nothing that is shown can be negative
+    if panel.quantity == "lr":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+
+
+def short_count(value: float) -> str:
+    """Steps or tokens of an axis: 500, 10k, 1.5M, 3.2B."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"

@@ -1,0 +1,179 @@
+"""Where each run stands in the tables of arXiv:2602.03001, and the values printed there.
+
+Tables 2, 8 and 9 have them from version 1; Table 2's Euclidean column, Table 3 and the sensitivity
+to theta from the revised version.
+"""
+
+from gns_pretrain.results.tables.layout import Column, Entry, Layout, Row, Text
+from gns_pretrain.results.tables.statistics import Statistic
+
+INITIAL, THETA = "batch_size.initial", "batch_size.theta"
+LOSS, REDUCTION = "validation loss", "steps reduction (%)"
+
+Values = tuple[float, float]  # the paper's mean and standard deviation
+OPTIMIZERS = {
+    "signsgd": "signSGD",
+    "signum": "Signum",
+    "adamw": "AdamW",
+    "specsgd": "specSGD",
+    "muon": "Muon",
+}
+REDUCTION_COLUMNS = (
+    Column(REDUCTION, Text("first reaching")),
+    Column(REDUCTION, Text("seeds reaching")),
+    Column(REDUCTION, Text("total steps")),
+)
+
+
+def _loss(cell: str, paper: Values) -> Entry:
+    return Entry("loss", cell, paper=Statistic(*paper))
+
+
+def _reductions(adaptive: str, baseline: str, paper: float | None) -> tuple[Entry, ...]:
+    """The paper prints one number, and its definition and its curves do not agree on which."""
+    value = Statistic(paper)
+    return (
+        Entry("first_reaching", adaptive, baseline, value),
+        Entry("share", adaptive, baseline),
+        Entry("total_steps", adaptive, baseline, value),
+    )
+
+
+def _loss_and_steps(cell: str, loss: Values, steps: float) -> tuple[Entry, ...]:
+    return (_loss(cell, loss), Entry("steps", cell, paper=Statistic(steps)))
+
+
+def _table2() -> Layout:
+    paper: dict[str, tuple[Values, Values, Values, Values, float]] = {
+        "signsgd": ((4.1390, 0.0235), (3.9357, 0.0057), (3.8906, 0.0117), (3.8396, 0.0012), 22.58),
+        "signum": ((3.3737, 0.0045), (3.4460, 0.0075), (3.3842, 0.0055), (3.3707, 0.0026), 66.61),
+        "adamw": ((3.2991, 0.0054), (3.3228, 0.0101), (3.3127, 0.0101), (3.3031, 0.0054), 67.13),
+        "specsgd": ((3.7489, 0.0096), (3.9404, 0.0074), (3.7436, 0.0274), (3.7285, 0.0094), 16.49),
+        "muon": ((3.3041, 0.0021), (3.3411, 0.0019), (3.3181, 0.0072), (3.3061, 0.0027), 66.77),
+    }
+    rows = []
+    for name, (small, large, euclidean, adaptive, reduction) in paper.items():
+        baseline = f"{name}_large" if name == "signsgd" else f"{name}_small"
+        losses = (
+            _loss(f"{name}_small", small),
+            _loss(f"{name}_large", large),
+            _loss(f"{name}_euclidean", euclidean),
+            _loss(f"{name}_adaptive", adaptive),
+        )
+        entries = losses + _reductions(f"{name}_adaptive", baseline, reduction)
+        rows.append(Row((Text(OPTIMIZERS[name]),), entries))
+    columns = (
+        Column(LOSS, Text("B = {}", INITIAL, "64", "small")),
+        Column(LOSS, Text("B = {}", INITIAL, "256", "large")),
+        Column(LOSS, Text("Euclidean adaptive")),
+        Column(LOSS, Text("adaptive")),
+        *REDUCTION_COLUMNS,
+    )
+    title = "Table 2: constant and adaptive batches"
+    baseline = (
+        "baseline: the constant large batch for signSGD, the small one for the others; adaptive: "
+        "by the noise scale of the optimizer's own geometry"
+    )
+    return Layout("table2", title, ("optimizer",), columns, tuple(rows), baseline=baseline)
+
+
+def _table3() -> Layout:
+    paper: dict[str, tuple[Values, Values, float | None]] = {
+        "signsgd": ((3.1417, 0.0047), (2.9946, 0.0201), 31.84),
+        "signum": ((2.8306, 0.0051), (2.8354, 0.0073), 12.11),
+        "adamw": ((2.7701, 0.0037), (2.8023, 0.0049), None),
+    }
+    rows = tuple(
+        Row(
+            (Text(OPTIMIZERS[name]),),
+            (
+                _loss(f"{name}_baseline", baseline),
+                _loss(f"{name}_adaptive", adaptive),
+                *_reductions(f"{name}_adaptive", f"{name}_baseline", reduction),
+            ),
+        )
+        for name, (baseline, adaptive, reduction) in paper.items()
+    )
+    columns = (
+        Column(LOSS, Text("B = {}", INITIAL, "256", "baseline")),
+        Column(LOSS, Text("adaptive")),
+        *REDUCTION_COLUMNS,
+    )
+    title = "Table 3: the larger model, constant and adaptive batches"
+    baseline = "baseline: the constant batch of the same optimizer"
+    return Layout("table3", title, ("optimizer",), columns, rows, "paper_1b", baseline)
+
+
+SIZES = {"small": "64", "middle": "128", "large": "256"}
+LOSS_AND_STEPS = (Column("", Text(LOSS)), Column("", Text("median steps")))
+
+
+def _initial(size: str) -> Text:
+    return Text("{}", INITIAL, SIZES[size], size)
+
+
+def _table8() -> Layout:
+    paper: dict[str, tuple[Values, float]] = {
+        "constant_small": ((4.1390, 0.0235), 24415),
+        "constant_middle": ((3.9963, 0.0098), 8426),
+        "constant_large": ((3.9357, 0.0057), 6103),
+        "adaptive_small_unscaled": ((3.6857, 0.0085), 9285),
+        "adaptive_small_scaled": ((3.6817, 0.0094), 9950),
+        "adaptive_middle_unscaled": ((3.7082, 0.0068), 7617),
+        "adaptive_middle_scaled": ((3.7029, 0.0094), 7826),
+        "adaptive_large_unscaled": ((3.8539, 0.0039), 5007),
+        "adaptive_large_scaled": ((3.8396, 0.0012), 5274),
+    }
+    scaling = {"unscaled": "off", "scaled": "on"}
+    rows = []
+    for cell, (loss, steps) in paper.items():
+        method, size, *scaled = cell.split("_")
+        labels = (Text(method), _initial(size), Text(scaling[scaled[0]] if scaled else ""))
+        rows.append(Row(labels, _loss_and_steps(cell, loss, steps)))
+    title = "Table 8: signSGD, constant and adaptive batches"
+    labels_of = ("method", "initial batch", "lr scaling")
+    return Layout("table8", title, labels_of, LOSS_AND_STEPS, tuple(rows))
+
+
+def _table9() -> Layout:
+    paper: dict[str, tuple[Values, float]] = {
+        "euclidean_small": ((3.7431, 0.0402), 10798),
+        "euclidean_middle": ((3.7752, 0.0088), 8869),
+        "euclidean_large": ((3.8906, 0.0117), 5574),
+        "manhattan_small": ((3.6817, 0.0094), 9950),
+        "manhattan_middle": ((3.7029, 0.0094), 7826),
+        "manhattan_large": ((3.8396, 0.0012), 5274),
+    }
+    rows = []
+    for cell, (loss, steps) in paper.items():
+        geometry, size = cell.split("_")
+        labels = (Text(geometry.capitalize()), _initial(size))
+        rows.append(Row(labels, _loss_and_steps(cell, loss, steps)))
+    title = "Table 9: signSGD, batches adapted by the Euclidean and by the Manhattan noise scale"
+    return Layout("table9", title, ("noise scale", "initial batch"), LOSS_AND_STEPS, tuple(rows))
+
+
+def _theta_sensitivity() -> Layout:
+    paper: dict[str, tuple[str, float, float]] = {
+        "theta_low": ("0.5", 3.6909, 7650),
+        "theta_middle": ("0.6", 3.6817, 9950),
+        "theta_high": ("0.7", 3.7292, 12374),
+    }
+    rows = tuple(
+        Row(
+            (Text("{}", THETA, theta, cell.removeprefix("theta_")),),
+            (
+                Entry("loss", cell, paper=Statistic(loss)),
+                Entry("steps", cell, paper=Statistic(steps)),
+            ),
+        )
+        for cell, (theta, loss, steps) in paper.items()
+    )
+    title = "Sensitivity to theta: signSGD, batches adapted from the small one"
+    return Layout("theta_sensitivity", title, ("theta",), LOSS_AND_STEPS, rows)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (_table2(), _table3(), _table8(), _table9(), _theta_sensitivity())
+}
