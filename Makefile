@@ -1,10 +1,11 @@
 # Three commands: train (the demo), test, check. Each installs what it needs into .venv first.
+# slurm puts Debian's SLURM on this machine, so that the tests that submit real jobs are not skipped.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test check clean
+.PHONY: train test check slurm clean
 
 train: $(VENV)/.training
 	$(BIN)/python scripts/demo.py
@@ -17,6 +18,9 @@ check: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+slurm:
+	tests/slurm/install.sh
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'

@@ -15,6 +15,7 @@ from gns_pretrain.batch_size.settings import ShadowSettings
 from gns_pretrain.config import Config, feasible_sizes, policies
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
+from gns_pretrain.data.staging import staged
 from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.distributed.checkpoint import Checkpoints
 from gns_pretrain.distributed.mesh import World
@@ -54,9 +55,8 @@ def settings_from(node: DictConfig) -> Config:
     Raises:
         InputError: a setting breaks a rule or is still missing.
     """
-    values = flattened(
-        cast(dict[str, Any], OmegaConf.to_container(node))
-    )  # ${...} as it is written
+    # Unresolved: what a setting is taken from can then be named.
+    values = flattened(cast(dict[str, Any], OmegaConf.to_container(node)))
     missing = {key for key, value in values.items() if value == "???"}
     for key, value in values.items():
         source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))
@@ -142,7 +142,7 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
 def build_run(config: Config, world: World, directory: Path) -> Run:
     """Everything that a run needs, at its first step or where its last checkpoint stood."""
     torch.manual_seed(config.seed)
-    training, validation = open_splits(config.data)
+    training, validation = open_splits(staged(config.data))
     sequence_length = config.data.sequence_length
     model = build_model(config, world, data_vocab_size=training.vocab_size)
     optimizer = OPTIMIZERS[type(config.optimizer)](model, config.optimizer)
@@ -172,25 +172,14 @@ def build_run(config: Config, world: World, directory: Path) -> Run:
         if (note := policy.threshold_note) is not None:
             record.message(f"{prefix}.{note}")
     return Run(
-        settings=LoopSettings(
-            token_budget=config.token_budget,
-            sequence_length=sequence_length,
-            evaluate_every_tokens=config.evaluation.every_tokens,
-            save_every_steps=config.checkpoint.every_steps,
-            log_every_steps=config.metrics.log_every,
-            max_gradient_norm=config.gradient_clip,
-        ),
+        settings=loop_settings(config),
         world=world,
         model=model,
         optimizer=optimizer,
         schedule=Schedule(
             config.schedule,
             initial_batch_size=config.batch_size.initial,
-            total_steps=steps_in_budget(
-                config.token_budget,
-                batch_size=config.batch_size.initial,
-                sequence_length=sequence_length,
-            ),
+            total_steps=initial_total_steps(config),
         ),
         batches=Batches(
             training, sequence_length=sequence_length, seed=config.seed, device=world.device
@@ -210,6 +199,27 @@ def build_run(config: Config, world: World, directory: Path) -> Run:
     )
 
 
+def loop_settings(config: Config) -> LoopSettings:
+    """The numbers that the loop itself turns on."""
+    return LoopSettings(
+        token_budget=config.token_budget,
+        sequence_length=config.data.sequence_length,
+        evaluate_every_tokens=config.evaluation.every_tokens,
+        save_every_steps=config.checkpoint.every_steps,
+        log_every_steps=config.metrics.log_every,
+        max_gradient_norm=config.gradient_clip,
+    )
+
+
+def initial_total_steps(config: Config) -> int:
+    """Steps that the token budget would take at the initial batch."""
+    return steps_in_budget(
+        config.token_budget,
+        batch_size=config.batch_size.initial,
+        sequence_length=config.data.sequence_length,
+    )
+
+
 def controllers(config: Config, *, num_ranks: int) -> list[Controller]:
     """The controller that is followed, then the shadows."""
     batch_size = config.batch_size
@@ -219,11 +229,7 @@ def controllers(config: Config, *, num_ranks: int) -> list[Controller]:
             policy.label if isinstance(policy, ShadowSettings) else policy.policy,
             sizes=feasible_sizes(config, policy, num_ranks=num_ranks),
             initial_batch_size=batch_size.initial,
-            total_steps=steps_in_budget(
-                config.token_budget,
-                batch_size=batch_size.initial,
-                sequence_length=config.data.sequence_length,
-            ),
+            total_steps=initial_total_steps(config),
             smoothing=config.noise_scale.smoothing,
         )
         for _, policy in policies(config)

@@ -47,6 +47,7 @@ class LaunchSettings:
     nproc_per_node: int = 1  # ranks that this command starts on this machine
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda
     threads: int | None = None  # of a rank on the CPU; null shares the cores among the ranks
+    compile_cache: str | None = None  # folder that keeps compiled kernels between starts; null: no
 
     def __post_init__(self) -> None:
         """Check each setting by itself."""

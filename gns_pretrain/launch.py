@@ -1,17 +1,10 @@
-"""From one command to N ranks. Four ways to be started, told apart here and nowhere else.
-
-nothing set, launch.nproc_per_node=1    one process
-nothing set, launch.nproc_per_node=N    this command starts N ranks on this machine
-RANK set                                torchrun, or anything that sets its variables
-SLURM_NTASKS > 1 and no RANK            srun with one task a GPU
-"""
+"""From one command to N ranks that train."""
 
 import multiprocessing
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,20 +16,25 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from gns_pretrain.build import as_dict, as_yaml, build_run, data_fingerprint, read_yaml
 from gns_pretrain.config import Config, check_batch_size, check_data, check_layout
 from gns_pretrain.data.settings import open_splits
+from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.distributed.checkpoint import checkpoint_folders
-from gns_pretrain.distributed.collectives import from_main
+from gns_pretrain.distributed.collectives import barrier, from_main, gathered
 from gns_pretrain.distributed.mesh import Place, World, joined, pick_device
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.loop import train
+from gns_pretrain.place import place_from
+from gns_pretrain.rank_words import LastWords, current_words
 from gns_pretrain.run_directory import (
     CHECKPOINTS,
     CONFIG,
     fresh,
     is_finished,
-    locked,
     refuse_another_run,
     write_provenance,
 )
+from gns_pretrain.run_lock import locked
+from gns_pretrain.slurm import node_name
+from gns_pretrain.starts import begun_here, note_end, note_start
 from gns_pretrain.stop import EXIT_STOPPED, STOP_SIGNALS, StopRequest
 
 EXIT_FINISHED = 0
@@ -89,7 +87,9 @@ def checked(config: Config, place: Place | None) -> tuple[Path, str]:
 def run_folder(config: Config) -> Path:
     """`outputs/<run_name>`, or a fresh one beside it when nothing may be resumed."""
     directory = Path(config.output_directory) / config.run_name
-    return fresh(directory) if config.resume == "never" else directory
+    if config.resume == "never":
+        return begun_here(directory) or fresh(directory)
+    return directory
 
 
 def check_directory(directory: Path, config: Config, fingerprint: str) -> None:
@@ -101,38 +101,6 @@ def check_directory(directory: Path, config: Config, fingerprint: str) -> None:
             now=as_dict(config),
             data_fingerprint=fingerprint,
         )
-
-
-def place_from(environment: Mapping[str, str]) -> Place | None:
-    """Where the launcher has put this process; None if nobody has."""
-    if "RANK" in environment:
-        ranks = int(environment["WORLD_SIZE"])
-        return Place(
-            rank=int(environment["RANK"]),
-            num_ranks=ranks,
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            ranks_per_node=int(environment.get("LOCAL_WORLD_SIZE", ranks)),
-            rendezvous="env://",
-        )
-    if int(environment.get("SLURM_NTASKS", "1")) > 1:
-        host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
-        port = environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-        ranks = int(environment["SLURM_NTASKS"])
-        return Place(
-            rank=int(environment["SLURM_PROCID"]),
-            num_ranks=ranks,
-            local_rank=int(environment["SLURM_LOCALID"]),
-            ranks_per_node=max(ranks // int(environment.get("SLURM_NNODES", "1")), 1),
-            rendezvous=f"tcp://{host}:{port}",
-        )
-    return None
-
-
-def first_host(node_list: str) -> str:
-    """First node of SLURM's short form: `gpu[03-05,9],login` begins with `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+))?", node_list)
-    assert match, node_list
-    return match[1] + (match[2] or "")
 
 
 def start_ranks(config: Config, directory: Path, fingerprint: str, ranks: int) -> int:
@@ -196,11 +164,21 @@ def run_rank(config: Config, directory: Path, fingerprint: str, place: Place | N
     if device.type == "cpu":
         cores = os.cpu_count() or 1
         torch.set_num_threads(config.launch.threads or max(cores // place.ranks_per_node, 1))
+    words = current_words(place.rank)
     try:
-        with joined(place, config.parallel, device) as world, ExitStack() as held:
-            code = run_in(world, config, directory, fingerprint, stop, held)
+        with words.kept(), joined(place, config.parallel, device) as world:
+            caches = compile_cache(
+                config.launch.compile_cache, config.data.stage_to, keep=world.is_main
+            )
+            with caches, ExitStack() as held, words.kept():
+                code = run_in(world, config, directory, fingerprint, stop, held, words)
+            # srun ends the others as soon as one has left with a code; the main one may be busy
+            # with its last upload.
+            barrier(world)
     except (InputError, TrainingError) as error:
         code = say(error, quiet=place.rank > 0)
+    finally:
+        words.close()
     if started_by_agent and code:
         sys.stderr.flush()
         os._exit(code)
@@ -214,6 +192,7 @@ def run_in(
     fingerprint: str,
     stop: StopRequest,
     held: ExitStack,
+    words: LastWords,
 ) -> int:
     """Take the run's folder, build the run and train it."""
     # Ranks may have looked at different moments: the main one's folder is everybody's.
@@ -223,10 +202,13 @@ def run_in(
             print(f"{directory} is finished; resume=never starts over in a fresh folder")
         return EXIT_FINISHED
     take_directory(world, config, directory, fingerprint, held)
+    words.know(directory)
     run = build_run(config, world, directory)
     held.callback(run.record.close)
     held.callback(run.batches.close)
     finished = train(run, stop)
+    if world.is_main:
+        note_end(directory, "finished" if finished else "stopped")
     if finished:
         run.record.finish({"parameters": sum(p.numel() for p in run.model.parameters())})
         return EXIT_FINISHED
@@ -241,10 +223,12 @@ def take_directory(
 ) -> None:
     """Lock the folder on the main rank and write what the run is; a refusal reaches all ranks."""
     problem: InputError | None = None
+    nodes = gathered(node_name(), world)
     if world.is_main:
         try:
             held.enter_context(locked(directory))
             write_provenance(directory, as_yaml(config), fingerprint)
+            note_start(directory, nodes=nodes)
         except InputError as error:
             problem = error
     problem = from_main(problem, world)

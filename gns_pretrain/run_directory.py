@@ -1,17 +1,12 @@
-"""The folder of a run: whose it is, whether it is finished, and that only one process has it.
+"""The folder of a run: whose it is, and whether it is finished.
 
-outputs/<run_name>/  config.yaml  run.json  metrics.jsonl  summary.json  checkpoints/
+outputs/<run_name>/  config.yaml  run.json  starts.jsonl  metrics.jsonl  summary.json  checkpoints/
 """
 
-import fcntl
 import json
 import os
 import platform
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +14,8 @@ import torch
 
 from gns_pretrain.errors import InputError
 
-CONFIG, PROVENANCE, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
+CONFIG, PROVENANCE, SUMMARY = "config.yaml", "run.json", "summary.json"
 CHECKPOINTS = "checkpoints"
-LOCK_PATIENCE_SECONDS = 10.0  # a killed run's other processes take a moment to be gone
 
 # Settings that may change between a run and its resumption: they say where and how it runs, and
 # what it tells, not what it computes.
@@ -38,6 +32,7 @@ FREE_TO_CHANGE = (
     "batch_size.micro_batch_step",
     "model.activation_checkpointing",
     "data.path",  # the data itself is compared by its fingerprint
+    "data.stage_to",
     "data.verify",
     "scale",  # what a run takes from it stands in its own settings
 )
@@ -153,36 +148,3 @@ def git_revision() -> str | None:
     except OSError:
         return None
     return answer.stdout.strip() or None
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the folder against a second run; the system lets go when this process ends, however.
-
-    Raises:
-        InputError: another process holds it, and is named.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as file:
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-        while not try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise InputError(
-                    f"{directory} is in use by {file.read().strip() or 'another process'}; "
-                    "wait for it, stop it, or use another run_name"
-                )
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def try_lock(descriptor: int) -> bool:
-    """Take the lock if nobody has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

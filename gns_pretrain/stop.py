@@ -4,12 +4,14 @@ import os
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A scheduler before it takes the machine away: SIGTERM (preemption), SIGUSR1 (slurm/train.sbatch),
+# SIGUSR2 (submitit, whose own handler is replaced: the batch script requeues).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: nothing is wrong, start the same command again
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 or Ctrl-C; the loop looks at `requested` between steps."""
+    """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the loop looks at `requested` between steps."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -25,6 +25,7 @@ class DataSettings:
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json
     verify: bool | None = None  # check the shards' sha256 first; null: if they are below 256 MiB
+    stage_to: str | None = None  # folder on a node's own disk to copy shards to; null: none
     embedded_vocab_size: int = 4096  # entries of the BPE trained on the embedded text
 
     def __post_init__(self) -> None:

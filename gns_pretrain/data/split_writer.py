@@ -48,11 +48,7 @@ def write_split(
     """
     if progress.done:
         return
-    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
-        raise InputError(
-            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
-            "now; put the old one back, or name another --out"
-        )
+    refuse_changed_files(folder, plan, progress)
     limit = sys.maxsize if plan.max_tokens is None else plan.max_tokens
     shard = _ShardBuffer(min(plan.shard_tokens, limit), plan.dtype)
     written, skip, documents = progress.tokens, progress.skip_tokens, progress.documents
@@ -91,6 +87,15 @@ def write_split(
     progress.documents, progress.done = documents, True
     save()
     report(plan.name, written, 1.0)
+
+
+def refuse_changed_files(folder: Path, plan: SplitPlan, progress: SplitProgress) -> None:
+    """Refuse to go on if a file that is in the shards already has another size now."""
+    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
+        raise InputError(
+            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
+            "now; put the old one back, or name another --out"
+        )
 
 
 class _ShardBuffer:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.end_to_end import commands
 
@@ -57,3 +58,25 @@ def test_sweep_with_one_impossible_run_starts_none(tmp_path, shards):
     assert "1 of the sweep's 2 runs cannot be started" in text
     assert "batch_size.initial=7" in text
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_optuna_tries_points_of_the_same_list_and_names_the_best(tmp_path, shards):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `tune` is missing")
+    code, text = sweep(
+        tmp_path,
+        shards,
+        "optimizer.lr=1e-2,1e-3,1e-4",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.sampler.seed=0",
+    )
+    assert code == 0, text
+    tried = {path.parent.name for path in tmp_path.glob("lr*/summary.json")}
+    assert tried
+    assert tried <= {"lr0.01", "lr0.001", "lr0.0001"}
+    best = yaml.safe_load((tmp_path / "logs" / "optimization_results.yaml").read_text())
+    losses = [
+        json.loads((tmp_path / name / "summary.json").read_text())["minimum_validation_loss"]
+        for name in tried
+    ]
+    assert best["best_value"] == min(losses)

@@ -1,10 +1,12 @@
 """Every YAML file composes, passes the checks, and builds what it names."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from gns_pretrain.build import OPTIMIZERS, as_yaml, settings_from
 from gns_pretrain.config import Config, register_schemas
@@ -148,6 +150,26 @@ def test_number_that_the_scale_lacks_is_asked_for(overrides, line):
 def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
     with pytest.raises(InputError, match="use scale=paper_1b"):
         composed("+experiment=table3/signsgd_baseline", "scale=paper")
+
+
+def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(monkeypatch):
+    words = [
+        "+experiment=table2/signum_adaptive",
+        "scale=demo",
+        "seed=3",
+        "batch_size.theta=0.5",
+        "noise_scale.estimates=[cross_fitted]",
+        "launch.threads=1",
+        "metrics=wandb",
+        "scale.signum.lr=1e-2",
+    ]
+    given = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: given)
+    assert composed(*words, "scale.signum.momentum=0.9").run_name == (
+        "table2-signum_adaptive-demo-seed3-batch_size.theta=0.5"
+        "-noise_scale.estimates=cross_fitted-scale.signum.lr=1e-2"
+    )
 
 
 def test_default_run_composes_and_names_itself():

@@ -2,12 +2,18 @@ import pytest
 
 from gns_pretrain.distributed.mesh import ParallelSettings, Place, shard_group_size
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch import first_host, place_from
+from gns_pretrain.place import place_from
+from gns_pretrain.slurm import first_host
 
 
 def test_nothing_set_means_nobody_has_started_ranks():
     assert place_from({}) is None
-    assert place_from({"SLURM_NTASKS": "1"}) is None
+    assert place_from({"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_batch_shell_of_a_job_is_no_rank_of_it():
+    batch_shell = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert place_from(batch_shell) is None
 
 
 def test_torchrun_variables_give_the_place():
@@ -16,14 +22,14 @@ def test_torchrun_variables_give_the_place():
 
 
 def test_torchrun_inside_slurm_counts_as_torchrun():
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_NTASKS": "4"}
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
     assert place_from(environment) == Place(0, 2, 0, 2, "env://")
 
 
 def srun(**more: str) -> dict[str, str]:
     return {
-        "SLURM_NTASKS": "16",
-        "SLURM_NNODES": "2",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
         "SLURM_PROCID": "9",
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "4321",

@@ -1,15 +1,9 @@
-import os
-import subprocess
-import sys
-
 import pytest
 
-from gns_pretrain import run_directory
 from gns_pretrain.errors import InputError
 from gns_pretrain.run_directory import (
     fresh,
     is_finished,
-    locked,
     refuse_another_run,
     write_provenance,
 )
@@ -50,24 +44,3 @@ def test_changed_data_under_the_same_path_is_refused(tmp_path):
     with pytest.raises(InputError, match="on other data"):
         refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="second")
     refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="first")
-
-
-def test_second_run_in_one_folder_is_refused_naming_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.0)
-    with (
-        locked(tmp_path),
-        pytest.raises(InputError, match=f"in use by process {os.getpid()} on"),
-        locked(tmp_path),
-    ):
-        pass
-
-
-def test_lock_of_a_killed_process_is_free(tmp_path):
-    holder = (
-        "import os, signal; from pathlib import Path\n"
-        "from gns_pretrain.run_directory import locked\n"
-        f"with locked(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", holder], check=False)
-    with locked(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

@@ -1,0 +1,83 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from gns_pretrain.data import staging
+from gns_pretrain.data.settings import DataSettings, open_splits
+from gns_pretrain.data.staging import compile_cache, staged
+from gns_pretrain.errors import InputError
+
+
+def said_by_staging(shards, tmp_path, **changes):
+    said: list[str] = []
+    settings = DataSettings(
+        path=str(shards), sequence_length=16, stage_to=str(tmp_path / "disk"), **changes
+    )
+    return staged(settings, say=said.append), said
+
+
+def test_copy_holds_the_same_tokens_and_is_made_once(shards, tmp_path):
+    settings, said = said_by_staging(shards, tmp_path)
+    assert settings.path.startswith(str(tmp_path / "disk" / "shards-"))
+    assert len(said) == 1
+    original, copy = (
+        open_splits(DataSettings(path=path, sequence_length=16))[0]
+        for path in (str(shards), settings.path)
+    )
+    assert copy.fingerprint == original.fingerprint
+    np.testing.assert_array_equal(copy.read(0, 3000), original.read(0, 3000))
+    assert said_by_staging(shards, tmp_path)[1] == []
+
+
+def test_altered_original_is_refused_and_leaves_no_copy(shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    victim = folder / "train-00001.npy"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(InputError, match=r"train-00001.npy was altered: its sha256"):
+        said_by_staging(folder, tmp_path)
+    assert not list((tmp_path / "disk").rglob("train-00001.npy"))
+    assert not list((tmp_path / "disk").rglob("meta.json"))
+
+
+def test_truncated_copy_is_made_again(shards, tmp_path):
+    said_by_staging(shards, tmp_path)
+    victim = next(iter((tmp_path / "disk").rglob("train-00000.npy")))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-8])
+    assert len(said_by_staging(shards, tmp_path)[1]) == 1
+    assert victim.read_bytes() == whole
+
+
+def test_disk_that_is_too_small_is_named_before_anything_is_copied(shards, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"data.stage_to=.* has 0.0 GB free"):
+        said_by_staging(shards, tmp_path)
+
+
+def test_folder_may_come_from_the_nodes_environment(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
+    settings = DataSettings(path=str(shards), stage_to="$NODE_DISK/x")
+    assert staged(settings, say=lambda line: None).path.startswith(str(tmp_path / "x"))
+    with pytest.raises(InputError, match=r"data.stage_to=\$ABSENT names a variable"):
+        staged(DataSettings(path=str(shards), stage_to="$ABSENT"))
+
+
+def test_compile_cache_begins_with_what_is_kept_and_keeps_what_is_new(tmp_path, monkeypatch):
+    for variable in staging.CACHE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    shared = tmp_path / "shared"
+    (shared / "inductor").mkdir(parents=True)
+    (shared / "inductor" / "old").write_text("kernel")
+    with compile_cache(str(shared), str(tmp_path / "disk"), keep=True):
+        local = tmp_path / "disk" / "compile-cache" / "inductor"
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(local)
+        assert (local / "old").read_text() == "kernel"
+        (local / "new").write_text("another")
+    assert (shared / "inductor" / "new").read_text() == "another"
+    for variable in staging.CACHE_VARIABLES:
+        monkeypatch.delenv(variable)
