@@ -1,4 +1,7 @@
-"""One optimizer step: micro-batches, accumulation, clipping, update."""
+"""One optimizer step: micro-batches, accumulation, clipping, update.
+
+Its phases are named for the profiler; without one a name costs some 10 microseconds.
+"""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -6,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from gns_pretrain.distributed.collectives import clip_gradient_norm
 from gns_pretrain.distributed.noise_meter import NoiseMeter, Reading
@@ -44,10 +48,12 @@ def train_step(
     """
     with meter.armed(accumulation) if meter else nullcontext():
         losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
-    readings = meter.read(batch_size) if meter else []
-    norm = clip_gradient_norm(list(model.parameters()), max_gradient_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with record_function("measurement"):
+        readings = meter.read(batch_size) if meter else []
+    with record_function("optimizer"):
+        norm = clip_gradient_norm(list(model.parameters()), max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return StepResult(torch.stack(losses).mean(), norm, readings)
 
 
@@ -74,10 +80,13 @@ def accumulate_gradients(
         is_last = index == accumulation - 1
         # Ranks talk once a step: the last micro-batch's backward pass reduces the whole sum.
         with gradient_synchronisation(model, is_last):
-            loss = model(sequences[:, :-1], sequences[:, 1:])
-            (loss / accumulation).backward()
+            with record_function("forward"):
+                loss = model(sequences[:, :-1], sequences[:, 1:])
+            with record_function("backward"):
+                (loss / accumulation).backward()
         losses.append(loss.detach())
         if meter:
-            meter.end_of_sample()
+            with record_function("measurement"):
+                meter.end_of_sample()
     assert len(losses) == accumulation
     return losses

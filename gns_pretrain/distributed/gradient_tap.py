@@ -142,9 +142,14 @@ class GradientTap:
         # The previous block's traffic runs under this block's backward pass, no longer.
         self._finish()
         members = sorted(gradients)
-        samples = {i: gradients[i].float() * self._accumulation for i in members}
+        samples = {i: gradients[i].float() for i in members}
+        if self._accumulation > 1:
+            samples = {i: sample * self._accumulation for i, sample in samples.items()}
         norms = [torch.linalg.vector_norm(samples[i], dtype=torch.float64) for i in members]
-        self.square_norms[members] += torch.stack(norms).square()
+        # One place at a time: a list as an index would be copied to the device, and waited for.
+        torch._foreach_add_(
+            [self.square_norms[i] for i in members], [norm.square() for norm in norms]
+        )
         if self.needs.squares:
             self._scatter(members, [samples[i].square() for i in members], self.squares)
         if self.needs.signed_sums:
@@ -156,6 +161,9 @@ class GradientTap:
 
     def _scatter(self, members: list[int], tensors: list[Tensor], sums: list[Tensor]) -> None:
         """Reduce-scatter whole tensors and add this rank's rows to its sums."""
+        if self.layout.shard_group is None:
+            torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in tensors])
+            return
         buffer = packed(tensors, self.layout.num_shards)
         own, work = reduce_scatter(buffer, self.layout.shard_group)
 

@@ -95,6 +95,8 @@ def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
     for tensor in tensors:
         rest = tensor.numel() // max(tensor.shape[0], 1)
         width = rows_per_shard(tensor.shape[0], num_shards) * rest
-        flat = F.pad(tensor.reshape(-1), (0, num_shards * width - tensor.numel()))
+        flat = tensor.reshape(-1)
+        if missing := num_shards * width - flat.numel():  # F.pad copies even where it adds nothing
+            flat = F.pad(flat, (0, missing))
         parts.append(flat.view(num_shards, width))
     return torch.cat(parts, dim=1)
