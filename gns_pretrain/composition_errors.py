@@ -36,6 +36,8 @@ def missing_choice(error: MissingConfigException) -> str:
     options = [name for name in error.options or [] if not name.startswith("schema_")]
     if not group or not options:
         return f"{error.missing_cfg_file}: there is no such file under conf/"
+    if (group, choice) == ("hydra/sweeper", "optuna"):
+        return f"{group}={choice} is not installed; pip install 'gns-pretrain[tune]'"
     return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}"
 
 
