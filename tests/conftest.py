@@ -9,17 +9,6 @@ import gns_pretrain  # noqa: F401  first: it says how threads wait, before torch
 from tests.settings import VOCABULARY
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers' own hook, which reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a file's fixtures, or the scheduler, stay together in one worker."""
-    for item in items:
-        folder = item.path.parent.name
-        if folder == "slurm":
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-        elif folder != "unit":
-            item.add_marker(pytest.mark.xdist_group(f"{folder}/{item.path.stem}"))
-
-
 def write_shards(folder: Path, splits: dict[str, list[np.ndarray]], vocab_size: int) -> Path:
     """Token shards as the documented format has them, written with numpy alone."""
     folder.mkdir(parents=True)
