@@ -6,7 +6,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from gns_pretrain.build import settings_from
+from gns_pretrain.composition import settings_from
 from gns_pretrain.composition_errors import as_input_error
 from gns_pretrain.config import register_schemas
 from gns_pretrain.errors import InputError, TrainingError

@@ -5,13 +5,12 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from gns_pretrain.batch_size.controller import Controller, make_controller
 from gns_pretrain.batch_size.settings import ShadowSettings
+from gns_pretrain.composition import as_dict
 from gns_pretrain.config import Config, feasible_sizes, policies
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
@@ -21,7 +20,6 @@ from gns_pretrain.distributed.checkpoint import Checkpoints
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter
 from gns_pretrain.distributed.sharding import parallelize
-from gns_pretrain.errors import InputError
 from gns_pretrain.loop import LoopSettings, Run
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.settings import MetricsSettings
@@ -47,71 +45,6 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {
     MuonSettings: build_muon,
     CustomSettings: build_custom,
 }
-
-
-def settings_from(node: DictConfig) -> Config:
-    """Plain dataclasses out of what Hydra composed; each checks itself as it is made.
-
-    Raises:
-        InputError: a setting breaks a rule or is still missing.
-    """
-    # Unresolved: what a setting is taken from can then be named.
-    values = flattened(cast(dict[str, Any], OmegaConf.to_container(node)))
-    missing = {key for key, value in values.items() if value == "???"}
-    for key, value in values.items():
-        source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))
-        if source and source[1] in missing:
-            raise InputError(missing_of_scale(source[1], values["scale.name"]))
-        if key in missing and not key.startswith("scale."):
-            raise InputError(f"{key} has no value; give it one, as in: {key}=...")
-    for key in missing:  # of the scale: no role of this run reads it
-        OmegaConf.update(node, key, None)
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, Config)
-    refuse_additions(config)
-    return config
-
-
-def missing_of_scale(number: str, scale: str) -> str:
-    """What to do about a number that an experiment needs and its scale does not have."""
-    optimizer = re.fullmatch(r"scale\.(\w+)\.\w+", number)
-    if scale == "none":
-        way_out = "choose a scale that has it, as in: scale=demo"
-    elif optimizer:
-        way_out = (
-            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it; then give {number}=..., "
-            f"or write it into conf/scale/{scale}.yaml"
-        )
-    else:
-        way_out = f"give it one, as in: {number}=..."
-    return f"{number} has no value at scale={scale}; {way_out}"
-
-
-def refuse_additions(settings: Any, prefix: str = "") -> None:
-    """Refuse what `+name=value` put beside a schema's own fields: nothing would read it."""
-    known = {field.name for field in dataclasses.fields(settings)}
-    for name, value in vars(settings).items():
-        if name not in known:
-            raise InputError(f"{prefix}{name}: there is no such setting; leave it out")
-        if dataclasses.is_dataclass(value):
-            refuse_additions(value, f"{prefix}{name}.")
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values."""
-    return dataclasses.asdict(config)
-
-
-def as_yaml(config: Config) -> str:
-    """The resolved settings as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Nested plain values of a YAML file."""
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
 
 
 def data_fingerprint(splits: tuple[TokenSplit, TokenSplit]) -> str:

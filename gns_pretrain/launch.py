@@ -13,7 +13,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gns_pretrain.build import as_dict, as_yaml, build_run, data_fingerprint, read_yaml
+from gns_pretrain.build import build_run, data_fingerprint
+from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config, check_batch_size, check_data, check_layout
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import compile_cache

@@ -17,7 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.build import as_dict, as_yaml, read_yaml, run_id, shown_as
+from gns_pretrain.build import run_id, shown_as
+from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.jsonl import read_records

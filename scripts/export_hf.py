@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gns_pretrain.build import read_yaml
+from gns_pretrain.composition import read_yaml
 from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
 from gns_pretrain.data.shards import META_FILE, read_meta

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gns_pretrain.build import read_yaml
+from gns_pretrain.composition import read_yaml
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 

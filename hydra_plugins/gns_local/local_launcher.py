@@ -11,7 +11,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
-from gns_pretrain.build import settings_from
+from gns_pretrain.composition import settings_from
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import checked, place_from

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir  # noqa: TID251
 from rich.console import Console
 
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
-from gns_pretrain.build import controllers, settings_from
+from gns_pretrain.build import controllers
+from gns_pretrain.composition import settings_from
 from gns_pretrain.config import check_batch_size, check_layout, register_schemas
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.console import ConsoleView

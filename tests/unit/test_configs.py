@@ -8,7 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from gns_pretrain.build import OPTIMIZERS, as_yaml, settings_from
+from gns_pretrain.build import OPTIMIZERS
+from gns_pretrain.composition import as_yaml, settings_from
 from gns_pretrain.config import Config, register_schemas
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter

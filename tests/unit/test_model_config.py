@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gns_pretrain.build import read_yaml
+from gns_pretrain.composition import read_yaml
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling, count_parameters
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir  # noqa: TID251
 
-from gns_pretrain.build import settings_from
+from gns_pretrain.composition import settings_from
 from gns_pretrain.config import Config, register_schemas
 from gns_pretrain.errors import InputError
 

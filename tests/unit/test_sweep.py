@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.build import as_yaml
+from gns_pretrain.composition import as_yaml
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.settings import MetricsSettings, WandbSettings
