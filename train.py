@@ -32,4 +32,4 @@ if __name__ == "__main__":
     except (InputError, TrainingError) as error:  # of a sweep as a whole
         sys.exit(say(error))
     except Exception as error:
-        sys.exit(say(as_input_error(error)))
+        sys.exit(say(as_input_error(error, sys.argv[1:])))

@@ -42,8 +42,9 @@ def missing_of_scale(number: str, scale: str) -> str:
         way_out = "choose a scale that has it, as in: scale=demo"
     elif optimizer:
         way_out = (
-            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it; then give {number}=..., "
-            f"or write it into conf/scale/{scale}.yaml"
+            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
+            f"scripts/best_of_search.py tells what it found; then give {number}=..., or write it "
+            f"into conf/scale/{scale}.yaml"
         )
     else:
         way_out = f"give it one, as in: {number}=..."

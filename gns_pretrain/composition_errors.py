@@ -3,8 +3,12 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -14,8 +18,19 @@ from gns_pretrain.errors import InputError
 WANTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 
-def as_input_error(error: Exception) -> InputError:
-    """The same mistake, told to people; an error of another kind is raised again as it is."""
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
+SEVERAL_VALUES = "Ambiguous value for argument"
+
+
+def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputError:
+    """The same mistake, told to people; an error of another kind is raised again as it is.
+
+    Args:
+        error: what Hydra raised.
+        overrides: the command's words.
+    """
+    if isinstance(error, ConfigCompositionException) and str(error).startswith(SEVERAL_VALUES):
+        return mistake_in_list_of_values(error, overrides)
     if isinstance(error, OverrideParseException):
         return InputError(
             f"{error.override}: not of the form setting=value; quote a value that has special "
@@ -28,6 +43,30 @@ def as_input_error(error: Exception) -> InputError:
     if isinstance(error, OmegaConfBaseException):
         return InputError(f"{error.full_key}: {first_line(error)}; see the files under conf/")
     raise error
+
+
+def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> InputError:
+    """What is wrong with a command that gives a setting several values.
+
+    Hydra composes a command to see whether it is a sweep, and takes it for a single run when that
+    fails, whatever the reason. With one value for each list the reason shows.
+    """
+    words = [
+        f"{word.get_key_element()}={next(word.sweep_string_iterator())}"
+        if word.is_sweep_override()
+        else str(word.input_line)
+        for word in OverridesParser.create().parse_overrides(list(overrides))
+    ]
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            compose("train", words)
+    except Exception as reason:
+        return as_input_error(reason)
+    given = re.search(r"'(.+)'", first_line(error))
+    return InputError(
+        f"{given[1] if given else ''}: several values make a sweep; add --multirun to train with "
+        "each of them"
+    )
 
 
 def missing_choice(error: MissingConfigException) -> str:
@@ -74,13 +113,17 @@ def unknown_setting(name: str) -> str:
 
 
 def known_settings(schema: Any, prefix: str = "") -> list[str]:
-    """Dotted names of a dataclass's fields and those of its own dataclass fields, groups too."""
+    """Dotted names of a dataclass's fields and those of its own dataclass fields, groups too.
+
+    Where a field has a choice of schemas (optimizers), the names of all are known.
+    """
     names = []
     for field in dataclasses.fields(schema):
         names.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type):
-            names += known_settings(field.type, f"{prefix}{field.name}.")
-    return names
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            for choice in (field.type, *field.type.__subclasses__()):
+                names += known_settings(choice, f"{prefix}{field.name}.")
+    return list(dict.fromkeys(names))
 
 
 def first_line(error: Exception) -> str:

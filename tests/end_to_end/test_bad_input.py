@@ -14,6 +14,11 @@ from tests.end_to_end import commands
         (["token_budget=1e6"], ["token_budget=1e6", "without a point or exponent"]),
         (["model=huge"], ["model=huge: there is no such choice", "llama3_160m"]),
         (["optimizer.lr"], ["optimizer.lr", "not of the form setting=value"]),
+        (["optimizer.lr=1e-3,2e-3"], ["optimizer.lr=1e-3,2e-3", "add --multirun"]),
+        (
+            ["+sweep=tune_signum", "optimizer.lr=1e-3,2e-3", "optimizer.momentun=0.9"],
+            ["optimizer.momentun: there is no such setting", "optimizer.momentum?"],
+        ),
         (["optimizer.lr=-1"], ["optimizer.lr=-1", "must be positive"]),
         (["batch_size.initial=9"], ["batch_size.initial=9", "multiple of 2"]),
         (

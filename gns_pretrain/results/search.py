@@ -1,0 +1,129 @@
+"""What a search over settings found (arXiv:2602.03001, Table 5): its points, the best one first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
+from typing import Any
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.results.tables.sources import TableRun
+from gns_pretrain.run_directory import is_free
+from gns_pretrain.scale import ScaleSettings
+
+SEARCH = "tune"  # the runs' setting `table`
+NOT_SEARCHED = ("run_name", "seed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a search.
+
+    Args:
+        values: of the settings that differ between the points, by dotted name.
+        losses: the lowest validation loss of each seed, nats per token.
+        settings: all settings of one of its runs.
+    """
+
+    values: Mapping[str, Any]
+    losses: tuple[float, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return fmean(self.losses)
+
+
+@dataclass(frozen=True)
+class Search:
+    """One optimizer's search at one scale.
+
+    Args:
+        optimizer: name of its group in a scale.
+        scale: name of the scale.
+        settings: that differ between the points.
+        points: finished ones, the lowest loss first.
+        unfinished: runs that do not count yet.
+    """
+
+    optimizer: str
+    scale: str
+    settings: tuple[str, ...]
+    points: tuple[Point, ...]
+    unfinished: int
+
+    @property
+    def at_an_end(self) -> list[str]:
+        """Settings whose best value is the smallest or the largest of all that were tried."""
+        ends = []
+        for name in self.settings:
+            tried = [point.values[name] for point in self.points]
+            if all(isinstance(value, int | float) for value in tried):
+                best = tried[0]
+                if best in (min(tried), max(tried)) and min(tried) != max(tried):
+                    ends.append(f"{name}={best} is the {_end(best, tried)} that was tried")
+        return ends
+
+    @property
+    def for_the_scale(self) -> dict[str, Any]:
+        """The best point's numbers as conf/scale/<scale>.yaml names them."""
+        group = next(f.default_factory for f in fields(ScaleSettings) if f.name == self.optimizer)
+        names = [field.name for field in fields(group)]  # type: ignore[arg-type]
+        best = self.points[0].settings
+        return {name: best[f"optimizer.{name.replace('adamw_lr', 'adamw.lr')}"] for name in names}
+
+
+def searches(runs: Sequence[TableRun]) -> list[Search]:
+    """The searches that these runs belong to, by scale and optimizer.
+
+    Raises:
+        InputError: none of them is a search's, or no run of one is finished.
+    """
+    own = [run for run in runs if run.table == SEARCH]
+    if not own:
+        raise InputError(
+            f"none of {len(runs)} runs belongs to a search; "
+            "start one with python train.py +sweep=tune_signum scale=..."
+        )
+    keys = sorted({(run.scale, run.cell) for run in own})
+    return [
+        _search(scale, cell, [run for run in own if (run.scale, run.cell) == (scale, cell)])
+        for scale, cell in keys
+    ]
+
+
+def _search(scale: str, optimizer: str, runs: Sequence[TableRun]) -> Search:
+    finished = [run for run in runs if run.finished]
+    if not finished:
+        raise InputError(
+            f"no run of {optimizer}'s search at scale={scale} is finished; start its command again"
+        )
+    settings = _differing([run.settings for run in finished])
+    members: dict[str, list[TableRun]] = {}
+    for run in finished:
+        members.setdefault(repr([run.settings.get(name) for name in settings]), []).append(run)
+    points = [
+        Point(
+            values={name: same[0].settings.get(name) for name in settings},
+            losses=tuple(run.read().minimum for run in same),
+            settings=same[0].settings,
+        )
+        for same in members.values()
+    ]
+    points.sort(key=lambda point: point.loss)
+    return Search(optimizer, scale, settings, tuple(points), len(runs) - len(finished))
+
+
+def _differing(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    names = sorted({name for settings in runs for name in settings})
+    return tuple(
+        name
+        for name in names
+        if name not in NOT_SEARCHED
+        and not is_free(name)
+        and any(settings.get(name) != runs[0].get(name) for settings in runs)
+    )
+
+
+def _end(value: Any, tried: Sequence[Any]) -> str:
+    return "smallest" if value == min(tried) else "largest"
