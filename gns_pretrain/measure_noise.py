@@ -20,6 +20,7 @@ from gns_pretrain.distributed.checkpoint import load_model
 from gns_pretrain.distributed.mesh import ParallelSettings, Place, World, joined, pick_device
 from gns_pretrain.distributed.noise_meter import NoiseMeter, Reading
 from gns_pretrain.distributed.sharding import parallelize
+from gns_pretrain.distributed.tap_sums import sample_sums
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch import place_from
 from gns_pretrain.model.huggingface import load_hf_folder
@@ -48,6 +49,12 @@ class MeasurementRequest:
     interval: bool = True  # standard errors by a jackknife: every gradient is taken twice
     device: str = "auto"  # auto | cpu | cuda
 
+    def __post_init__(self) -> None:
+        """Check each number by itself."""
+        for name in ("num_sequences", "micro_batch_size", "sequence_length"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"--{name.replace('_', '-')}={value} must be at least 1")
+
 
 @dataclass(frozen=True)
 class Estimated:
@@ -64,6 +71,7 @@ class Report:
     num_samples: int
     batch_size: int  # sequences
     estimated: list[Estimated]
+    notes: list[str] = field(default_factory=list)  # a line for each interval that is not given
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: a geometry's first estimate by itself, further ones under their names."""
@@ -87,8 +95,8 @@ def measure(request: MeasurementRequest) -> Report | None:
     """Measure on this process, or on all ranks that torchrun or srun has started.
 
     Raises:
-        InputError: a batch that cannot be split into equal samples, or data and checkpoint that do
-            not fit each other.
+        InputError: a batch that cannot be split into equal samples, data and checkpoint that do not
+            fit each other, or a checkpoint whose noise or signal is not finite.
     """
     settings = NoiseScaleSettings(
         geometries=request.geometries,
@@ -112,14 +120,35 @@ def measure(request: MeasurementRequest) -> Report | None:
         laid = parallelize(model.to(device), world, compute_dtype=torch.float32)
         meter = NoiseMeter(laid, world, settings)
         estimated = estimate(laid, meter, split, request, rounds)
-    samples = rounds * place.num_ranks
-    return Report(samples, request.num_sequences, estimated) if place.rank == 0 else None
+    if place.rank != 0:
+        return None
+    notes = missing_intervals(request, rounds, place.num_ranks)
+    return Report(rounds * place.num_ranks, request.num_sequences, estimated, notes)
+
+
+def missing_intervals(request: MeasurementRequest, rounds: int, num_ranks: int) -> list[str]:
+    """Why an interval that was asked for cannot be given; a line each."""
+    if not request.interval:
+        return []
+    unit = request.micro_batch_size * num_ranks
+    if rounds < 3:
+        return [
+            f"no standard error: it leaves out micro-batches in turn and needs 3 a rank, of which "
+            f"there are {rounds}; use --num-sequences={3 * unit} or more"
+        ]
+    if num_ranks == 1 and rounds == 3 and "cross_fitted" in request.estimates:
+        # Of samples 0, 1 and 2 only one is odd: without it half B is empty.
+        return [
+            "no standard error for cross_fitted: each half of the batch needs 2 micro-batches; "
+            f"use --num-sequences={4 * unit} or more"
+        ]
+    return []
 
 
 def rounds_of(request: MeasurementRequest, num_ranks: int) -> int:
     """Micro-batches that each rank takes, all of the same size."""
     unit = request.micro_batch_size * num_ranks
-    if request.num_sequences % unit or request.num_sequences < 1:
+    if request.num_sequences % unit:
         raise InputError(
             f"--num-sequences={request.num_sequences} cannot be split into samples of "
             f"--micro-batch-size={request.micro_batch_size} on {num_ranks} ranks; use a multiple "
@@ -164,15 +193,25 @@ def estimate(
     with meter.armed(rounds):
         batch = list(samples_of(split, request, rounds, world))
         accumulate_gradients(model, batch, accumulation=rounds, meter=meter)
-    whole = meter.tap.sums().copied()
+    whole = sample_sums(meter.tap).copied()
     model.zero_grad(set_to_none=True)
     readings = meter.readings_of(whole, request.num_sequences)
+    check_finite(readings, request)
     errors: list[float | None] = [None] * len(readings)
     if request.interval and rounds > 2:
         errors = standard_errors(model, meter, whole, batch, request, readings)
     return [
         Estimated(reading.total, error) for reading, error in zip(readings, errors, strict=True)
     ]
+
+
+def check_finite(readings: list[Reading], request: MeasurementRequest) -> None:
+    """Refuse to report what no noise scale follows from."""
+    for reason in filter(None, (reading.total.skip_reason for reading in readings)):
+        raise InputError(
+            f"{request.checkpoint} gives no noise scale: {reason}; its weights are not finite or "
+            "too large for float32, use an earlier checkpoint"
+        )
 
 
 def samples_of(
@@ -198,7 +237,7 @@ def standard_errors(
     for index, sequences in enumerate(batch):
         with meter.tap.armed(1, first_round=index):
             accumulate_gradients(model, [sequences], accumulation=1, meter=meter)
-        left = whole.without(meter.tap.sums())
+        left = whole.without(sample_sums(meter.tap))
         model.zero_grad(set_to_none=True)
         remaining = request.num_sequences * left.num_samples // whole.num_samples
         scales.append([scale_of(r) for r in meter.readings_of(left, remaining)])

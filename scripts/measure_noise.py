@@ -35,8 +35,10 @@ def main() -> int:
         return 2
     if report is None:
         return 0
+    for note in report.notes:
+        sys.stderr.write(f"note: {note}\n")
     if as_json:
-        sys.stdout.write(json.dumps(report.as_dict()) + "\n")
+        sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
     else:
         Console(soft_wrap=True).print(_table(report))
     return 0

@@ -108,7 +108,8 @@ class Checkpoints:
                 f"step {state.step}: the checkpoint {target} could not be written "
                 f"({root_cause(error)}); {self._what_is_left()}"
             ) from error
-        self._main(self._prune)
+        if self.world.is_main:
+            self._prune(target)
         return target
 
     def _main(self, action: Callable[[], None]) -> None:
@@ -123,9 +124,15 @@ class Checkpoints:
         if problem:
             raise OSError(problem)
 
-    def _prune(self) -> None:
-        for old in checkpoint_folders(self.directory)[self.keep :]:
-            shutil.rmtree(old)
+    def _prune(self, newest: Path) -> None:
+        """Delete what is older than the newest `keep`, counted from the one just written.
+
+        A folder of a later step is one that the run could not load, and counts for nothing. What
+        cannot be deleted now (a file still open on NFS) is tried again after the next save.
+        """
+        folders = checkpoint_folders(self.directory)
+        for old in folders[folders.index(newest) + self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _what_is_left(self) -> str:
         whole, _ = pick_whole(self.directory)

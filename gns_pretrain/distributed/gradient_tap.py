@@ -8,7 +8,7 @@ it costs nothing. What the estimators need of all samples is reduced at once, a 
     squares, signed gradients   reduce-scattered: every rank keeps its own rows, P / R floats each
     Grams of the smaller side   reduced to the one rank that owns the matrix
 
-The mean gradient is the optimizer's own, read after the backward pass and before clipping.
+`tap_sums.py` reads them out after the last backward pass.
 """
 
 import time
@@ -19,15 +19,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gns_pretrain.distributed.collectives import reduce_scatter, reduce_to
-from gns_pretrain.distributed.matrix_exchange import MatrixExchange
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.shard_layout import ShardLayout, packed, rows_per_shard
 from gns_pretrain.distributed.tapped_weights import tapped_weights
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.noise_scale.sums import SampleSums
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class GradientTap:
         self.signed_sums: list[Tensor] = []  # likewise, with +1 and -1 by the sample's parity
         self.grams: dict[int, Tensor] = {}  # whole, of the weights this rank owns, all samples
         self._blocks = self._members_of_blocks()
-        self._arrived: dict[str, dict[int, Tensor]] = {}
+        self.waiting: dict[str, dict[int, Tensor]] = {}  # gradients of blocks not yet complete
         self.seconds = 0.0  # host time spent on this step
         self._sample = 0
         self._accumulation = 1
@@ -121,18 +118,18 @@ class GradientTap:
         """The hook: keep a sample's gradient until its block is complete, then reduce the block."""
         started = time.perf_counter()
         block = self.weights[index].block
-        arrived = self._arrived.setdefault(block, {})
+        arrived = self.waiting.setdefault(block, {})
         arrived[index] = gradient
         if len(arrived) == len(self._blocks[block]):
-            self._reduce(self._arrived.pop(block))
+            self._reduce(self.waiting.pop(block))
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def end_of_sample(self) -> None:
         """After each backward pass: reduce blocks in which some weight took no gradient."""
         started = time.perf_counter()
-        for block in [name for name in self._blocks if name in self._arrived]:
-            self._reduce(self._arrived.pop(block))
+        for block in [name for name in self._blocks if name in self.waiting]:
+            self._reduce(self.waiting.pop(block))
         self._finish()
         self._sample += self.world.num_ranks
         self.seconds += time.perf_counter() - started
@@ -203,76 +200,6 @@ class GradientTap:
             action()
         self._under_way.clear()
 
-    def sums(self) -> SampleSums:
-        """What the samples left on this rank, after the last one and before clipping."""
-        if self.layout.replica_group is not None:
-            for rows in (*self.squares, *self.signed_sums):
-                dist.all_reduce(rows, group=self.layout.replica_group)
-        # Equal shard groups hold equal rows: the first one speaks for all.
-        speaks = self.layout.replica == 0
-        matrices, signed_matrices = {}, {}
-        if self.needs.grams:
-            matrices = self.owned_matrices(self.mean_rows, whole_already=True)
-            if self.needs.signed_sums:
-                signed_matrices = self.owned_matrices(
-                    lambda i: self.signed_sums[i], whole_already=False
-                )
-        return SampleSums(
-            num_even=self.num_even,
-            num_odd=self.num_samples - self.num_even,
-            square_norms=self.square_norms,
-            means=[self.mean_rows(i) for i in range(len(self.weights))] if speaks else [],
-            squares=self.squares if speaks else [],
-            signed=self.signed_sums if speaks else [],
-            grams={i: self.grams.get(i, no_gram(m)) for i, m in matrices.items()},
-            matrices=matrices,
-            signed_matrices=signed_matrices,
-        )
-
     def release(self) -> None:
         """Let go of the sums once they have been read."""
         self.squares, self.signed_sums, self.grams = [], [], {}
-
-    def owned_matrices(
-        self, rows: Callable[[int], Tensor], *, whole_already: bool
-    ) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, by weight.
-
-        Args:
-            rows: this rank's rows of a weight, flat, perhaps padded.
-            whole_already: where weights are not sharded, take the weight's own gradient.
-        """
-        matrices = [i for i, w in enumerate(self.weights) if w.owner is not None]
-        replica = [i for i in matrices if self._home(i)[0] == self.layout.replica]
-        if whole_already and not isinstance(self.weights[0].weight, DTensor):
-            mine = [i for i in replica if self.weights[i].owner == self.world.rank]
-            return {i: gradient_or_zeros(self.weights[i].weight) for i in mine}
-        shapes = [(self.weights[i].shape[0], self.weights[i].shape[1]) for i in replica]
-        exchange = MatrixExchange(shapes, [self._home(i)[1] for i in replica], self.layout)
-        own = [self.layout.rows_of(self.layout.shard, m) for m, _ in shapes]
-        shards = [
-            rows(i)[: (held.stop - held.start) * n].view(-1, n)
-            for i, held, (_, n) in zip(replica, own, shapes, strict=True)
-        ]
-        return {replica[k]: matrix for k, matrix in exchange.to_owners(shards).items()}
-
-    def _home(self, index: int) -> tuple[int, int]:
-        """Replica and shard of a matrix's owner."""
-        owner = self.weights[index].owner
-        assert owner is not None
-        return divmod(owner, self.layout.num_shards)
-
-    def mean_rows(self, index: int) -> Tensor:
-        """This rank's rows of a weight's mean gradient, flat; zeros if it took none."""
-        return self.layout.own_rows(gradient_or_zeros(self.weights[index].weight)).reshape(-1)
-
-
-def no_gram(matrix: Tensor) -> Tensor:
-    """The Gram of a matrix that no sample reached."""
-    side = min(matrix.shape)
-    return matrix.new_zeros(side, side, dtype=torch.float64)
-
-
-def gradient_or_zeros(weight: nn.Parameter) -> Tensor:
-    """A weight's mean gradient, in its own layout; zeros if no sample reached it."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -113,6 +113,12 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# Groups of ranks on the CPU that were left, kept until the process ends. Whoever drops the last
+# reference to one waits for its threads with the interpreter's lock in hand, and such a thread may
+# want that lock to let go of a tensor: a rank that drops a DDP model right after a step can hang.
+_LEFT: list[dist.ProcessGroup | None] = []
+
+
 @contextmanager
 def joined(place: Place, settings: ParallelSettings, device: torch.device) -> Iterator[World]:
     """Join the other ranks for the length of the block; a single process joins nobody."""
@@ -123,6 +129,7 @@ def joined(place: Place, settings: ParallelSettings, device: torch.device) -> It
         yield World(rank=0, num_ranks=1, device=device, kind=kind)
         return
     start_process_group(place, device, timedelta(seconds=settings.timeout_seconds))
+    groups: list[dist.ProcessGroup | None] = [dist.group.WORLD]
     try:
         if kind == "hsdp":
             shards = shard_group_size(
@@ -132,8 +139,11 @@ def joined(place: Place, settings: ParallelSettings, device: torch.device) -> It
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
         else:
             mesh = init_device_mesh(device.type, (place.num_ranks,), mesh_dim_names=("shard",))
+        groups += mesh.get_all_groups()
         yield World(place.rank, place.num_ranks, device, kind, mesh)
     finally:
+        if device.type == "cpu":
+            _LEFT.extend(groups)
         dist.destroy_process_group()
 
 

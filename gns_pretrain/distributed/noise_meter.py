@@ -11,6 +11,7 @@ from torch import nn
 from gns_pretrain.distributed.collectives import sum_over_ranks
 from gns_pretrain.distributed.gradient_tap import GradientTap, TapNeeds
 from gns_pretrain.distributed.mesh import World
+from gns_pretrain.distributed.tap_sums import sample_sums
 from gns_pretrain.model.llama import Kind
 from gns_pretrain.noise_scale.cross_fitted import euclidean_cross_signal
 from gns_pretrain.noise_scale.measurement import Measurement, measure
@@ -25,6 +26,7 @@ class Reading:
     total: Measurement
     parts: dict[str, Measurement]  # by kind of parameter and by block, where asked for
     seconds: float  # host time of the whole step's measurement, all geometries together
+    num_fallbacks: int = 0  # of Nuclear's square roots, those that took eigenvalues after all
 
 
 class NoiseMeter:
@@ -62,7 +64,7 @@ class NoiseMeter:
             One reading for each geometry and estimate that was asked for, the same on every rank.
         """
         started = time.perf_counter()
-        sums = self.tap.sums()
+        sums = sample_sums(self.tap)
         table = self._table(sums, batch_size)
         self.tap.release()
         seconds = self.tap.seconds + time.perf_counter() - started
@@ -94,7 +96,15 @@ class NoiseMeter:
                     return self._measurement(table, rows, geometry, estimate, batch_size, samples)
 
                 parts = {name: of(rows) for name, rows in self._parts(chosen).items()}
-                readings.append(Reading(of(chosen), parts, seconds))
+                fallbacks = sum(table[i][COLUMN["fallbacks"]] for i in chosen)
+                readings.append(
+                    Reading(
+                        of(chosen),
+                        parts,
+                        seconds,
+                        num_fallbacks=round(fallbacks) if geometry == "nuclear" else 0,
+                    )
+                )
         return readings
 
     def _chosen(self, geometry: str) -> list[int]:
@@ -117,7 +127,7 @@ class NoiseMeter:
             weight = self.tap.weights[index]
             if self.settings.per_kind:
                 parts.setdefault(weight.kind.name.lower(), []).append(index)
-            if self.settings.per_layer and weight.block != "root":
+            if self.settings.per_layer and weight.block.startswith("layers."):
                 parts.setdefault(weight.block, []).append(index)
         return parts
 

@@ -66,9 +66,13 @@ def has_gram(kind: Kind, *, all_2d: bool) -> bool:
 
 
 def block_of(name: str) -> str:
-    """The group of weights that FSDP2 shards together: `layers.3`, or `root`."""
+    """Weights whose gradients come close together: `layers.3`, `embedding`, `norm` or `output`.
+
+    FSDP2 keeps the last three in one group; here the output's gradient, the first of all, would
+    wait for the embedding's, the last.
+    """
     parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else "root"
+    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
 def unsharded_weights(llama: nn.Module) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def nuclear(gradient: Gradient) -> Tensor:
         gradient: [..., m, n], or a list of such; every matrix counts by itself.
 
     Returns:
-        0-dimensional, float64. `square_root.nuclear_norm` is the fast one.
+        0-dimensional, float64. `square_root.trace_square_root` of a Gram is the fast one.
     """
     return _total([torch.linalg.svdvals(matrix.double()).sum() for matrix in _tensors(gradient)])
 

@@ -1,4 +1,4 @@
-"""tr C^(1/2) and nuclear norms for stacks of matrices: exactly, or by products of matrices alone.
+"""tr C^(1/2) for stacks of matrices: exactly, or by products of matrices alone.
 
     tr C^(1/2) = tr(A h(A)),  A = C^(1/2),  h an odd polynomial that is 1 on the spectrum of A
 
@@ -60,20 +60,11 @@ def smaller_side_gram(matrix: Tensor) -> Tensor:
     return matrix.mT @ matrix if matrix.shape[-2] > matrix.shape[-1] else matrix @ matrix.mT
 
 
-def nuclear_norm(matrices: Tensor, *, mode: str = "auto") -> SquareRootTraces:
-    """||G||_S1 of each matrix, as tr (G G^T)^(1/2) over its smaller side in float64.
-
-    Singular values below 1e-8 of the largest are lost, which costs at most min(m, n) * 1e-8.
-
-    Args:
-        matrices: [k, m, n], any float dtype.
-        mode: see `trace_square_root`.
-    """
-    return trace_square_root(smaller_side_gram(matrices.double()), mode=mode)
-
-
 def trace_square_root(grams: Tensor, *, mode: str = "auto") -> SquareRootTraces:
     """tr C^(1/2) of each symmetric positive semi-definite matrix of a stack.
+
+    Of a Gram G G^T it is the nuclear norm ||G||_S1: singular values below 1e-8 of the largest are
+    lost, which costs at most min(m, n) * 1e-8.
 
     Args:
         grams: [k, m, m], float32 or float64; computed in float64. A Gram accumulated in float32 has

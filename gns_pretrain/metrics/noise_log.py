@@ -40,6 +40,7 @@ def note_noise(
         num_samples=total.num_samples,
         seconds=reading.seconds,
         spread=spread_of_last(state, key, total.noise_scale),
+        **fallbacks_of(reading),
         **parts_of(reading),
     )
 
@@ -54,6 +55,11 @@ def spread_of_last(state: TrainState, key: str, noise_scale: float | None) -> fl
         recent.append(noise_scale)
         del recent[:-SPREAD_OVER]
     return statistics.stdev(recent) if len(recent) > 1 else None
+
+
+def fallbacks_of(reading: Reading) -> dict[str, int]:
+    """How many square roots took the slow route, which a run on a GPU should not pay unawares."""
+    return {"square_root_fallbacks": reading.num_fallbacks} if reading.num_fallbacks else {}
 
 
 def parts_of(reading: Reading) -> dict[str, Any]:

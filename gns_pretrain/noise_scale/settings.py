@@ -1,10 +1,11 @@
 """What is measured, how often, and how it is averaged."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.noise_scale.measurement import check_estimate
+from gns_pretrain.noise_scale.measurement import ESTIMATES, check_estimate
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices")
@@ -29,11 +30,7 @@ class NoiseScaleSettings:
 
     def __post_init__(self) -> None:
         """Check each setting by itself."""
-        for geometry in self.geometries:
-            for estimate in self.estimates_of(geometry):
-                check_estimate(geometry, estimate)
-        if self.geometries and not self.estimates:
-            raise InputError("noise_scale.estimates=[] names none; use [plug_in], the paper's")
+        self._check_geometries_and_estimates()
         if self.every_steps < 1:
             raise InputError(
                 f"noise_scale.every_steps={self.every_steps} must be at least 1 step; "
@@ -55,6 +52,25 @@ class NoiseScaleSettings:
                     f"use one of {', '.join(choices)}"
                 )
 
+    def _check_geometries_and_estimates(self) -> None:
+        for name in ("geometries", "estimates"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise InputError(
+                    f"noise_scale.{name}={listed(given)} names one twice, which would be measured, "
+                    f"written and averaged twice; use {listed(dict.fromkeys(given))}"
+                )
+        if self.geometries and not self.estimates:
+            raise InputError("noise_scale.estimates=[] names none; use [plug_in], the paper's")
+        for geometry in self.geometries:
+            for estimate in self.estimates_of(geometry):
+                check_estimate(geometry, estimate)
+            if not self.estimates_of(geometry):
+                raise InputError(
+                    f"noise_scale.estimates={listed(self.estimates)} leaves geometry {geometry} "
+                    f"nothing to measure; add {' or '.join(ESTIMATES[geometry])}, or leave it out"
+                )
+
     def estimates_of(self, geometry: str) -> list[str]:
         """The estimates asked for, less those that a geometry has no equation for."""
         return [e for e in self.estimates if (geometry, e) != ("nuclear", "debiased")]
@@ -62,3 +78,8 @@ class NoiseScaleSettings:
     def measures_at(self, step: int) -> bool:
         """Whether the noise scale is measured in a step, counted from 1."""
         return bool(self.geometries) and (step == 1 or step % self.every_steps == 0)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as they are written on the command line."""
+    return f"[{', '.join(names)}]"

@@ -5,6 +5,7 @@ matrices that it owns. All fields are sums or means over samples, so leaving sam
 subtraction, which the jackknife uses.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,8 +39,13 @@ COLUMNS = (
     "trace_root",  # tr C^(1/2)
     "nuclear_norm",  # ||G||_S1
     "nuclear_cross",  # s of the matrix sign
+    "fallbacks",  # square roots that took the exact route after all; a chunk's, on its first weight
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
+
+# Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
+# the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
+CHUNK_ENTRIES = 2**23
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,12 @@ class SampleSums:
         return self.num_even + self.num_odd
 
     def without(self, part: "SampleSums") -> "SampleSums":
-        """The same without some of the samples, as they would have been summed by themselves."""
+        """The same without some of the samples, as they would have been summed by themselves.
+
+        Where they were a whole half, nothing cross-fitted is left.
+        """
         left = self.num_samples - part.num_samples
+        halves = self.num_even > part.num_even and self.num_odd > part.num_odd
 
         def mean(whole: Tensor, removed: Tensor) -> Tensor:
             return (whole * self.num_samples - removed * part.num_samples) / left
@@ -87,11 +97,11 @@ class SampleSums:
             square_norms=self.square_norms - part.square_norms,
             means=[mean(*pair) for pair in zip(self.means, part.means, strict=True)],
             squares=[a - b for a, b in zip(self.squares, part.squares, strict=True)],
-            signed=[a - b for a, b in zip(self.signed, part.signed, strict=True)],
+            signed=[a - b for a, b in zip(self.signed, part.signed, strict=True)] if halves else [],
             grams={i: gram - part.grams[i] for i, gram in self.grams.items()},
             matrices={i: mean(m, part.matrices[i]) for i, m in self.matrices.items()},
             signed_matrices={
-                i: m - part.signed_matrices[i] for i, m in self.signed_matrices.items()
+                i: m - part.signed_matrices[i] for i, m in self.signed_matrices.items() if halves
             },
         )
 
@@ -146,17 +156,17 @@ def add_rows(totals: Tensor, sums: SampleSums, index: int, batch_size: int) -> N
 def add_matrices(totals: Tensor, sums: SampleSums, batch_size: int, square_root: str) -> None:
     """What needs whole matrices, of those that this rank owns."""
     samples = sums.num_samples
-    signals = {i: smaller_side_gram(mean.double()) for i, mean in sums.matrices.items()}
-    for members in by_size(signals):
+    for members in chunks_of_one_size(sums.grams):
         nuclear = nuclear_totals(
             torch.stack([sums.grams[i] for i in members]) / samples,
-            torch.stack([signals[i] for i in members]),
+            torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in members]),
             batch_size=batch_size,
             num_samples=samples,
             mode=square_root,
         )
         totals[members, COLUMN["trace_root"]] = nuclear.noise
         totals[members, COLUMN["nuclear_norm"]] = nuclear.signal
+        totals[members[0], COLUMN["fallbacks"]] = nuclear.num_fallbacks
     for index, signed in sums.signed_matrices.items():
         first, second = half_means(
             sums.matrices[index] * samples, signed, num_even=sums.num_even, num_odd=sums.num_odd
@@ -165,9 +175,12 @@ def add_matrices(totals: Tensor, sums: SampleSums, batch_size: int, square_root:
         totals[index, COLUMN["nuclear_cross"]] = gain
 
 
-def by_size(grams: dict[int, Tensor]) -> list[list[int]]:
-    """Indices of matrices of one size together: square roots are taken in batches."""
+def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices of one size, as many as `CHUNK_ENTRIES` holds and at least one."""
     sizes: dict[int, list[int]] = {}
     for index, gram in grams.items():
         sizes.setdefault(len(gram), []).append(index)
-    return list(sizes.values())
+    for size, members in sizes.items():
+        count = max(1, CHUNK_ENTRIES // size**2)
+        for start in range(0, len(members), count):
+            yield members[start : start + count]

@@ -3,25 +3,26 @@
 The reference takes every micro-batch's gradient by itself, in float64, and uses exact SVDs.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.distributed.mesh import ParallelSettings, Place, joined
+from gns_pretrain.distributed.mesh import ParallelSettings, Place, World, joined
 from gns_pretrain.distributed.noise_meter import NoiseMeter
+from gns_pretrain.distributed.shard_layout import local_parts
 from gns_pretrain.distributed.sharding import parallelize, unwrapped
+from gns_pretrain.distributed.tap_sums import sample_sums
 from gns_pretrain.distributed.tapped_weights import unsharded_weights
 from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
-from gns_pretrain.step import accumulate_gradients, train_step
+from gns_pretrain.step import StepResult, accumulate_gradients, train_step
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
 
-SAMPLES = 8
-SEQUENCES, TOKENS = 1, 6  # of a sample: fewer tokens than every matrix is wide
+LAYOUTS = ("ddp", "fsdp", "hsdp")
 ALL = NoiseScaleSettings(
     geometries=["euclidean", "manhattan", "nuclear"],
     estimates=["plug_in", "cross_fitted"],
@@ -30,63 +31,138 @@ ALL = NoiseScaleSettings(
 Values = dict[tuple[str, str], tuple[float, float]]
 
 
-def micro_batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shape = (SAMPLES, SEQUENCES, TOKENS + 1)
-    return list(torch.randint(VOCABULARY, shape, generator=generator))
+@dataclass(frozen=True)
+class Samples:
+    """Micro-batches of one sequence each."""
+
+    count: int = 8
+    tokens: int = 6  # fewer than every matrix is wide
+    vocabulary: int = VOCABULARY
+
+    def tensors(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        shape = (self.count, 1, self.tokens + 1)
+        return list(torch.randint(self.vocabulary, shape, generator=generator))
 
 
-def model_of(**changes) -> Llama:
-    model = Llama(odd_model(**changes))
+FEW = Samples()
+# Neither 3 ranks nor 4 or 12 rounds divide without rounding, and each half lacks a few tokens.
+ROUNDED = Samples(count=12, tokens=24, vocabulary=211)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is laid over ranks and what it is trained on."""
+
+    kind: str
+    samples: Samples = FEW
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+    trainable: tuple[str, ...] = ()  # endings of the blocks' names that train; none names all
+
+    def train_step(self, place: Place, settings: NoiseScaleSettings | None, **changes: Any):
+        """One step of plain SGD on this rank's samples; its result and the rows it leaves."""
+        with joined(place, ParallelSettings(kind=self.kind), torch.device("cpu")) as world:
+            model = self.laid(world, **changes)
+            result = train_step(
+                model,
+                torch.optim.SGD(model.parameters(), lr=1.0),
+                self.samples.tensors()[place.rank :: place.num_ranks],
+                accumulation=self.samples.count // place.num_ranks,
+                max_gradient_norm=1.0,
+                batch_size=self.samples.count,
+                meter=NoiseMeter(model, world, settings) if settings else None,
+            )
+            return result, [part.detach().clone() for part in local_parts(model.parameters())]
+
+    def laid(self, world: World, **changes: Any) -> torch.nn.Module:
+        model = model_of(self.samples, **changes)
+        for name, weight in model.named_parameters():
+            if name.startswith("layers.") and self.trainable:
+                weight.requires_grad_(name.endswith(self.trainable))
+        if self.compiled:
+            model.compile_blocks("aot_eager")
+        return parallelize(model, world, compute_dtype=self.dtype)
+
+
+# Two matrices have owners on two ranks of four: the second replica of HSDP owns none.
+TWO_MATRICES = Case("hsdp", trainable=("0.attention.wq.weight", "0.feed_forward.w1.weight"))
+BITS = {
+    2: [Case("fsdp", dtype=torch.bfloat16, compiled=True), Case("ddp", trainable=("wq.weight",))],
+    4: [Case("hsdp", dtype=torch.bfloat16)],
+}
+
+
+def model_of(samples: Samples = FEW, **changes: Any) -> Llama:
+    model = Llama(odd_model(vocab_size=samples.vocabulary, **changes))
     model.init_weights(seed=1)
     return model
 
 
-def measured(place: Place, kind: str, settings: NoiseScaleSettings = ALL, **changes) -> Values:
-    """Noise and signal of each geometry and estimate, as one rank of a layout reads them."""
-    with joined(place, ParallelSettings(kind=kind), torch.device("cpu")) as world:
-        model = parallelize(model_of(**changes), world, compute_dtype=torch.float32)
-        optimizer = build_adamw(model, AdamWSettings())
-        result = train_step(
-            model,
-            optimizer,
-            micro_batches()[place.rank :: place.num_ranks],
-            accumulation=SAMPLES // place.num_ranks,
-            max_gradient_norm=1.0,
-            batch_size=SAMPLES * SEQUENCES,
-            meter=NoiseMeter(model, world, settings),
-        )
+def values_of(result: StepResult) -> Values:
+    """Noise and signal of each geometry and estimate."""
     return {
         (r.total.geometry, r.total.estimate): (r.total.noise, r.total.signal)
         for r in result.readings
     }
 
 
-def measured_on_each(place: Place, kinds: tuple[str, ...]) -> list[Values]:
+def measured(place: Place, case: Case, **changes: Any) -> Values:
+    return values_of(case.train_step(place, ALL, **changes)[0])
+
+
+def measured_on_each(place: Place, cases: list[Case]) -> list[Values]:
     return [
-        measured(replace(place, rendezvous=f"{place.rendezvous}-{kind}"), kind) for kind in kinds
+        measured(replace(place, rendezvous=f"{place.rendezvous}-{i}"), case)
+        for i, case in enumerate(cases)
     ]
 
 
-def sample_gradients(**changes) -> dict[str, Tensor]:
+def has_the_same_bits(place: Place, case: Case) -> bool:
+    """Whether a measured step and one that is not leave the same norm and weights."""
+    (result, weights), (plain, plain_weights) = (
+        case.train_step(
+            replace(place, rendezvous=f"{place.rendezvous}-{settings is None}"), settings
+        )
+        for settings in (ALL, None)
+    )
+    pairs = zip(weights, plain_weights, strict=True)
+    return torch.equal(result.gradient_norm, plain.gradient_norm) and all(
+        torch.equal(ours, theirs) for ours, theirs in pairs
+    )
+
+
+def on_layouts(place: Place) -> tuple[list[Values], list[bool]]:
+    """All that is asked of this many ranks, in one start of them."""
+    cases = [Case(kind) for kind in LAYOUTS]
+    if place.num_ranks == 4:
+        cases.append(TWO_MATRICES)
+    same = [
+        has_the_same_bits(replace(place, rendezvous=f"{place.rendezvous}-bits-{i}"), case)
+        for i, case in enumerate(BITS[place.num_ranks])
+    ]
+    return measured_on_each(place, cases), same
+
+
+def sample_gradients(samples: Samples = FEW, **changes: Any) -> dict[str, Tensor]:
     """Every sample's own gradient of every weight, [R, ...] in float64."""
-    model = model_of(**changes).double()
+    model = model_of(samples, **changes).double()
     model.compute_dtype = torch.float64
     gradients: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
-    for sequences in micro_batches():
+    for sequences in samples.tensors():
         model(sequences[:, :-1], sequences[:, 1:]).backward()
         for name, weight in model.named_parameters():
             assert weight.grad is not None
             gradients[name].append(weight.grad)
             weight.grad = None
-    return {name: torch.stack(samples) for name, samples in gradients.items()}
+    return {name: torch.stack(rows) for name, rows in gradients.items()}
 
 
-def dense_reference(**changes) -> Values:
+def dense_reference(of: Samples = FEW, **changes: Any) -> Values:
     """The equations as they stand, on whole gradients."""
-    gradients = sample_gradients(**changes)
-    kinds = parameter_kinds(model_of(**changes))
-    batch, count = SAMPLES * SEQUENCES, SAMPLES
+    gradients = sample_gradients(of, **changes)
+    kinds = parameter_kinds(model_of(of, **changes))
+    batch, count = of.count, of.count
     flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
     mean = flat.mean(0)
     variance = batch / (count - 1) * (flat.square().mean(0) - mean.square()).clamp_min(0)
@@ -148,24 +224,50 @@ def reference() -> Values:
 
 
 def test_one_process_equals_the_dense_reference(reference):
-    assert_equal(measured(Place(), "single"), reference, "one process")
+    assert_equal(measured(Place(), Case("single")), reference, "one process")
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_layout_equals_the_dense_reference(num_ranks, reference, tmp_path):
-    kinds = ("ddp", "fsdp", "hsdp")
-    for rank, each in enumerate(run_ranks(num_ranks, measured_on_each, tmp_path, kinds)):
-        for kind, found in zip(kinds, each, strict=True):
-            assert_equal(found, reference, f"{kind}, rank {rank} of {num_ranks}")
+@pytest.fixture(scope="module", params=[2, 4])
+def on_ranks(request, tmp_path_factory) -> list[tuple[list[Values], list[bool]]]:
+    """Of each of 2 and of 4 ranks, what `on_layouts` returns."""
+    return run_ranks(request.param, on_layouts, tmp_path_factory.mktemp("ranks"))
+
+
+def test_every_layout_equals_the_dense_reference(on_ranks, reference):
+    for rank, (each, _) in enumerate(on_ranks):
+        for kind, found in zip(LAYOUTS, each, strict=False):
+            assert_equal(found, reference, f"{kind}, rank {rank} of {len(on_ranks)}")
+
+
+def test_measured_step_trains_with_the_same_bits_on_every_layout(on_ranks):
+    for rank, (_, same) in enumerate(on_ranks):
+        for case, is_same in zip(BITS[len(on_ranks)], same, strict=True):
+            assert is_same, f"{case}, rank {rank} of {len(on_ranks)}"
+
+
+def test_replica_that_owns_no_matrix_takes_part(on_ranks):
+    alone = measured(Place(), replace(TWO_MATRICES, kind="single"))
+    for rank, (each, _) in enumerate(on_ranks):
+        for found in each[len(LAYOUTS) :]:
+            assert_equal(found, alone, f"hsdp with two matrices, rank {rank}")
+
+
+def test_halves_that_lack_tokens_equal_the_dense_reference_where_ranks_round(tmp_path):
+    # Rounding gave coordinates that one half did not touch a sign: off by up to 28 %.
+    cases = [Case(kind, ROUNDED) for kind in ("ddp", "fsdp")]
+    expected = dense_reference(ROUNDED)
+    assert_equal(measured(Place(), Case("single", ROUNDED)), expected, "one process")
+    for found in run_ranks(3, measured_on_each, tmp_path, cases)[0]:
+        assert_equal(found, expected, "3 ranks")
 
 
 def test_tied_embeddings_are_one_weight():
-    found = measured(Place(), "single", tie_embeddings=True)
+    found = measured(Place(), Case("single"), tie_embeddings=True)
     assert_equal(found, dense_reference(tie_embeddings=True), "one process, tied")
 
 
 def test_activation_checkpointing_shows_each_gradient_once(reference):
-    found = measured(Place(), "single", activation_checkpointing=True)
+    found = measured(Place(), Case("single"), activation_checkpointing=True)
     assert_equal(found, reference, "one process, checkpointed")
 
 
@@ -176,9 +278,9 @@ def memory_of_a_measurement(place: Place) -> tuple[list[int], list[int], int]:
         meter = NoiseMeter(model, world, ALL)
         with meter.armed(1):
             accumulate_gradients(
-                model, micro_batches()[place.rank : place.rank + 1], accumulation=1, meter=meter
+                model, FEW.tensors()[place.rank : place.rank + 1], accumulation=1, meter=meter
             )
-            sums = meter.tap.sums()
+            sums = sample_sums(meter.tap)
         rows = [sum(t.numel() for t in kind) for kind in (sums.squares, sums.signed)]
         return rows, sorted(sums.grams), sum(w.shape.numel() for w in meter.tap.weights)
 
@@ -204,7 +306,7 @@ def unsharded_objects(place: Place) -> bool:
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
         before = unsharded_weights(unwrapped(model))
-        tokens = micro_batches()[0]
+        tokens = FEW.tensors()[0]
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         after = unsharded_weights(unwrapped(model))
         return all(before[name] is after[name] for name in before)

@@ -70,6 +70,32 @@ def test_newest_are_kept_and_older_ones_go(tmp_path):
     assert [f.name for f in checkpoint_folders(tmp_path)] == ["step_00000004", "step_00000003"]
 
 
+def test_damaged_newer_checkpoint_does_not_take_the_place_of_the_one_just_written(tmp_path):
+    save_steps(tmp_path, 1, 3, keep=2)
+    remove_the_manifest(tmp_path / "step_00000003")
+    save_steps(tmp_path, 2, keep=1)
+    state, damaged, _ = loaded(tmp_path)
+    assert state is not None
+    assert state.step == 2
+    assert len(damaged) == 1
+    assert not (tmp_path / "step_00000001").exists()
+
+
+def test_old_checkpoint_that_cannot_be_deleted_ends_no_run_and_goes_later(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        # As on NFS, where a file that somebody still reads stays under another name.
+        patch.setattr(os, "rmdir", busy)
+        save_steps(tmp_path, 2, keep=1)
+    assert (tmp_path / "step_00000001").is_dir()
+    save_steps(tmp_path, 3, keep=1)
+    assert [f.name for f in checkpoint_folders(tmp_path)] == ["step_00000003"]
+
+
+def busy(path, **keywords) -> None:
+    raise OSError(39, "Directory not empty", str(path))
+
+
 def flip_a_byte(folder: Path) -> None:
     path = largest_file(folder)
     data = bytearray(path.read_bytes())

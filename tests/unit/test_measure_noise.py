@@ -13,7 +13,7 @@ from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.distributed.checkpoint import Checkpoints
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.errors import InputError
-from gns_pretrain.measure_noise import MeasurementRequest, measure
+from gns_pretrain.measure_noise import MeasurementRequest, Report, measure
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
 from gns_pretrain.state import TrainState
@@ -101,6 +101,9 @@ def test_micro_batches_of_another_size_keep_the_euclidean_signal(checkpoint, sha
     [
         ({"num_sequences": 2}, r"--num-sequences=2 makes one sample .* use at least 4"),
         ({"num_sequences": 5}, r"--num-sequences=5 cannot be split .* multiple of 2"),
+        ({"num_sequences": 0}, r"--num-sequences=0 must be at least 1"),
+        ({"micro_batch_size": 0}, r"--micro-batch-size=0 must be at least 1"),
+        ({"sequence_length": 0}, r"--sequence-length=0 must be at least 1"),
         ({"num_sequences": 4000}, r"--num-sequences=4000 is more than the 24 validation"),
         ({"estimates": ["best"]}, r"noise_scale.estimates holds best"),
     ],
@@ -108,6 +111,50 @@ def test_micro_batches_of_another_size_keep_the_euclidean_signal(checkpoint, sha
 def test_bad_request_is_named(changes, told, checkpoint, shards):
     with pytest.raises(InputError, match=told):
         measure(request(checkpoint, shards, **changes))
+
+
+def content(report: Report | None) -> tuple[dict, list[str]]:
+    assert report is not None
+    return report.as_dict(), report.notes
+
+
+def test_cross_fitted_interval_is_left_out_with_a_note_where_a_half_would_be_empty(
+    checkpoint, shards
+):
+    changes = {"estimates": ["plug_in", "cross_fitted"], "geometries": ["manhattan"]}
+    three, notes = content(measure(request(checkpoint, shards, num_sequences=6, **changes)))
+    assert three["manhattan"]["standard_error"] > 0
+    assert three["manhattan"]["cross_fitted"]["standard_error"] is None
+    assert notes == [
+        "no standard error for cross_fitted: each half of the batch needs 2 micro-batches; "
+        "use --num-sequences=8 or more"
+    ]
+    four, notes = content(measure(request(checkpoint, shards, num_sequences=8, **changes)))
+    assert four["manhattan"]["cross_fitted"]["standard_error"] > 0
+    assert notes == []
+
+
+def test_interval_of_too_few_micro_batches_is_left_out_with_a_note(checkpoint, shards):
+    changes = {"num_sequences": 4, "geometries": ["euclidean"]}
+    two, notes = content(measure(request(checkpoint, shards, **changes)))
+    assert two["euclidean"]["standard_error"] is None
+    assert [note.partition(":")[0] for note in notes] == ["no standard error"]
+    assert notes[0].endswith("there are 2; use --num-sequences=6 or more")
+    _, notes = content(measure(request(checkpoint, shards, interval=False, **changes)))
+    assert notes == []
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "manhattan", "nuclear"])
+def test_weight_that_is_not_finite_gives_no_report(geometry, shards, tmp_path):
+    ruined = Llama(odd_model())
+    ruined.init_weights(seed=4)
+    ruined.layers[0].attention.wq.weight.data[0, 0] = torch.nan
+    state = TrainState(batch_size=8, micro_batch_size=2, step=1)
+    folder = Checkpoints(tmp_path, keep=1, world=ALONE).save(
+        ruined, build_adamw(ruined, AdamWSettings()), state
+    )
+    with pytest.raises(InputError, match=rf"no noise scale: {geometry} noise is nan; .*earlier"):
+        measure(request(folder, shards, geometries=[geometry]))
 
 
 def test_two_ranks_under_torchrun_print_the_numbers_of_one_process(checkpoint, shards, tmp_path):

@@ -1,6 +1,8 @@
 import pytest
 
-from gns_pretrain.metrics.noise_log import SPREAD_OVER, spread_of_last
+from gns_pretrain.distributed.noise_meter import Reading
+from gns_pretrain.metrics.noise_log import SPREAD_OVER, fallbacks_of, spread_of_last
+from gns_pretrain.noise_scale.measurement import Measurement
 from gns_pretrain.state import TrainState
 
 
@@ -13,3 +15,9 @@ def test_spread_is_the_deviation_of_the_last_measurements_and_skips_those_withou
     for _ in range(SPREAD_OVER):
         last = spread_of_last(state, "manhattan/plug_in", 7.0)
     assert last == 0.0
+
+
+def test_noise_line_counts_slow_square_roots_where_there_were_some():
+    total = Measurement("nuclear", "plug_in", 2.0, 1.0, 8, 64)
+    assert fallbacks_of(Reading(total, {}, 0.1)) == {}
+    assert fallbacks_of(Reading(total, {}, 0.1, num_fallbacks=3)) == {"square_root_fallbacks": 3}

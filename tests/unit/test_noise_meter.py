@@ -68,6 +68,32 @@ def test_no_hook_and_no_sum_is_left_after_a_measured_step():
     assert (meter.tap.squares, meter.tap.signed_sums, meter.tap.grams) == ([], [], {})
 
 
+def test_gradient_of_the_output_is_let_go_when_it_has_been_seen():
+    model = model_of()
+    tap = NoiseMeter(model, ALONE, NoiseScaleSettings(GEOMETRIES)).tap
+    waiting: list[list[str]] = []
+    batch = micro_batches(1)[0]
+    with tap.armed(1):
+        # Hooks run in the order in which they came: this one after the tap's.
+        model.output.weight.register_hook(lambda gradient: waiting.append(list(tap.waiting)))
+        model.embedding.weight.register_hook(lambda gradient: waiting.append(list(tap.waiting)))
+        model(batch[:, :-1], batch[:, 1:]).backward()
+    assert waiting == [[], []]
+
+
+def test_parts_by_layer_are_the_blocks_alone():
+    found = readings(NoiseScaleSettings(["euclidean"], per_layer=True))[0]
+    assert set(found.parts) == {"layers.0", "layers.1"}
+
+
+def test_square_roots_that_took_eigenvalues_are_told_with_the_nuclear_reading(monkeypatch):
+    settings = NoiseScaleSettings(["manhattan", "nuclear"], square_root="iterative")
+    assert [r.num_fallbacks for r in readings(settings)] == [0, 0]
+    monkeypatch.setattr("gns_pretrain.geometry.square_root.TOLERANCE", 0.0)  # nothing is proven
+    # Covariance and mean of 2 blocks of 7 matrices.
+    assert [r.num_fallbacks for r in readings(settings)] == [0, 2 * 2 * 7]
+
+
 def test_meter_of_one_geometry_gathers_nothing_for_the_others():
     euclidean = NoiseMeter(model_of(), ALONE, NoiseScaleSettings(["euclidean"]))
     with euclidean.armed(2):

@@ -24,6 +24,22 @@ def test_halves_are_the_means_of_even_and_odd_samples(num_samples: int) -> None:
     torch.testing.assert_close(second, samples[1::2].mean(0))
 
 
+def test_rounding_of_the_other_half_is_no_gradient() -> None:
+    # Half A alone has the first coordinate, B the last; S and D of them differ by two roundings.
+    half_a, half_b = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, -2.0, 5.0])
+    total = (half_a + half_b) * (1 + 2.4e-7)
+    first, second = half_means(total, half_a - half_b, num_even=1, num_odd=1)
+    assert (first[2], second[0]) == (0.0, 0.0)
+    # <a, sign b> = -4 and <b, sign a> = -2; the roundings' signs would have added 3 + 5.
+    assert manhattan_cross_total(first, second).item() == pytest.approx(-3.0, rel=1e-6)
+
+
+def test_half_that_is_not_finite_stays_so() -> None:
+    total = torch.tensor([torch.nan, torch.inf])
+    for half in half_means(total, torch.zeros(2), num_even=1, num_odd=1):
+        assert not half.isfinite().any()
+
+
 def test_euclidean_cross_signal_by_hand() -> None:
     # <a, b> = 24, norms 5 and 8: (24 / 8 + 24 / 5) / 2 = 3.9.
     first, second = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 0.0])

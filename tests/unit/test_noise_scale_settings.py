@@ -1,0 +1,42 @@
+"""What is refused before anything is measured."""
+
+import pytest
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+
+
+@pytest.mark.parametrize(
+    ("geometries", "estimates", "told"),
+    [
+        (
+            ["manhattan", "nuclear", "manhattan"],
+            ["plug_in"],
+            r"geometries=\[manhattan, nuclear, manhattan\] names one twice"
+            r".*; use \[manhattan, nuclear\]$",
+        ),
+        (
+            ["manhattan"],
+            ["plug_in", "plug_in"],
+            r"estimates=\[plug_in, plug_in\] names one twice.*; use \[plug_in\]$",
+        ),
+        (
+            ["manhattan", "nuclear"],
+            ["debiased"],
+            r"estimates=\[debiased\] leaves geometry nuclear nothing to measure; "
+            "add plug_in or cross_fitted, or leave it out$",
+        ),
+        (["manhattan"], [], r"estimates=\[\] names none; use \[plug_in\]"),
+    ],
+)
+def test_geometries_and_estimates_that_measure_nothing_or_twice_are_refused(
+    geometries, estimates, told
+):
+    with pytest.raises(InputError, match=rf"^noise_scale\.{told}"):
+        NoiseScaleSettings(geometries, estimates)
+
+
+def test_nuclear_passes_over_debiased_where_another_estimate_is_asked_for():
+    settings = NoiseScaleSettings(["euclidean", "nuclear"], ["plug_in", "debiased"])
+    assert settings.estimates_of("nuclear") == ["plug_in"]
+    assert settings.estimates_of("euclidean") == ["plug_in", "debiased"]
