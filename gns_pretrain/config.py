@@ -4,6 +4,7 @@ Each group's dataclass stands beside the code that it configures and checks itse
 puts them together and checks what only the whole can tell, before anything starts.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -100,9 +101,10 @@ class Config:
         for name in ("token_budget", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not 0.0 < self.gradient_clip < math.inf:
             raise InputError(
-                f"gradient_clip={self.gradient_clip} must be positive; null clips nothing"
+                f"gradient_clip={self.gradient_clip} must be positive and finite; "
+                "null clips nothing"
             )
         if self.table == "table3" and self.scale.table3 not in (None, self.scale.name):
             raise InputError(

@@ -50,12 +50,18 @@ def resize(
 def fit_to_ranks(
     state: TrainState, controller: Controller, optimizer: Optimizer, record: Record
 ) -> None:
-    """Split a batch over the ranks at hand; one that they cannot take becomes the next larger."""
+    """Split a batch over the ranks at hand; one that they cannot take becomes the next larger.
+
+    That may lie above the cap: a batch never shrinks, and its cap need not be feasible here.
+    """
     sizes = controller.sizes
     split = sizes.at_least(state.batch_size)
     if split.batch_size == state.batch_size:
         state.micro_batch_size = split.micro_batch_size
         return
+    why = f"{state.batch_size} is not feasible on {sizes}: the next larger size, {split}"
+    if controller.cap is not None and split.batch_size > controller.cap:
+        why += f", above batch_size.cap={controller.cap}"
     resize(
         state,
         optimizer,
@@ -65,7 +71,7 @@ def fit_to_ranks(
         multiplier=lr_multiplier(
             controller.lr_scaling, split.batch_size, controller.initial_batch_size
         ),
-        why=f"{state.batch_size} is not feasible on {sizes}: the next larger size, {split}",
+        why=why,
     )
 
 

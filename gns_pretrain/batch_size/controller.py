@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
 from gns_pretrain.batch_size.policies import Policy, Position, make_policy
-from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.batch_size.policy_settings import PolicySettings
 from gns_pretrain.noise_scale.measurement import Measurement
 from gns_pretrain.noise_scale.smoothing import (
     Averages,
@@ -50,7 +50,7 @@ class Controller:
         sizes: those that the ranks can take.
         initial_batch_size: B_0, where the learning rate's multiplier is 1.
         rounding: "down" or "up".
-        cap: sequences never to be exceeded; None for no cap.
+        cap: sequences that no decision exceeds; None for no cap.
         lr_scaling: see `lr_multiplier`.
     """
 
@@ -160,6 +160,8 @@ def make_controller(
         total_steps: S, steps that the token budget takes at B_0.
         smoothing: of the noise scale, where the policy has no decays of its own.
     """
+    assert settings.rounding is not None
+    assert settings.lr_scaling is not None
     return Controller(
         name=name,
         policy=make_policy(

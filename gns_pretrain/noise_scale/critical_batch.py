@@ -43,7 +43,8 @@ def target_batch_size(noise: float, signal: float, *, theta: float) -> float | N
     """
     if not theta > 0.0:
         raise InputError(f"batch_size.theta={theta} must be positive; the paper uses 0.6")
-    return noise / signal / theta**2 if signal > 0.0 else None
+    # Divided twice: the square of a tiny theta is 0.
+    return noise / signal / theta / theta if signal > 0.0 else None
 
 
 def euclidean_fraction_batch(noise_scale: float, *, kappa: float) -> float:

@@ -1,5 +1,6 @@
 """AdamW, torch's own fused kernel: of a whole model, or of what a matrix rule leaves."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +46,9 @@ class AdamWPart:
 
 
 def check_epsilon(prefix: str, epsilon: float) -> None:
-    """Refuse an epsilon that is not positive."""
-    if epsilon <= 0:
-        raise InputError(f"{prefix}.epsilon={epsilon} must be positive; 1e-8 is usual")
+    """Refuse an epsilon that is not positive and finite."""
+    if not 0.0 < epsilon < math.inf:
+        raise InputError(f"{prefix}.epsilon={epsilon} must be positive and finite; 1e-8 is usual")
 
 
 def adamw_over(groups: list[Group], settings: AdamWSettings | AdamWPart) -> torch.optim.AdamW:

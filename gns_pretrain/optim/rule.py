@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.distributed.shard_layout import local_parts
+from gns_pretrain.optim.token_ties import tied_gain
 
 Group = dict[str, Any]
 
@@ -51,10 +52,17 @@ def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def add_gradients(momenta: list[Tensor], gradients: list[Tensor], momentum: float) -> None:
-    """m = beta m + g, in place: the momentum that is a sum and not an average."""
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, gradients)
+def add_gradients(momenta: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+    """m = beta m + gain g, in place: the momentum that is a sum; the gain is 1 unless tied."""
+    torch._foreach_mul_(momenta, group["momentum"])
+    torch._foreach_add_(momenta, gradients, alpha=tied_gain(group))
+
+
+def looking_ahead(gradients: list[Tensor], momenta: list[Tensor], group: Group) -> list[Tensor]:
+    """Nesterov's gain g + beta m, of the gradients' layout."""
+    if (gain := tied_gain(group)) != 1:
+        gradients = list(torch._foreach_mul(gradients, gain))
+    return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
 
 
 def descend(

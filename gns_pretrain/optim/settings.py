@@ -1,5 +1,6 @@
 """What every optimizer's settings share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ class OptimizerSettings:
 
 
 def check_rates(prefix: str, *, lr: float, weight_decay: float) -> None:
-    """Refuse a learning rate that is not positive, or a negative weight decay."""
-    if lr <= 0:
-        raise InputError(f"{prefix}.lr={lr} must be positive; 1e-3 is a usual peak")
-    if weight_decay < 0:
-        raise InputError(f"{prefix}.weight_decay={weight_decay} must not be negative; 0.1 is usual")
+    """Refuse a learning rate or a weight decay that is negative or not finite, and a rate of 0."""
+    if not 0.0 < lr < math.inf:
+        raise InputError(f"{prefix}.lr={lr} must be positive and finite; 1e-3 is a usual peak")
+    if not 0.0 <= weight_decay < math.inf:
+        raise InputError(
+            f"{prefix}.weight_decay={weight_decay} must be finite and at least 0; 0.1 is usual"
+        )
 
 
 def check_averages(prefix: str, **values: float) -> None:

@@ -9,7 +9,14 @@ from gns_pretrain.distributed.collectives import joint_norm
 from gns_pretrain.distributed.shard_layout import local_parts
 from gns_pretrain.errors import InputError
 from gns_pretrain.optim.groups import decay_groups
-from gns_pretrain.optim.rule import Group, Rule, add_gradients, descend, gradients_of
+from gns_pretrain.optim.rule import (
+    Group,
+    Rule,
+    add_gradients,
+    descend,
+    gradients_of,
+    looking_ahead,
+)
 from gns_pretrain.optim.settings import OptimizerSettings, check_averages
 
 
@@ -39,6 +46,7 @@ class SGD(Rule):
         m = beta m + g;  d = g + beta m (Nesterov) or m
         w = (1 - lr * weight_decay) w - lr d            or  - lr d / ||d||_2, normalised
 
+    Tied to tokens, g comes with the gain of `tied_gain`, so that the sum keeps its length.
     ||d||_2 runs over all parameters together, so the normalised step is the geometry's own unit
     direction (arXiv:2602.03001, Eq. 2) and its length is lr.
 
@@ -80,14 +88,12 @@ class SGD(Rule):
 
     def _directions(self, group: Group, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Momentum, updated, or the gradients themselves; of the parameters' layout."""
-        gradients, momentum = gradients_of(parameters), group["momentum"]
-        if momentum == 0:
+        gradients = gradients_of(parameters)
+        if group["momentum"] == 0:
             return gradients
         momenta = self.momenta(parameters)
-        add_gradients(local_parts(momenta), local_parts(gradients), momentum)
-        if self.nesterov:
-            return list(torch._foreach_add(gradients, momenta, alpha=momentum))
-        return momenta
+        add_gradients(local_parts(momenta), local_parts(gradients), group)
+        return looking_ahead(gradients, momenta, group) if self.nesterov else momenta
 
 
 def build_sgd(model: nn.Module, settings: SGDSettings) -> SGD:

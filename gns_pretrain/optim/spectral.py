@@ -15,7 +15,14 @@ from gns_pretrain.geometry.newton_schulz import orthogonalize
 from gns_pretrain.optim.adamw import AdamWPart
 from gns_pretrain.optim.composite import Composite, with_adamw
 from gns_pretrain.optim.groups import block_matrices
-from gns_pretrain.optim.rule import Group, Rule, add_gradients, descend, gradients_of
+from gns_pretrain.optim.rule import (
+    Group,
+    Rule,
+    add_gradients,
+    descend,
+    gradients_of,
+    looking_ahead,
+)
 from gns_pretrain.optim.settings import OptimizerSettings, check_averages, check_choice
 
 MATRIX_SIGNS = ("newton_schulz", "exact")
@@ -70,6 +77,7 @@ class Spectral(Rule):
         m = beta m + g;  u = g + beta m (Nesterov) or m
         w = (1 - lr * weight_decay) w - lr * scaling(rows, columns) * sign(u)
 
+    Tied to tokens, g comes with the gain of `tied_gain`, so that old and new gradients weigh alike.
     sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps. Where ranks hold parts or copies, each
     matrix is orthogonalised by one of them (`MatrixWork`); all hold their own rows of momentum.
 
@@ -124,14 +132,12 @@ class Spectral(Rule):
 
     def _momentum_step(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
         """This rank's rows of what is to be orthogonalised."""
-        gradients, momentum = local_parts(gradients_of(matrices)), group["momentum"]
-        if momentum == 0:
+        gradients = local_parts(gradients_of(matrices))
+        if group["momentum"] == 0:
             return gradients
         momenta = local_parts(self.momenta(matrices))
-        add_gradients(momenta, gradients, momentum)
-        if self.settings.nesterov:
-            return list(torch._foreach_add(gradients, momenta, alpha=momentum))
-        return momenta
+        add_gradients(momenta, gradients, group)
+        return looking_ahead(gradients, momenta, group) if self.settings.nesterov else momenta
 
     def _sign(self, batch: Tensor) -> Tensor:
         """Matrix sign of each matrix of a batch, [k, m, n]."""

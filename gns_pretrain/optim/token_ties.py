@@ -2,6 +2,7 @@
 
 A step of B sequences moves B / B_0 times as many tokens as one of B_0, so what forgets once a step
 has to forget that much more of it. Off by default: the paper changes the learning rate alone.
+What is called otherwise than momentum, betas and weight_decay (another library's rho, say) stays.
 """
 
 from typing import Any
@@ -17,6 +18,21 @@ def tied_average(beta: float, growth: float) -> float:
         growth: B / B_0.
     """
     return beta**growth
+
+
+def tied_gain(group: dict[str, Any]) -> float:
+    """What a momentum that sums its gradients, m = beta' m + gain g, multiplies them by.
+
+        gain = (1 - beta') / (1 - beta)
+
+    Such a sum settles at g / (1 - beta) times its gain, so the step's length stays what it was at
+    B_0 and the learning rate's multiplier alone changes it. Averages need none.
+
+    Args:
+        group: of an optimizer; exactly 1 where nothing was tied.
+    """
+    beta = group["momentum"]
+    return float((1.0 - beta) / (1.0 - group.get("tied_momentum", beta)))
 
 
 def tied_weight_decay(weight_decay: float, growth: float, lr_multiplier: float) -> float:

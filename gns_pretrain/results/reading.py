@@ -67,14 +67,13 @@ class History:
 
 
 def read_history(
-    path: Path, *, geometry: str, estimate: str, raw: bool, run: str | None = None
+    path: Path, *, reads: tuple[str, str] | None, raw: bool, run: str | None = None
 ) -> History:
     """Read a CSV or a metrics.jsonl.
 
     Args:
         path: ends in .jsonl, or holds a CSV.
-        geometry: whose noise scale to take.
-        estimate: likewise.
+        reads: geometry and estimate of the noise scale to take; None to take none.
         raw: take single measurements, to average them anew, instead of the record's own averages.
         run: of a panel's export that holds several.
 
@@ -84,11 +83,11 @@ def read_history(
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; name a CSV or a metrics.jsonl")
     if path.suffix == ".jsonl":
-        return from_jsonl(path, geometry=geometry, estimate=estimate, raw=raw)
-    return from_csv(path, geometry=geometry, estimate=estimate, raw=raw, run=run)
+        return from_jsonl(path, reads=reads, raw=raw)
+    return from_csv(path, reads=reads, raw=raw, run=run)
 
 
-def from_jsonl(path: Path, *, geometry: str, estimate: str, raw: bool) -> History:
+def from_jsonl(path: Path, *, reads: tuple[str, str] | None, raw: bool) -> History:
     """Our own record: its training and noise lines."""
     rows: list[Row] = []
     measurements: dict[int, Measurement] = {}
@@ -98,50 +97,68 @@ def from_jsonl(path: Path, *, geometry: str, estimate: str, raw: bool) -> Histor
             first = first or record
             values = (record[name] for name in ("batch_size", "tokens", "lr"))
             rows.append(Row(record["step"], f"line {number}", *values))
-        elif record["kind"] == "noise" and (record["geometry"], record["estimate"]) == (
-            geometry,
-            estimate,
+        elif (
+            reads
+            and record["kind"] == "noise"
+            and (record["geometry"], record["estimate"]) == reads
         ):
             pair = ("noise", "signal") if raw else ("noise_ema", "signal_ema")
             measurements[record["step"]] = Measurement(
-                geometry, estimate, record[pair[0]], record[pair[1]], record["num_samples"], 0
+                *reads, record[pair[0]], record[pair[1]], record["num_samples"], 0
             )
     if not rows:
         raise InputError(f"{path} holds no training step; name the metrics.jsonl of a run")
     return History(rows, measurements, averaged=not raw, first=first)
 
 
-def from_csv(path: Path, *, geometry: str, estimate: str, raw: bool, run: str | None) -> History:
+def from_csv(path: Path, *, reads: tuple[str, str] | None, raw: bool, run: str | None) -> History:
     """A published curve or a W&B export."""
     table = Table.read(path, run)
     step = table.require(STEP)
-    noise = table.find((f"noise/{geometry}/{estimate}/noise{'' if raw else '_ema'}",))
-    signal = table.find((f"noise/{geometry}/{estimate}/signal{'' if raw else '_ema'}",))
-    if noise is None or signal is None:
-        if raw:
-            raise InputError(
-                f"{path} has no columns noise/{geometry}/{estimate}/noise and .../signal, only "
-                "averages: they cannot be averaged anew; leave out --noise-decay, --signal-decay "
-                "and norm_test"
-            )
-        noise = table.require((f"noise/{geometry}/{estimate}/noise_scale_ema", PUBLISHED_AVERAGE))
-        signal = None
+    noise, signal = noise_columns(table, reads, raw=raw) if reads else (None, None)
     batch_size = table.require(BATCH_SIZE)
     tokens, lr = table.find(TOKENS), table.find(LEARNING_RATE)
     history = History([], {}, averaged=not raw)
+    if reads and noise == table.columns.get(PUBLISHED_AVERAGE):
+        history.notes.append(
+            f"the file does not say whose noise scale {PUBLISHED_AVERAGE} is; "
+            f"taken as {' '.join(reads)}"
+        )
     for index in range(len(table.rows)):
-        number = table.whole(index, step)
+        number, where = table.whole(index, step), f"row {index + 2}"
         if number is None:
-            raise InputError(f"{path}, row {index + 2}: {step} is empty; every row needs its step")
+            raise InputError(f"{path}, {where}: {step} is empty; every row needs its step")
+        if number < 1:
+            history.notes.append(f"{where}: step {number} comes before the first one; left out")
+            continue
         cut_back(history, number)
         batch, seen = table.whole(index, batch_size), table.whole(index, tokens)
-        history.rows.append(Row(number, f"row {index + 2}", batch, seen, table.number(index, lr)))
+        history.rows.append(Row(number, where, batch, seen, table.number(index, lr)))
         top, bottom = table.number(index, noise), table.number(index, signal) if signal else 1.0
-        if top is not None and bottom is not None:
-            history.measurements[number] = Measurement(geometry, estimate, top, bottom, 0, 0)
+        if reads and top is not None and bottom is not None:
+            history.measurements[number] = Measurement(*reads, top, bottom, 0, 0)
     if all(row.batch_size is None for row in history.rows):
         raise InputError(f"{path} holds no batch size to compare with; export the run once more")
     return history
+
+
+def noise_columns(table: "Table", reads: tuple[str, str], *, raw: bool) -> tuple[str, str | None]:
+    """Columns of a noise scale's two parts, or that of their quotient and None.
+
+    Raises:
+        InputError: there are none; single measurements cannot be had from averages.
+    """
+    prefix, ending = f"noise/{reads[0]}/{reads[1]}", "" if raw else "_ema"
+    noise = table.find((f"{prefix}/noise{ending}",))
+    signal = table.find((f"{prefix}/signal{ending}",))
+    if noise is not None and signal is not None:
+        return noise, signal
+    if raw:
+        raise InputError(
+            f"{table.path} has no columns {prefix}/noise and .../signal, only averages: they "
+            "cannot be averaged anew; leave out --noise-decay, --signal-decay and norm_test"
+        )
+    return table.require((f"{prefix}/noise_scale_ema", PUBLISHED_AVERAGE)), None
 
 
 def cut_back(history: History, step: int) -> None:
@@ -214,7 +231,7 @@ class Table:
     def whole(self, index: int, column: str | None) -> int | None:
         """The same, of a column that counts."""
         value = self.number(index, column)
-        if value is not None and value != round(value):
+        if value is not None and not value.is_integer():
             raise InputError(
                 f"{self.path}, row {index + 2}: {column} is {value} and not a whole number"
             )

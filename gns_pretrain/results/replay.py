@@ -40,17 +40,7 @@ AS_RECORDED = SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
 
 
 def replay(history: History, settings: ReplaySettings) -> list[Replayed]:
-    """Every recorded step, with what the policy does there, until it has spent the budget.
-
-    Raises:
-        InputError: the policy's noise scale is not in the record.
-    """
-    reads = settings.batch_size.reads
-    if reads and not history.measurements:
-        raise InputError(
-            f"the file holds no measurement of geometry {reads[0]}, estimate {reads[1]}; "
-            "name one that was measured with --geometry and --estimate"
-        )
+    """Every recorded step, with what the policy does there, until it has spent the budget."""
     initial, length = settings.batch_size.initial, settings.sequence_length
     total_steps = steps_in_budget(settings.token_budget, batch_size=initial, sequence_length=length)
     controller = make_replayed(history, settings, total_steps)
@@ -79,7 +69,8 @@ def replay(history: History, settings: ReplaySettings) -> list[Replayed]:
             path.append(Replayed(rows[step], batch_size, samples * length, lr, target))
         if step in history.measurements:
             controller.include(averages, history.measurements[step])
-    over = history.rows[len(path) :]
+    last = path[-1].row.step if path else 0
+    over = [row for row in history.rows if row.step > last]
     return path + [Replayed(row, None, None, None, None) for row in over]
 
 
@@ -103,9 +94,8 @@ def first_not_none(value: float | None, otherwise: float | None) -> float | None
 
 def asked_of_record(policy: BatchSizeSettings) -> dict[str, Any]:
     """Which measurements to read: recorded averages serve a policy without decays of its own."""
-    geometry, estimate = policy.reads or (policy.geometry, policy.estimate)
     raw = policy.policy == "norm_test" or (policy.noise_decay, policy.signal_decay) != (None, None)
-    return {"geometry": geometry, "estimate": estimate, "raw": raw}
+    return {"reads": policy.reads, "raw": raw}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         config = run_config(given.file)
-        history = read_history(
-            given.file, **asked_of_record(policy_settings(given, config)), run=given.run
-        )
+        # The record tells the first size, and 1 lets any plan pass until it has been read.
+        asked = asked_of_record(policy_settings(given, config, initial=1))
+        history = read_history(given.file, **asked, run=given.run)
         settings = settings_for(given, config, history)
         path = replay(history, settings)
     except InputError as error:

@@ -1,19 +1,20 @@
 """Settings of a replay: the published runs', or a run's own, with the command's options on top."""
 
 import argparse
-import dataclasses
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
-from gns_pretrain.batch_size.settings import (
+from gns_pretrain.batch_size.policy_settings import (
     LR_SCALINGS,
+    OWN_VALUES,
     POLICIES,
     ROUNDINGS,
     TARGETS,
-    BatchSizeSettings,
 )
+from gns_pretrain.batch_size.settings import BatchSizeSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.measurement import ESTIMATES
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
@@ -40,7 +41,7 @@ PUBLISHED: dict[str, Any] = {
 # Name, type, choices and meaning of each option that sets a field of the same name.
 POLICY_OPTIONS: tuple[tuple[str, Any, tuple[str, ...] | None, str], ...] = (
     ("policy", str, POLICIES, "what chooses the batch size"),
-    ("theta", float, None, "tolerated noise-to-signal ratio"),
+    ("theta", float, None, "tolerated noise-to-signal ratio; eta of the norm test"),
     ("target", str, TARGETS, "how a noise scale becomes a batch size"),
     ("kappa", float, None, "share of the largest gain, for --target kappa"),
     ("geometry", str, tuple(ESTIMATES), "whose noise scale"),
@@ -55,6 +56,12 @@ POLICY_OPTIONS: tuple[tuple[str, Any, tuple[str, ...] | None, str], ...] = (
     ("initial", int, None, "first batch size, sequences"),
     ("micro_batch_max", int, None, "largest micro-batch, sequences"),
     ("micro_batch_step", int, None, "sequences by which it grows"),
+    ("ramp_size", int, None, "sequences at the end of --policy linear_ramp"),
+    ("ramp_tokens", int, None, "tokens that it takes"),
+)
+STAGE_OPTIONS = (
+    ("stage_tokens", "tokens from which on each stage of --policy staged has its size"),
+    ("stage_sizes", "sequences of each"),
 )
 RUN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("num_ranks", int, "data-parallel ranks"),
@@ -80,12 +87,17 @@ class ReplaySettings:
 
     def __str__(self) -> str:
         policy = self.batch_size
-        noise = f" on {policy.geometry} {policy.estimate}" if policy.policy == "adaptive" else ""
-        theta = f", theta {policy.theta:g}" if policy.target == "theta" else f", {policy.target}"
+        noise, decides = "", ""
+        if policy.reads:
+            by_theta = policy.policy == "norm_test" or policy.target == "theta"
+            aim = f"theta {policy.theta:g}" if by_theta else policy.target
+            noise = f" on {' '.join(policy.reads)}, {aim}"
+            decides = f"; decides every {policy.decide_every_steps} steps"
+        if policy.policy == "adaptive":
+            decides += f" after {policy.warmup_fraction:.0%} of {self.token_budget:,} tokens"
         return (
-            f"{policy.policy}{noise}{theta}, rounded {policy.rounding}, from {policy.initial} on "
-            f"{self.sizes}; decides every {policy.decide_every_steps} steps after "
-            f"{policy.warmup_fraction:.0%} of {self.token_budget:,} tokens"
+            f"{policy.policy}{noise}, rounded {policy.rounding}, from {policy.initial} on "
+            f"{self.sizes}{decides}"
         )
 
 
@@ -94,6 +106,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="published CSV, W&B export or metrics.jsonl")
     for name, kind, choices, meaning in POLICY_OPTIONS:
         parser.add_argument(option(name), type=kind, choices=choices, help=meaning)
+    for name, meaning in STAGE_OPTIONS:
+        parser.add_argument(option(name), type=int, nargs="+", help=meaning)
     for name, kind, meaning in RUN_OPTIONS:
         parser.add_argument(option(name), type=kind, help=meaning)
     parser.add_argument("--run", help="of a panel's export that holds several runs")
@@ -120,12 +134,25 @@ def run_config(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def policy_settings(given: argparse.Namespace, config: dict[str, Any]) -> BatchSizeSettings:
-    """The policy to replay; a constant run has nothing to replay, and gets the adaptive one."""
+def policy_settings(
+    given: argparse.Namespace, config: dict[str, Any], *, initial: int | None
+) -> BatchSizeSettings:
+    """The policy to replay; a constant run has nothing to replay, and gets the adaptive one.
+
+    Args:
+        given: the command's options; None where one was not given.
+        config: `run_config` of the file.
+        initial: first batch size that the record tells, sequences; None where it tells none.
+    """
     values = dict(config.get("batch_size", {}) or PUBLISHED["batch_size"]) | {"shadows": []}
     if values.get("policy", "constant") == "constant":
         values["policy"] = "adaptive"
-    options = {name: getattr(given, name) for name, *_ in POLICY_OPTIONS}
+    recorded = values["policy"]
+    names = [row[0] for row in POLICY_OPTIONS] + [row[0] for row in STAGE_OPTIONS]
+    options = {name: getattr(given, name) for name in names}
+    values |= {"initial": initial} if initial is not None else {}
+    if (recorded == "norm_test") != ((options["policy"] or recorded) == "norm_test"):
+        values |= dict.fromkeys(OWN_VALUES)  # the norm test has its own
     values |= {name: value for name, value in options.items() if value is not None}
     known = {field.name for field in fields(BatchSizeSettings)}
     return BatchSizeSettings(**{name: values[name] for name in values if name in known})
@@ -144,21 +171,29 @@ def settings_for(
     Raises:
         InputError: settings that cannot be, or that do not fit one another.
     """
-    policy = policy_settings(given, config)
-    first, split = history.rows[0], first_split(history)
-    if given.initial is None and first.batch_size is not None:
-        policy = dataclasses.replace(policy, initial=first.batch_size)
+    split = first_split(history)
+    policy = policy_settings(given, config, initial=history.rows[0].batch_size)
+    if policy.reads and not history.measurements:
+        raise InputError(
+            f"the file holds no measurement of geometry {policy.reads[0]}, estimate "
+            f"{policy.reads[1]}; name one that was measured with --geometry and --estimate"
+        )
 
     def chosen(name: str, *sources: Any) -> Any:
         values = (getattr(given, name), *sources, PUBLISHED.get(name))
-        return next((value for value in values if value is not None), None)
+        value = next((value for value in values if value is not None), None)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{option(name)}={value} must be positive and finite")
+        return value
 
     noise_scale = config.get("noise_scale", {})
+    # A run that measures nothing needs no samples, as in its own check.
+    recorded_min = noise_scale.get("min_samples") if noise_scale.get("geometries", True) else 1
     sizes = policy.sizes_for(
         policy,
         num_ranks=chosen("num_ranks", split.get("num_ranks")),
         micro_batch_size=chosen("micro_batch_size", config.get("micro_batch_size")),
-        min_samples=chosen("min_samples", noise_scale.get("min_samples"), 8),
+        min_samples=chosen("min_samples", recorded_min, 8),
     )
     sizes.require(policy.initial, "--initial")
     return ReplaySettings(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.build import controllers
-from gns_pretrain.composition import settings_from
+from gns_pretrain.composition import as_dict, settings_from
 from gns_pretrain.config import check_batch_size, check_layout, register_schemas
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.console import ConsoleView
@@ -126,6 +126,24 @@ def test_shadows_are_a_list_on_the_command_line():
         "adaptive_manhattan_plug_in_theta_0.5",
         "mine",
     ]
+
+
+def test_shadow_of_the_norm_test_is_the_policy_that_its_file_follows():
+    followed = composed("batch_size=norm_test").batch_size
+    (shadow,) = composed("batch_size.shadows=[{policy: norm_test}]").batch_size.shadows
+    assert (followed.rounding, followed.lr_scaling, followed.theta) == ("up", "none", 0.3)
+    for name in ("policy", "rounding", "lr_scaling", "theta", "decide_every_steps", "cap"):
+        assert getattr(shadow, name) == getattr(followed, name)
+
+
+def test_resolved_values_are_what_an_earlier_runs_file_holds():
+    for words, held in (
+        (["batch_size=norm_test"], {"rounding": "up", "lr_scaling": "none", "theta": 0.3}),
+        (["batch_size=staged"], {"rounding": "down", "lr_scaling": "sqrt", "theta": 0.6}),
+        ([], {"rounding": "down", "lr_scaling": "sqrt", "theta": 0.6}),
+    ):
+        written = as_dict(composed(*words))["batch_size"]
+        assert {name: written[name] for name in held} == held
 
 
 # What theta means

@@ -7,7 +7,7 @@ import pytest
 from gns_pretrain.batch_size.controller import lr_multiplier, make_controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import Position, make_policy
-from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.batch_size.policy_settings import PolicySettings
 from gns_pretrain.noise_scale.measurement import Measurement
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
 

@@ -16,9 +16,10 @@ from gns_pretrain.errors import InputError
         ({"geometry": "spherical"}, "batch_size.geometry=spherical .* euclidean, manhattan"),
         ({"geometry": "nuclear", "estimate": "debiased"}, "estimate=debiased .* nuclear; use one"),
         ({"target": "knee"}, "batch_size.target=knee .* theta, kappa, inflection"),
-        ({"theta": 0.0}, "batch_size.theta=0.0 must be positive; the paper uses 0.6"),
+        ({"theta": 0.0}, "batch_size.theta=0.0 must be positive .* the paper uses 0.6"),
         ({"theta": -1.0}, "batch_size.theta=-1.0 must be positive"),
         ({"theta": float("nan")}, "batch_size.theta=nan must be positive"),
+        ({"theta": float("inf")}, "batch_size.theta=inf must be positive and finite"),
         ({"kappa": 1.0}, "batch_size.kappa=1.0 .* between 0 and 1"),
         ({"noise_decay": 1.0}, "batch_size.noise_decay=1.0 must be at least 0 and below 1"),
         ({"signal_decay": -0.1}, "batch_size.signal_decay=-0.1 must be at least 0 and below 1"),
@@ -41,6 +42,18 @@ from gns_pretrain.errors import InputError
         (
             {"policy": "staged", "stage_tokens": [5], "stage_sizes": [32, 64]},
             "of one length",
+        ),
+        (
+            {"policy": "staged", "stage_tokens": [5, 9], "stage_sizes": [8, 32]},
+            "batch_size.stage_sizes=8 is below batch_size.initial=16; .* never shrinks: raise it",
+        ),
+        (
+            {"policy": "linear_ramp", "ramp_size": 8, "ramp_tokens": 5},
+            "batch_size.ramp_size=8 is below batch_size.initial=16; a batch never shrinks",
+        ),
+        (
+            {"shadows": [ShadowSettings("linear_ramp", ramp_size=8, ramp_tokens=5)]},
+            r"batch_size.shadows\[0\].ramp_size=8 is below batch_size.initial=16",
         ),
         ({"policy": "linear_ramp", "ramp_tokens": 5}, "batch_size.ramp_size=null must be at least"),
         ({"policy": "linear_ramp", "ramp_size": 64}, "batch_size.ramp_tokens=null must be at"),
@@ -69,6 +82,21 @@ def test_setting_that_breaks_a_rule_is_named_with_the_way_out(settings, told):
 
 def test_large_theta_is_allowed():
     assert BatchSizeSettings(policy="adaptive", theta=3.0).theta == 3.0
+
+
+def test_plan_that_ends_where_the_batch_begins_is_allowed():
+    assert BatchSizeSettings("linear_ramp", ramp_size=16, ramp_tokens=5).ramp_size == 16
+
+
+@pytest.mark.parametrize("kind", [BatchSizeSettings, ShadowSettings])
+@pytest.mark.parametrize(
+    ("policy", "own"), [("norm_test", ("up", "none", 0.3)), ("adaptive", ("down", "sqrt", 0.6))]
+)
+def test_policy_has_its_own_values_where_nothing_else_is_said(kind, policy, own):
+    settings = kind(policy)
+    assert (settings.rounding, settings.lr_scaling, settings.theta) == own
+    other = kind(policy, rounding="down", theta=0.5)
+    assert (other.rounding, other.lr_scaling, other.theta) == ("down", own[1], 0.5)
 
 
 def test_shadows_are_told_apart_by_what_they_are():

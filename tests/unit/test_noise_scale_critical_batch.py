@@ -91,6 +91,13 @@ def test_a_theta_that_is_not_positive_is_refused(theta: float) -> None:
         target_batch_size(1.0, 1.0, theta=theta)
 
 
+@pytest.mark.parametrize(("theta", "target"), [(1e-200, math.inf), (1e200, 0.0)])
+def test_a_theta_whose_square_is_no_number_still_gives_a_target(
+    theta: float, target: float
+) -> None:
+    assert target_batch_size(1.0, 1.0, theta=theta) == target
+
+
 def test_a_theta_of_one_or_more_asks_for_less_than_the_noise_scale() -> None:
     assert target_batch_size(36.0, 4.0, theta=1.0) == 9.0
     assert target_batch_size(36.0, 4.0, theta=3.0) == 1.0

@@ -33,6 +33,15 @@ def test_nested_and_free_settings_are_taken():
     assert custom.optimizer.kwargs == {"momentum_decay": 0.01}
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["gradient_clip=nan", "gradient_clip=inf", "gradient_clip=0", "optimizer.lr=nan"],
+)
+def test_number_that_no_step_can_use_is_refused_before_a_run_has_a_folder(word):
+    with pytest.raises(InputError, match=word.split("=")[0] + r"=.* must be positive and finite"):
+        composed(word)
+
+
 def test_custom_without_a_class_path_asks_for_one():
     with pytest.raises(InputError, match=r"optimizer\.class_path has no value"):
         composed("optimizer=custom")

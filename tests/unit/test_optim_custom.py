@@ -85,8 +85,53 @@ def test_class_for_matrices_leaves_the_rest_to_adamw():
         ({"class_path": "torch.optim.Rprop", "weight_decay": 0.1}, r"Rprop has no weight decay"),
         ({"class_path": "torch.optim.SGD", "kwargs": 3}, r"kwargs=3 is no mapping"),
         ({"class_path": "torch.optim.SGD", "parameters": "2d"}, r"parameters=2d .*block_matrices"),
+        (
+            {"class_path": "torch.optim.Muon"},
+            r"parameters=all hands vectors to torch\.optim\.Muon too: Muon only supports 2D .*; "
+            r"use optimizer\.parameters=block_matrices",
+        ),
+        ({"class_path": "torch.optim.LBFGS"}, r"what torch\.optim\.LBFGS takes: .*doesn't support"),
+        (
+            {"class_path": "torch.optim.LBFGS", "parameters": "block_matrices"},
+            r"class_path=torch\.optim\.LBFGS cannot take a step: .*closure",
+        ),
+        (
+            {"class_path": "torch.optim.SparseAdam"},
+            r"class_path=torch\.optim\.SparseAdam cannot take a step: .*dense gradients",
+        ),
+        (
+            {"class_path": "torch.optim.SGD", "kwargs": {"params": []}},
+            r"kwargs\.params is what the model brings; leave it out",
+        ),
+        (
+            {"class_path": "torch.optim.SGD", "kwargs": {"lr": 0.5}},
+            r"kwargs\.lr is a setting of its own; use optimizer\.lr=0\.5",
+        ),
+        (
+            {"class_path": "torch.optim.SGD", "kwargs": {"weight_decay": 0.5}},
+            r"kwargs\.weight_decay is a setting of its own; use optimizer\.weight_decay=0\.5",
+        ),
+        (
+            {
+                "class_path": "torch.optim.SGD",
+                "kwargs": {"momentum": 0.9},
+                "tie_to_tokens": True,
+            },
+            r"tie_to_tokens=true must know .*torch\.optim\.SGD does not tell; use",
+        ),
     ],
 )
 def test_mistake_is_named_before_anything_starts(changes, told):
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=told) as refused:
         CustomSettings(**changes)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("class_path", ["torch.optim.SGD", "torch.optim.NAdam"])
+def test_class_without_a_momentum_that_may_be_a_sum_can_be_tied_to_tokens(class_path):
+    assert CustomSettings(class_path=class_path, tie_to_tokens=True).tie_to_tokens
+
+
+def test_class_for_matrices_alone_is_refused_for_all_parameters_without_a_vector_group_too():
+    with pytest.raises(InputError, match=r"use optimizer\.parameters=block_matrices"):
+        CustomSettings(class_path="torch.optim.Muon", decay_matrices_only=False)

@@ -1,6 +1,7 @@
 """SGD and its kin, Signum, signSGD, AdamW: against plain references and torch's own."""
 
 import copy
+import math
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings, build_adamw
 from gns_pretrain.optim.sgd import SGD, SGDSettings, build_sgd
 from gns_pretrain.optim.signum import Signum, SignumSettings, build_signum
 from tests.settings import odd_model
@@ -215,6 +216,13 @@ def test_every_parameter_is_in_a_group_and_norms_are_not_decayed(build):
         (lambda: SGDSettings(nesterov=True), r"optimizer\.nesterov=true .*optimizer\.momentum=0"),
         (lambda: SGDSettings(weight_decay=-1.0), r"optimizer\.weight_decay=-1\.0"),
         (lambda: AdamWSettings(beta2=1.5), r"optimizer\.beta2=1\.5"),
+        (lambda: AdamWSettings(lr=math.nan), r"optimizer\.lr=nan must be positive and finite"),
+        (lambda: AdamWSettings(lr=math.inf), r"optimizer\.lr=inf must be positive and finite"),
+        (lambda: AdamWSettings(weight_decay=math.nan), r"weight_decay=nan must be finite"),
+        (lambda: AdamWSettings(weight_decay=math.inf), r"weight_decay=inf must be finite"),
+        (lambda: AdamWSettings(epsilon=math.nan), r"optimizer\.epsilon=nan must be positive"),
+        (lambda: AdamWPart(lr=math.nan), r"optimizer\.adamw\.lr=nan"),
+        (lambda: AdamWPart(epsilon=math.inf), r"optimizer\.adamw\.epsilon=inf"),
     ],
 )
 def test_bad_setting_is_named(make, told):

@@ -4,12 +4,17 @@ import csv
 import json
 import math
 import os
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 
+from gns_pretrain.batch_size import BatchSizeSettings
+from gns_pretrain.launch import launch
+from gns_pretrain.metrics.settings import MetricsSettings
+from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.results.replay import main
+from tests.settings import SEQUENCE_LENGTH, small_run
 
 REFERENCE = Path(
     os.environ.get("GNS_REFERENCE", Path(__file__).parents[2].parent / "shared" / "reference")
@@ -197,6 +202,49 @@ def test_empty_cells_are_no_measurement_and_no_comparison(rows, tmp_path):
     assert main([write(tmp_path / "run.csv", rows), *OPTIONS]) == 1
 
 
+def test_file_that_does_not_say_whose_average_it_holds_is_taken_for_what_was_asked(
+    rows, tmp_path, capsys
+):
+    words = [write(tmp_path / "run.csv", rows), *OPTIONS]
+    assert main([*words, "--geometry=euclidean", "--estimate=debiased"]) == 0
+    said = "does not say whose noise scale adaptive_batch_metrics/gns_ema is; taken as"
+    assert f"{said} euclidean debiased" in capsys.readouterr().out
+    assert main([write(tmp_path / "run.csv", rows, OURS), *OPTIONS]) == 0
+    assert said not in capsys.readouterr().out
+
+
+def test_rows_before_the_first_step_are_left_out_and_said(rows, tmp_path, capsys):
+    before = dict(rows[0], step=0, tokens=0.0, ema=1e9)
+    assert main([write(tmp_path / "run.csv", [before, *rows]), *OPTIONS]) == 0
+    out = capsys.readouterr().out
+    assert "row 2: step 0 comes before the first one; left out" in out
+    assert f"the same path in {len(rows)} rows" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (
+            ["--policy=staged", "--stage-tokens", "160", "800", "--stage-sizes", "32", "64"],
+            [16, 32, 32, 64],
+        ),
+        (["--policy=linear_ramp", "--ramp-size=48", "--ramp-tokens=1280"], [16, 20, 24, 28]),
+        (["--policy=constant"], [16, 16, 16, 16]),
+    ],
+)
+def test_plan_is_replayed_on_a_record_without_any_noise_scale(options, wanted, tmp_path):
+    tokens = accumulate(size * LENGTH for size in wanted)
+    plan = [
+        {"step": step, "tokens": seen, "batch": size}
+        for step, (size, seen) in enumerate(zip(wanted, tokens, strict=True), start=1)
+    ]
+    ranks = ["--num-ranks=1", "--micro-batch-size=4", "--micro-batch-max=4", "--min-samples=1"]
+    words = [write(tmp_path / "run.csv", plan), *ranks, *options]
+    assert main(words) == 0
+    plan[-1]["batch"] += 4
+    assert main([write(tmp_path / "run.csv", plan), *words[1:]]) == 1
+
+
 def test_file_that_goes_on_past_the_budget_differs(rows, tmp_path, capsys):
     more = dict(rows[-1], step=rows[-1]["step"] + 500)
     assert main([write(tmp_path / "run.csv", [*rows, more]), *OPTIONS]) == 1
@@ -304,6 +352,11 @@ def test_own_record_is_replayed_with_the_settings_beside_it(tmp_path):
     assert main([path, "--theta=0.6"]) == 1
 
 
+def test_line_that_stands_twice_is_no_row_past_the_end(tmp_path):
+    rows = made_up_run(theta=0.45)
+    assert main([write_our_record(tmp_path, [*rows[:6], *rows[5:]], CONFIG)]) == 0
+
+
 def test_constant_run_shows_what_the_adaptive_policy_would_have_chosen(tmp_path, capsys):
     config = CONFIG | {"batch_size": CONFIG["batch_size"] | {"policy": "constant"}}
     path = write_our_record(tmp_path, made_up_run(theta=0.45), config)
@@ -315,6 +368,55 @@ def test_geometry_that_was_not_measured_is_named(tmp_path, capsys):
     path = write_our_record(tmp_path, made_up_run(), CONFIG)
     assert main([path, "--geometry=nuclear"]) == 2
     assert "no measurement of geometry nuclear" in capsys.readouterr().err
+
+
+RAMP = {"policy": "linear_ramp", "ramp_size": 32, "ramp_tokens": 9 * 8 * SEQUENCE_LENGTH}
+
+
+def test_run_that_grew_by_plan_and_measured_nothing_is_replayed(tmp_path, shards, capsys):
+    # 1 rank in micro-batches of 2 begins at 8: fewer micro-batches than a measured run needs.
+    config = small_run(
+        tmp_path,
+        shards,
+        optimizer=SignumSettings(),
+        batch_size=BatchSizeSettings(initial=8, **RAMP),
+        metrics=MetricsSettings(log_every=1, progress="never"),
+    )
+    assert launch(config) == 0
+    metrics = str(tmp_path / "small" / "metrics.jsonl")
+    capsys.readouterr()
+    assert main([metrics]) == 0
+    assert "linear_ramp, rounded down, from 8 on" in capsys.readouterr().out
+    assert main([metrics, "--ramp-size=16"]) == 1
+    assert main([metrics, "--policy=adaptive"]) == 2
+    assert "no measurement of geometry manhattan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "told"),
+    [
+        (
+            "adaptive",
+            ["--policy=norm_test"],
+            "norm_test on euclidean plug_in, theta 0.3, rounded up",
+        ),
+        ("adaptive", ["--policy=norm_test", "--theta=0.5"], "plug_in, theta 0.5, rounded up"),
+        ("norm_test", [], "norm_test on euclidean plug_in, theta 0.45, rounded down"),
+        ("norm_test", ["--policy=adaptive"], "adaptive on manhattan plug_in, theta 0.6, rounded d"),
+        ("adaptive", ["--policy=adaptive"], "adaptive on manhattan plug_in, theta 0.45"),
+    ],
+)
+def test_norm_test_and_other_policies_do_not_inherit_each_others_values(
+    recorded, options, told, tmp_path, capsys
+):
+    own = CONFIG["batch_size"] | {"policy": recorded, "rounding": "down", "lr_scaling": "sqrt"}
+    path = write_our_record(tmp_path, made_up_run(), CONFIG | {"batch_size": own})
+    text = Path(path).read_text()
+    euclidean = text.replace('"manhattan"', '"euclidean"').splitlines(keepends=True)
+    noise = [line for line in euclidean if '"noise"' in line]
+    Path(path).write_text(text + "".join(noise))
+    assert main([path, *options]) in (0, 1)
+    assert told in capsys.readouterr().out
 
 
 # Bad input
@@ -339,6 +441,10 @@ def test_geometry_that_was_not_measured_is_named(tmp_path, capsys):
             "row 2: batch_size/global_batch_size is 64.5 and not a whole number",
         ),
         (
+            "_step,batch_size/global_batch_size,adaptive_batch_metrics/gns_ema\ninf,64,1\n",
+            "row 2: _step is inf and not a whole number",
+        ),
+        (
             "_step,batch_size/global_batch_size,adaptive_batch_metrics/gns_ema\n,64,1\n",
             "row 2: _step is empty",
         ),
@@ -359,10 +465,29 @@ def test_file_that_cannot_be_replayed_is_named_with_the_reason(text, told, tmp_p
         (["nowhere.csv"], "nowhere.csv: there is no such file"),
         (["run.csv", "--theta=0"], "theta=0.0 must be positive"),
         (["run.csv", "--initial=65"], "--initial=65"),
+        (["run.csv", "--num-ranks=0"], "--num-ranks=0 must be positive"),
+        (["run.csv", "--sequence-length=0"], "--sequence-length=0 must be positive"),
+        (["run.csv", "--micro-batch-size=0"], "--micro-batch-size=0 must be positive"),
+        (["run.csv", "--micro-batch-size=-8"], "--micro-batch-size=-8 must be positive"),
+        (["run.csv", "--min-samples=0"], "--min-samples=0 must be positive"),
+        (["run.csv", "--token-budget=-1"], "--token-budget=-1 must be positive"),
+        (["run.csv", "--peak-lr=nan"], "--peak-lr=nan must be positive and finite"),
+        (["run.csv", "--policy=linear_ramp"], "ramp_size=null must be at least 1"),
+        (["run.csv", "--policy=staged"], "as in stage_tokens="),
+        (
+            ["run.csv", "--policy=linear_ramp", "--ramp-size=32", "--ramp-tokens=9"],
+            "ramp_size=32 is below batch_size.initial=64",
+        ),
     ],
 )
 def test_option_that_cannot_be_is_named(words, told, rows, tmp_path, monkeypatch, capsys):
     write(tmp_path / "run.csv", rows)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
-    assert told in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_theta_that_is_tiny_wants_more_than_the_budget_holds(rows, tmp_path):
+    assert main([write(tmp_path / "run.csv", rows), *OPTIONS, "--theta=1e-200"]) == 1

@@ -10,7 +10,7 @@ from gns_pretrain.batch_size.policies.linear_ramp import LinearRamp
 from gns_pretrain.batch_size.policies.norm_test import NormTest
 from gns_pretrain.batch_size.policies.policy import NoiseSource, Policy, Position
 from gns_pretrain.batch_size.policies.staged import Staged
-from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.batch_size.policy_settings import PolicySettings
 from gns_pretrain.noise_scale.critical_batch import (
     corrected_inflection_batch,
     dual_norm_fraction_batch,
@@ -52,6 +52,7 @@ def make_policy(
             warmup_samples=math.floor(settings.warmup_fraction * total_steps) * initial_batch_size,
         )
     if settings.policy == "norm_test":
+        assert settings.theta is not None
         return NormTest(eta=settings.theta, every_steps=settings.decide_every_steps)
     if settings.policy == "staged":
         return Staged(tuple(settings.stage_tokens), tuple(settings.stage_sizes))
@@ -69,6 +70,7 @@ def wanted_batch_size(noise: SmoothedNoiseScale, settings: PolicySettings) -> fl
         None while the signal is not positive.
     """
     if settings.target == "theta":
+        assert settings.theta is not None
         return target_batch_size(noise.noise, noise.signal, theta=settings.theta)
     if noise.noise_scale is None:
         return None
