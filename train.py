@@ -11,6 +11,7 @@ from gns_pretrain.composition_errors import as_input_error
 from gns_pretrain.config import register_schemas
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import launch, say
+from gns_pretrain.outcomes import failure_of_sweep
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -32,4 +33,8 @@ if __name__ == "__main__":
     except (InputError, TrainingError) as error:  # of a sweep as a whole
         sys.exit(say(error))
     except Exception as error:
-        sys.exit(say(as_input_error(error, sys.argv[1:])))
+        failure = failure_of_sweep() if isinstance(error, ValueError) else None
+        # Optuna's way to say that no trial ended well is a ValueError.
+        sys.exit(say(failure or as_input_error(error, sys.argv[1:])))
+    if failure := failure_of_sweep():
+        sys.exit(say(failure))

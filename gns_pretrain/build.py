@@ -1,7 +1,6 @@
 """Settings to objects, by name."""
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from gns_pretrain.composition import as_dict
 from gns_pretrain.config import Config, feasible_sizes, policies
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
+from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.data.staging import staged
 from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.distributed.checkpoint import Checkpoints
@@ -33,7 +33,7 @@ from gns_pretrain.optim.signum import SignumSettings, build_signum
 from gns_pretrain.optim.specsgd import SpecSGDSettings, build_specsgd
 from gns_pretrain.optim.token_ties import tie_to_tokens
 from gns_pretrain.resize import fit_to_ranks
-from gns_pretrain.run_directory import CHECKPOINTS, flattened, is_free
+from gns_pretrain.run_directory import CHECKPOINTS
 from gns_pretrain.schedule import Schedule, steps_in_budget
 from gns_pretrain.state import TrainState
 
@@ -49,7 +49,7 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {
 
 def data_fingerprint(splits: tuple[TokenSplit, TokenSplit]) -> str:
     """One hash for the training and validation data."""
-    return hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+    return joint_fingerprint(split.fingerprint for split in splits)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -72,8 +72,15 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
     return parallelize(model, world, compute_dtype=compute_dtype(config, world.device))
 
 
-def build_run(config: Config, world: World, directory: Path) -> Run:
-    """Everything that a run needs, at its first step or where its last checkpoint stood."""
+def build_run(config: Config, world: World, directory: Path, *, run_id: str = "") -> Run:
+    """Everything that a run needs, at its first step or where its last checkpoint stood.
+
+    Args:
+        config: its settings.
+        world: its ranks, which all call this.
+        directory: its folder.
+        run_id: its name at a tracking service, needed on the main rank where one is told.
+    """
     torch.manual_seed(config.seed)
     training, validation = open_splits(staged(config.data))
     sequence_length = config.data.sequence_length
@@ -94,7 +101,7 @@ def build_run(config: Config, world: World, directory: Path) -> Run:
         resume_step=state.step,
         config=as_dict(config),
         token_budget=config.token_budget,
-        run_id=run_id(config),
+        run_id=run_id,
     )
     for line in damaged:
         record.message(f"{line}; the one before it is used")
@@ -177,12 +184,6 @@ def first_state(controller: Controller) -> TrainState:
     """
     split = controller.sizes.require(controller.initial_batch_size, "batch_size.initial")
     return TrainState(batch_size=split.batch_size, micro_batch_size=split.micro_batch_size)
-
-
-def run_id(config: Config) -> str:
-    """Name of the run at a tracking service: the same when it is resumed, elsewhere too."""
-    own = {key: value for key, value in flattened(as_dict(config)).items() if not is_free(key)}
-    return hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:16]
 
 
 def shown_as(config: Config) -> MetricsSettings:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError
@@ -72,7 +73,17 @@ def as_yaml(config: Config) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Nested plain values of a YAML file."""
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
+    """Nested plain values of a YAML file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(values, dict), "no settings in it"
+    except (YAMLError, ValueError, OSError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} is damaged ({reason}); restore it, or use another run_name"
+        ) from error
     return {str(key): value for key, value in values.items()}

@@ -73,10 +73,10 @@ def missing_choice(error: MissingConfigException) -> str:
     """A group's option that has no file."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = [name for name in error.options or [] if not name.startswith("schema_")]
+    if (group, choice) == ("hydra/sweeper", "optuna"):
+        return "Optuna's sweeper is not installed; pip install 'gns-pretrain[tune]'"
     if not group or not options:
         return f"{error.missing_cfg_file}: there is no such file under conf/"
-    if (group, choice) == ("hydra/sweeper", "optuna"):
-        return f"{group}={choice} is not installed; pip install 'gns-pretrain[tune]'"
     return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}"
 
 

@@ -30,7 +30,7 @@ from gns_pretrain.optim.settings import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.specsgd import SpecSGDSettings
-from gns_pretrain.run_directory import changes_the_run
+from gns_pretrain.run_directory import decides
 from gns_pretrain.scale import ScaleSettings
 from gns_pretrain.schedule import ScheduleSettings
 
@@ -113,19 +113,22 @@ class Config:
             )
 
 
-def overridden() -> str:
+def overridden(policy: str) -> str:
     """The settings on the command line that make this run another one: `-optimizer.lr=0.001`.
 
-    Experiments end their run_name with it, `${overridden:}`, so that whatever is swept has a folder
-    of its own. Their own choice, the scale and the seed stand in the name already; what changes
-    only how and where a run computes stays out of it.
+    Experiments end their run_name with it, `${overridden:${batch_size.policy}}`, so that whatever
+    is swept has a folder of its own. Their own choice, the scale and the seed stand in the name
+    already; what changes only how and where a run computes stays out of it.
     """
     if not HydraConfig.initialized():
         return ""
     named = ("experiment", "sweep", "scale", "seed", "run_name")
     words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
     own = sorted(
-        word for word in words if (key := word.split("=")[0]) not in named and changes_the_run(key)
+        word
+        for word in words
+        if (key := word.split("=")[0]) not in named
+        and (key.startswith("scale.") or decides(key, policy=policy))
     )
     return "".join("-" + re.sub(r"[^A-Za-z0-9._=,+-]", "", word) for word in own)
 

@@ -1,14 +1,27 @@
 """The two kinds of failure that end a run with one line instead of a traceback."""
 
 
-class InputError(ValueError):
+class OneLineError(Exception):
+    """What both have in common.
+
+    Args:
+        message: the line.
+        on_all_ranks: every rank raises it, so the main one tells it for all.
+    """
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+class InputError(OneLineError, ValueError):
     """A setting or a file that people can mend; the command ends with exit code 2.
 
     The message is one line that names the setting or file, its value, the rule and the way out.
     """
 
 
-class TrainingError(RuntimeError):
+class TrainingError(OneLineError, RuntimeError):
     """A run that cannot go on (a loss that is not finite, a full disk); exit code 3.
 
     The message names the step and what is still good; nothing that was saved is lost.

@@ -1,25 +1,25 @@
 """From one command to N ranks that train."""
 
-import multiprocessing
+import ctypes
+import dataclasses
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gns_pretrain.build import build_run, data_fingerprint
 from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config, check_batch_size, check_data, check_layout
+from gns_pretrain.cores import threads_of_each
+from gns_pretrain.data.files import make_folder
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.distributed.checkpoint import checkpoint_folders
 from gns_pretrain.distributed.collectives import barrier, from_main, gathered
+from gns_pretrain.distributed.local_ranks import run_local_ranks
 from gns_pretrain.distributed.mesh import Place, World, joined, pick_device
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.loop import train
@@ -30,13 +30,14 @@ from gns_pretrain.run_directory import (
     CONFIG,
     fresh,
     is_finished,
+    read_provenance,
     refuse_another_run,
     write_provenance,
 )
 from gns_pretrain.run_lock import locked
 from gns_pretrain.slurm import node_name
 from gns_pretrain.starts import begun_here, note_end, note_start
-from gns_pretrain.stop import EXIT_STOPPED, STOP_SIGNALS, StopRequest
+from gns_pretrain.stop import EXIT_STOPPED, StopRequest
 
 EXIT_FINISHED = 0
 EXIT_BAD_INPUT = 2  # a setting or a file that people can mend
@@ -105,67 +106,44 @@ def check_directory(directory: Path, config: Config, fingerprint: str) -> None:
 
 
 def start_ranks(config: Config, directory: Path, fingerprint: str, ranks: int) -> int:
-    """Start `ranks` processes on this machine through torch's elastic agent and wait for them."""
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        # One server imports torch and is forked for each rank: N imports would fight for the cores.
-        start_method="forkserver",
-        # The ranks get the signals below from us and finish their step; the agent would kill them.
-        signals_to_handle="SIGHUP",
-    )
-    multiprocessing.set_forkserver_preload([__name__])
-    with signals_passed_on():
-        try:
-            elastic_launch(settings, entrypoint=run_rank)(config, directory, fingerprint)
-        except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-            for known in (EXIT_TRAINING, EXIT_BAD_INPUT, EXIT_STOPPED):
-                if known in codes:
-                    return known
-            raise
+    """Start `ranks` processes on this machine and wait for them."""
+    try:
+        run_local_ranks(run_started_rank, (config, directory, fingerprint), ranks)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for known in (EXIT_TRAINING, EXIT_BAD_INPUT, EXIT_STOPPED):
+            if known in codes:
+                return known
+        raise
     return EXIT_FINISHED
 
 
-@contextmanager
-def signals_passed_on() -> Iterator[None]:
-    """Hand a request to stop to the ranks, as SIGTERM, which they may safely get twice."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def run_started_rank(
+    config: Config, directory: Path, fingerprint: str, asked: ctypes.c_bool
+) -> None:
+    """A rank of `start_ranks`; its code is the process's own, since the agent drops a result."""
+    place = place_from(os.environ)
+    assert place is not None, "the agent has set no RANK"
+    code = run_rank(config, directory, fingerprint, place, StopRequest(asked))
+    if code:
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def run_rank(config: Config, directory: Path, fingerprint: str, place: Place | None = None) -> int:
-    """Train on one rank, from joining the others to the last line.
-
-    Under the elastic agent `place` is not given and comes from the environment; the code is then
-    the process's own exit code, because the agent drops what a function returns.
-    """
-    started_by_agent = place is None
-    place = place or place_from(os.environ) or Place()
-    stop = StopRequest()
+def run_rank(
+    config: Config,
+    directory: Path,
+    fingerprint: str,
+    place: Place,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train on one rank, from joining the others to the last line; gives the exit code."""
+    stop = stop or StopRequest()
     stop.listen()
     device = pick_device(config.launch.device, place.local_rank)
     if device.type == "cpu":
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(config.launch.threads or max(cores // place.ranks_per_node, 1))
-    words = current_words(place.rank)
+        torch.set_num_threads(config.launch.threads or threads_of_each(place.ranks_per_node))
+    words = current_words(place.rank, place.num_ranks)
     try:
         with words.kept(), joined(place, config.parallel, device) as world:
             caches = compile_cache(
@@ -177,12 +155,9 @@ def run_rank(config: Config, directory: Path, fingerprint: str, place: Place | N
             # with its last upload.
             barrier(world)
     except (InputError, TrainingError) as error:
-        code = say(error, quiet=place.rank > 0)
+        code = say(error, place)
     finally:
         words.close()
-    if started_by_agent and code:
-        sys.stderr.flush()
-        os._exit(code)
     return code
 
 
@@ -202,20 +177,28 @@ def run_in(
         if world.is_main:
             print(f"{directory} is finished; resume=never starts over in a fresh folder")
         return EXIT_FINISHED
+    began_afresh = config.resume == "never"
+    # From here on it is a run like any other, by the name of its folder.
+    config = dataclasses.replace(config, run_name=directory.name, resume="auto")
     take_directory(world, config, directory, fingerprint, held)
     words.know(directory)
-    run = build_run(config, world, directory)
-    held.callback(run.record.close)
-    held.callback(run.batches.close)
-    finished = train(run, stop)
+    with words.noted(directory):
+        run_id = read_provenance(directory)["run_id"] if world.is_main else ""
+        run = build_run(config, world, directory, run_id=run_id)
+        held.callback(run.record.close)
+        held.callback(run.batches.close)
+        finished = train(run, stop)
     if world.is_main:
         note_end(directory, "finished" if finished else "stopped")
     if finished:
         run.record.finish({"parameters": sum(p.numel() for p in run.model.parameters())})
         return EXIT_FINISHED
-    run.record.message(
-        f"asked to stop: saved at step {run.state.step:,}; the same command goes on from there"
+    way_on = (
+        f"start it again with run_name={directory.name} resume=auto"
+        if began_afresh
+        else "the same command goes on from there"
     )
+    run.record.message(f"asked to stop: saved at step {run.state.step:,}; {way_on}")
     return EXIT_STOPPED
 
 
@@ -223,22 +206,35 @@ def take_directory(
     world: World, config: Config, directory: Path, fingerprint: str, held: ExitStack
 ) -> None:
     """Lock the folder on the main rank and write what the run is; a refusal reaches all ranks."""
-    problem: InputError | None = None
+    problem: InputError | TrainingError | None = None
     nodes = gathered(node_name(), world)
     if world.is_main:
         try:
+            make_folder(directory, "output_directory")
             held.enter_context(locked(directory))
             write_provenance(directory, as_yaml(config), fingerprint)
             note_start(directory, nodes=nodes)
         except InputError as error:
             problem = error
+        except OSError as error:
+            problem = TrainingError(
+                f"{error.filename or directory} could not be written ({error.strerror or error}); "
+                "make room or mend the path, and start the same command again"
+            )
     problem = from_main(problem, world)
     if problem is not None:
+        problem.on_all_ranks = True
         raise problem
 
 
-def say(error: Exception, *, quiet: bool = False) -> int:
-    """Print an error that people can act on, and give the exit code for it."""
-    if not quiet:
-        print(f"error: {error}", file=sys.stderr)
+def say(error: InputError | TrainingError, place: Place | None = None) -> int:
+    """Print an error that people can act on, and give the exit code for it.
+
+    Args:
+        place: of the rank that met it, which is named; the main one tells what all have met.
+    """
+    own = place is not None and place.num_ranks > 1 and not error.on_all_ranks
+    if place is None or own or place.rank == 0:
+        rank = f"rank {place.rank}: " if place is not None and own else ""
+        print(f"error: {rank}{error}", file=sys.stderr)
     return EXIT_TRAINING if isinstance(error, TrainingError) else EXIT_BAD_INPUT

@@ -8,6 +8,7 @@ When one rank dies, the others fail too, in the collective that it has left: the
 consequences. A rank that was killed from outside leaves no word at all.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -15,12 +16,13 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.slurm import Job, node_name
+from gns_pretrain.starts import note_end
 
 # What gloo, NCCL and torch's store say when another rank is gone or silent.
 SIGNS_OF_ANOTHER = (
@@ -37,17 +39,21 @@ SIGNS_OF_ANOTHER = (
 # How faulthandler begins what it writes of a crash.
 CRASH = "Fatal Python error: "
 ABORTED = CRASH + "Aborted"
+# A rank that only lost another one leaves later: whoever started them goes by the first code.
+HEAD_START_SECONDS = 1.0
 
 
 class LastWords:
-    """One rank's file in the folder of its job's start; without a folder nothing is kept.
+    """One rank's file in the folder of its job's start; without a folder nothing is written.
 
     Args:
         rank: this process.
         folder: from `Job.folder`.
+        alone: no other rank was started, so no error can come from one.
     """
 
-    def __init__(self, rank: int, folder: Path | None) -> None:
+    def __init__(self, rank: int, folder: Path | None, *, alone: bool = False) -> None:
+        self._alone = alone
         self._path = folder / f"rank_{rank:05d}.json" if folder else None
         self._values: dict[str, Any] = {"rank": rank, "node": node_name(), "process": os.getpid()}
         self._write()
@@ -76,7 +82,7 @@ class LastWords:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._stack.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Write down an error that leaves the block; the innermost block's counts.
 
@@ -86,20 +92,35 @@ class LastWords:
         try:
             yield
         except Exception as error:
-            if self._path is None or "error" in self._values:
+            if "error" in self._values:
                 raise
             text = "".join(traceback.format_exception(error))
-            self._values |= {
-                "time": time.time(),
-                "error": text,
-                "consequence": is_consequence(error),
-            }
+            follows = self._follows(error)
+            self._values |= {"time": time.time(), "error": text, "consequence": follows}
             self._write()
-            if self._values["consequence"]:
-                rank = self._values["rank"]
-                print(f"rank {rank}: another rank is gone or silent ({_last_line(text)})")
+            if follows:
+                print(f"rank {self._values['rank']}: {in_one_line(error, follows=True)}")
+                time.sleep(HEAD_START_SECONDS)
                 raise SystemExit(1) from error
             raise
+
+    @contextlib.contextmanager
+    def noted(self, directory: Path) -> Iterator[None]:
+        """Note in the run's folder that it failed, on the main rank; the caller holds the folder.
+
+        What only follows another rank's end is left to the batch script, if one gathers the words.
+        """
+        try:
+            yield
+        except Exception as error:
+            follows = self._follows(error)
+            if self._values["rank"] == 0 and not (follows and self._path):
+                with contextlib.suppress(OSError):  # of a full disk, which is the failure itself
+                    note_end(directory, "failed", in_one_line(error, follows=follows))
+            raise
+
+    def _follows(self, error: Exception) -> bool:
+        return not self._alone and is_consequence(error)
 
     def _write(self) -> None:
         if self._path is not None:
@@ -112,6 +133,14 @@ class LastWords:
 def is_consequence(error: Exception) -> bool:
     """Whether an error only says that another rank is gone or silent."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_ANOTHER)
+
+
+def in_one_line(error: Exception, *, follows: bool) -> str:
+    """An error for people; `follows`: it is a consequence of another rank's end."""
+    if isinstance(error, InputError | TrainingError):
+        return str(error)
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"another rank is gone or silent ({line})" if follows else line
 
 
 @dataclass(frozen=True)
@@ -176,10 +205,10 @@ def stack_of(folder: Path, word: dict[str, Any]) -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def current_words(rank: int) -> LastWords:
+def current_words(rank: int, num_ranks: int) -> LastWords:
     """The words of this process."""
     job = Job.current()
-    return LastWords(rank, job.folder if job else None)
+    return LastWords(rank, job.folder if job else None, alone=num_ranks == 1)
 
 
 def _name(word: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gns_pretrain.rank_words import Report, read_words
 from gns_pretrain.slurm import Job, job_state, requeue
-from gns_pretrain.starts import note_end
+from gns_pretrain.starts import has_ended, note_end
 from gns_pretrain.stop import EXIT_STOPPED
 
 FAILURES = "failures.log"  # in the job's folder, one line a failed start
@@ -77,7 +77,7 @@ def main() -> int:
     if code != EXIT_STOPPED:
         tell(job, code, report)
         failures = count_failure(job.folder.parent / FAILURES, report.cause)
-        if report.run_directory is not None:
+        if report.run_directory is not None and not has_ended(report.run_directory):
             note_end(report.run_directory, "failed", report.cause)
     decision = decide(code, state=job_state(job.id), failures=failures, at_most=arguments.at_most)
     say(f"job {job.id}: {decision.why}")

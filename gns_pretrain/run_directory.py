@@ -6,6 +6,7 @@ outputs/<run_name>/  config.yaml  run.json  starts.jsonl  metrics.jsonl  summary
 import json
 import os
 import platform
+import secrets
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ FREE_TO_CHANGE = (
     "data.verify",
     "scale",  # what a run takes from it stands in its own settings
 )
+# Of these, what decides which samples a measurement has and which batch sizes there are. A run may
+# be resumed with others; one that begins with others is another run, unless its batch is constant.
+SAMPLED = ("micro_batch_size", "batch_size.micro_batch_max", "batch_size.micro_batch_step")
 
 
 def is_finished(directory: Path) -> bool:
@@ -93,9 +97,8 @@ def refuse_another_run(
     if changed:
         shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
         raise InputError(f"{directory} holds a run with other settings: {shown}; {way_out}")
-    provenance = directory / PROVENANCE
-    if provenance.exists():
-        known = json.loads(provenance.read_text())["data_fingerprint"]
+    if (directory / PROVENANCE).exists():
+        known = read_provenance(directory)["data_fingerprint"]
         if known != data_fingerprint:
             raise InputError(
                 f"{directory} holds a run on other data: data.path={new.get('data.path')} has "
@@ -108,9 +111,9 @@ def is_free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
 
 
-def changes_the_run(key: str) -> bool:
-    """Whether somebody who gives this setting asks for another run than without it."""
-    return key.startswith("scale.") or not is_free(key)
+def decides(key: str, *, policy: str) -> bool:
+    """Whether a setting decides what a run under this batch-size policy computes."""
+    return not is_free(key) or (key in SAMPLED and policy != "constant")
 
 
 def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:
@@ -124,7 +127,44 @@ def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
-        replace_text(directory / PROVENANCE, json.dumps(values, indent=1) + "\n")
+        replace_text(directory / PROVENANCE, as_json(values))
+    if "run_id" not in read_provenance(directory):
+        draw_run_id(directory)
+
+
+def draw_run_id(directory: Path) -> str:
+    """Give a run an id of its own, its name at a tracking service for as long as it lives."""
+    run_id = secrets.token_hex(8)
+    replace_text(directory / PROVENANCE, as_json(read_provenance(directory) | {"run_id": run_id}))
+    return run_id
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """What run.json holds, the data's fingerprint in any case.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = directory / PROVENANCE
+    try:
+        values = json.loads(path.read_text())
+        return {"data_fingerprint": values["data_fingerprint"], **values}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is missing or damaged; restore it, or use another run_name"
+        ) from error
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(values, indent=1) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    values = json.loads(path.read_text())
+    assert isinstance(values, dict), path
+    return values
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ beat, a new modification time every few seconds, tell another machine that it is
 
 import fcntl
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -34,11 +35,11 @@ def locked(directory: Path) -> Iterator[None]:
     path = directory / LOCK
     with path.open("a+") as file:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not try_lock(file.fileno()):
+        while (held := try_lock(file.fileno())) is False:
             if time.monotonic() > deadline:
                 raise in_use(directory, path.read_text())
             time.sleep(0.2)
-        refuse_holder_elsewhere(directory, path)
+        refuse_live_holder(directory, path, lock_tells=held is True)
         rewrite(file, f"process {os.getpid()} on {node_name()}{of_job()}\n")
         done = threading.Event()
         beat = threading.Thread(target=keep_beating, args=(path, done), daemon=True)
@@ -51,13 +52,17 @@ def locked(directory: Path) -> Iterator[None]:
             rewrite(file, "")
 
 
-def refuse_holder_elsewhere(directory: Path, path: Path) -> None:
-    """Refuse if the file names a process of another machine and its beat goes on.
+def refuse_live_holder(directory: Path, path: Path, *, lock_tells: bool) -> None:
+    """Refuse if the file names a process that no lock has ruled out, and its beat goes on.
 
     Our clock and the file server's may differ, so only a change of the time tells.
+
+    Args:
+        lock_tells: this machine's lock is ours, so a holder on this machine is gone.
     """
     holder = path.read_text().strip()
-    if not holder or f" on {node_name()}" in f"{holder} ":
+    is_here = re.search(rf" on {re.escape(node_name())}(?= |$)", holder) is not None
+    if not holder or (is_here and lock_tells):
         return
     seen = path.stat().st_mtime_ns
     deadline = time.monotonic() + SILENCE_SECONDS
@@ -98,12 +103,12 @@ def rewrite(file: TextIO, text: str) -> None:
     file.flush()
 
 
-def try_lock(descriptor: int) -> bool:
-    """Take the lock if nobody has it; a file system without locks leaves it to the beat."""
+def try_lock(descriptor: int) -> bool | None:
+    """Take the lock if nobody has it; None on a file system without locks, where the beat tells."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True

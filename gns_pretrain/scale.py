@@ -7,7 +7,7 @@ is missing (???), and only a run that needs it asks for it.
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 
 @dataclass
@@ -23,6 +23,7 @@ class SignumScale:
 
     lr: float | None = MISSING  # peak
     momentum: float | None = MISSING
+    micro_batch_max: int | None = II("scale.micro_batch_max")  # where its published run differs
 
 
 @dataclass
@@ -49,6 +50,7 @@ class MuonScale:
     lr: float | None = MISSING
     momentum: float | None = MISSING
     adamw_lr: float | None = MISSING
+    micro_batch_max: int | None = II("scale.micro_batch_max")  # likewise
 
 
 @dataclass
@@ -60,6 +62,7 @@ class ScaleSettings:
     middle_batch: int | None = MISSING  # its 128
     large_batch: int | None = MISSING  # its 256
     constant_micro_batch: int | None = MISSING  # where nothing is measured: what runs fastest
+    micro_batch_max: int | None = None  # a growing micro-batch's largest; null: its shape stays
     seeds: str = "0"  # of a sweep, as Hydra sweeps them: 0 or 0,1,2 or range(0,10)
     theta: float = 0.6  # of the optimizer's own geometry; the paper's
     theta_low: float = 0.5  # of its theta sensitivity

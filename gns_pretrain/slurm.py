@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -53,11 +54,18 @@ def job_state(job_id: str) -> str | None:
     return match[1] if match else None
 
 
-def job_states() -> dict[str, str]:
-    """State of each of the jobs in the queue, by job id; empty where there is no SLURM."""
+def job_states() -> dict[str, str] | None:
+    """State of each of the jobs in the queue, by job id; empty where there is no SLURM.
+
+    None where SLURM does not answer: then nobody knows, and no job may be taken for ended.
+    """
+    if shutil.which("squeue") is None:
+        return {}
     answer = ask("squeue", "--noheader", "--all", "--array", "--format=%A %F_%K %T", "--me")
+    if answer is None:
+        return None
     states: dict[str, str] = {}
-    for line in (answer or "").splitlines():
+    for line in answer.splitlines():
         number, element, state = line.split()
         # An element of an array that waits has no number of its own yet.
         states[element.removesuffix("_N/A")] = state

@@ -74,6 +74,12 @@ def read_starts(directory: Path) -> list[dict[str, Any]]:
     return events
 
 
+def has_ended(directory: Path) -> bool:
+    """Whether the last start has noted its end itself."""
+    events = read_starts(directory)
+    return bool(events) and events[-1]["event"] == "end"
+
+
 def begun_here(directory: Path) -> Path | None:
     """The folder, this one or `-2`, `-3`, ..., that this SLURM job began before it was requeued.
 

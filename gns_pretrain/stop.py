@@ -1,5 +1,6 @@
 """Being asked to stop: finish the step, save, leave with a code of its own."""
 
+import ctypes
 import os
 import signal
 from types import FrameType
@@ -11,22 +12,33 @@ EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: nothing is wrong, start the same c
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the loop looks at `requested` between steps."""
+    """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the loop looks at `requested` between steps.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._parent = os.getppid()
+    Args:
+        of_launcher: memory shared with the launcher, which is set when that one was asked.
+    """
+
+    def __init__(self, of_launcher: ctypes.c_bool | None = None) -> None:
+        self._noted = False
+        self._of_launcher = of_launcher
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody has asked."""
+        return self._noted or (self._of_launcher is not None and self._of_launcher.value)
 
     def listen(self) -> None:
-        """Take the signals from now on."""
+        """Take the signals from now on, and those that the launcher has had held back until now."""
+        self._parent = os.getppid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and os.getppid() != self._parent:
             # The launcher was killed, and torch sends its orphans this signal; a new start of
             # the run may already be under way, so nothing may be written any more.
             os._exit(130)
-        if number == signal.SIGINT and self.requested:
+        if number == signal.SIGINT and self._noted:
             raise KeyboardInterrupt
-        self.requested = True
+        self._noted = True

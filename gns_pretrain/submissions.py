@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.slurm import job_states
 
 SUBMITTED = "submitted.jsonl"
@@ -39,12 +40,25 @@ def read_submissions(folder: Path) -> dict[Path, str]:
     return {Path(each["run_directory"]): each["job"] for each in values}
 
 
-def queued(folder: Path, states: Mapping[str, str]) -> dict[Path, str]:
-    """Of these the ones that wait or run, by SLURM's states."""
+def queued(folder: Path, states: Mapping[str, str] | None) -> dict[Path, str]:
+    """Of these the ones that wait or run, by SLURM's states.
+
+    Raises:
+        InputError: the states are not known, so that a run could be submitted twice.
+    """
+    if states is None:
+        raise InputError(
+            "squeue does not answer, so which runs are in the queue is not known and none was "
+            "submitted; try again"
+        )
     return {run: job for run, job in read_submissions(folder).items() if job in states}
 
 
-def wait_until_ended(jobs: Sequence[str]) -> None:
-    """Return when none of the jobs waits or runs any more."""
-    while any(job in job_states() for job in jobs):
+def wait_until_ended(jobs: Sequence[str], *, say: Callable[[str], object]) -> None:
+    """Return when none of the jobs waits or runs any more; while SLURM is silent, wait on."""
+    silent = False
+    while (states := job_states()) is None or any(job in states for job in jobs):
+        if states is None and not silent:
+            say("squeue does not answer; waiting until it does")
+        silent = states is None
         time.sleep(LOOK_EVERY_SECONDS)

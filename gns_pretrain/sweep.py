@@ -1,23 +1,20 @@
-"""The runs of a sweep: which there are, which need no training, and what became of each.
+"""The runs of a sweep: which there are, and which need no training.
 
 A run is known by its folder. Started again, a sweep trains only what is not finished; a run whose
 training equals that of a finished one under another name (Table 8 and Table 9 share cells) takes
 over its record.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gns_pretrain.build import run_id, shown_as
+from gns_pretrain.build import shown_as
 from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError
@@ -25,20 +22,22 @@ from gns_pretrain.metrics.jsonl import read_records
 from gns_pretrain.metrics.summary import write_summary
 from gns_pretrain.metrics.view import MayFail
 from gns_pretrain.metrics.wandb import WandbView
+from gns_pretrain.outcomes import Outcome
 from gns_pretrain.run_directory import (
     CONFIG,
     PROVENANCE,
     SUMMARY,
+    decides,
+    draw_run_id,
     flattened,
     is_finished,
-    is_free,
+    read_json,
 )
 
 # What a run is called; two runs that differ in nothing else are one training.
 NAMES = ("run_name", "table", "cell")
 CONSTANT_READS = ("batch_size.policy", "batch_size.initial", "batch_size.shadows")
 SHOWN_PROBLEMS = 5
-MAX_WIDTH = 1000  # columns of a table that the terminal may wrap
 
 
 @dataclass(frozen=True)
@@ -61,28 +60,6 @@ class Job:
     def name(self) -> str:
         """The folder's name."""
         return self.directory.name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run.
-
-    Args:
-        name: of the run.
-        state: finished (now), skipped (it was), shared (it equals another one), failed or stopped.
-        why: of a run that is not there, or whose record is another's.
-        summary: of the finished run.
-    """
-
-    name: str
-    state: str
-    why: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the run's record is whole."""
-        return self.state in ("finished", "skipped", "shared")
 
 
 def plan_jobs(
@@ -141,7 +118,9 @@ def training_settings(config: Config | dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if not (key in NAMES or is_free(key) or is_unread(key, values))
+        if key not in NAMES
+        and decides(key, policy=values["batch_size.policy"])
+        and not is_unread(key, values)
     }
 
 
@@ -156,16 +135,23 @@ def is_unread(key: str, values: Mapping[str, Any]) -> bool:
 
 def finished_twin(job: Job, folders: Iterable[Path]) -> Path | None:
     """A finished run whose training is this one's under another name, on the same data."""
-    wanted = training_settings(job.config)
-    for folder in folders:
-        if (
-            folder != job.directory
-            and is_finished(folder)
-            and training_settings(read_yaml(folder / CONFIG)) == wanted
-            and read_json(folder / PROVENANCE)["data_fingerprint"] == job.fingerprint
-        ):
-            return folder
-    return None
+    wanted = (training_settings(job.config), job.fingerprint)
+    others = (folder for folder in folders if folder != job.directory)
+    return next((folder for folder in others if finished_training(folder) == wanted), None)
+
+
+@cache  # a finished run changes no more, and a sweep asks for it once a job
+def finished_training(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """What a finished run was trained with: its settings, and its data's fingerprint.
+
+    None for a folder that is not a finished run of this program's; it is nobody's twin.
+    """
+    try:
+        settings = training_settings(read_yaml(folder / CONFIG))
+        fingerprint = read_json(folder / PROVENANCE)["data_fingerprint"]
+    except (OSError, ValueError, LookupError, AssertionError, YAMLError):
+        return None
+    return (settings, str(fingerprint)) if is_finished(folder) else None
 
 
 def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome:
@@ -184,13 +170,14 @@ def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome
     (unfinished / CONFIG).write_text(as_yaml(job.config))
     summary = read_json(twin / SUMMARY) | {"same_as": twin.name}
     write_summary(unfinished / SUMMARY, summary)
+    run_id = draw_run_id(unfinished)
     unfinished.rename(job.directory)
     settings = shown_as(job.config).wandb
     if settings.enabled:
         values = as_dict(job.config)
         view = MayFail(
             "W&B",
-            partial(WandbView, job.directory, settings, config=values, run_id=run_id(job.config)),
+            partial(WandbView, job.directory, settings, config=values, run_id=run_id),
             say,
         )
         for record in read_records(job.directory / "metrics.jsonl"):
@@ -201,42 +188,12 @@ def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome
 
 def settle(job: Job, *, say: Callable[[str], None]) -> Outcome | None:
     """The outcome of a run that needs no training; None for one that does."""
-    if is_finished(job.directory) and job.config.resume == "auto":
+    if job.config.resume == "never":
+        return None
+    if is_finished(job.directory):
         return Outcome(job.name, "skipped", "it was finished", read_json(job.directory / SUMMARY))
     if job.fingerprint and not job.directory.exists():
         folders = sorted(path.parent for path in job.directory.parent.glob(f"*/{SUMMARY}"))
         if twin := finished_twin(job, folders):
             return share_record(job, twin, say=say)
     return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    values = json.loads(path.read_text())
-    assert isinstance(values, dict), path
-    return values
-
-
-def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
-    """A table of what ran, what was skipped and what failed, and why; as wide as it needs."""
-    table = Table(title=f"{len(outcomes)} runs", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("run", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for column in ("steps", "last batch", "lowest val. loss", "training"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        summary = outcome.summary
-        figures = ["", "", "", ""]
-        if summary:
-            figures = [
-                f"{summary['steps']:,}",
-                f"{summary['batch_size']:,}",
-                f"{summary['minimum_validation_loss']:.4f}",
-                f"{summary['seconds']:.0f} s",
-            ]
-        table.add_row(outcome.name, outcome.state, *figures)
-    Console(file=console.file, width=MAX_WIDTH).print(table)
-    for outcome in outcomes:
-        if outcome.why and outcome.state != "skipped":
-            line = f"{outcome.name} {outcome.state}: {outcome.why}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)

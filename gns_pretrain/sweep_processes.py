@@ -19,11 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from gns_pretrain.cores import threads_of_each
 from gns_pretrain.launch import EXIT_FINISHED
 from gns_pretrain.metrics.jsonl import last_record
-from gns_pretrain.run_directory import SUMMARY
+from gns_pretrain.outcomes import Outcome
+from gns_pretrain.run_directory import SUMMARY, read_json
 from gns_pretrain.stop import EXIT_STOPPED, STOP_SIGNALS
-from gns_pretrain.sweep import Job, Outcome, read_json, settle
+from gns_pretrain.sweep import Job, settle
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 LOOKS_PER_SECOND = 4
@@ -32,12 +34,20 @@ QUOTED_CHARACTERS = 300  # of the line that says why a run failed
 
 @dataclass
 class Running:
-    """A run in its process; `slot` is its place among those that run at once."""
+    """A run in its process.
+
+    Args:
+        slot: its place among those that run at once.
+        log_start: bytes of its log that earlier attempts wrote.
+        asked: whether it was asked to stop.
+    """
 
     job: Job
     process: subprocess.Popen[bytes]
     log: Path
     slot: int
+    log_start: int = 0
+    asked: bool = False
 
 
 class Stopping:
@@ -66,7 +76,11 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> list[Out
     outcomes: dict[str, Outcome] = {}
     waiting = list(jobs)
     running: list[Running] = []
-    with asked_to_stop() as stopping, shown_progress(console) as progress:
+    with (
+        asked_to_stop() as stopping,
+        shown_progress(console) as progress,
+        none_left_behind(running),
+    ):
         bar = progress.add_task("", total=sum(job.config.token_budget for job in jobs))
         while waiting or running:
             while waiting and len(running) < at_once and not stopping.requested:
@@ -78,8 +92,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> list[Out
                 slot = min(set(range(at_once)) - {other.slot for other in running})
                 running.append(start(job, slot=slot, at_once=at_once))
             if stopping.requested:
-                for run in running:
-                    run.process.send_signal(signal.SIGTERM)
+                ask_to_stop(running)
                 outcomes |= {
                     job.name: Outcome(job.name, "stopped", "not started") for job in waiting
                 }
@@ -93,11 +106,30 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> list[Out
     return [outcomes[job.name] for job in jobs]
 
 
+def ask_to_stop(running: Sequence[Running]) -> None:
+    """Ask runs to save and leave; each once, since one that still loads dies of a second."""
+    for run in running:
+        if not run.asked:
+            run.process.send_signal(signal.SIGTERM)
+            run.asked = True
+
+
+@contextmanager
+def none_left_behind(running: Sequence[Running]) -> Iterator[None]:
+    """An error of the sweep itself lets no run go on unwatched."""
+    try:
+        yield
+    except BaseException:
+        ask_to_stop(running)
+        raise
+
+
 def start(job: Job, *, slot: int, at_once: int) -> Running:
     """Start a run's own command."""
     log = job.directory.parent / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
+        written = file.tell()
         process = subprocess.Popen(
             command(job, at_once=at_once),
             stdin=subprocess.DEVNULL,
@@ -106,7 +138,7 @@ def start(job: Job, *, slot: int, at_once: int) -> Running:
             env={**os.environ, **share_of_gpus(slot, at_once, os.environ)},
             start_new_session=True,  # Ctrl-C is for the sweep, which asks its runs to stop
         )
-    return Running(job, process, log, slot)
+    return Running(job, process, log, slot, log_start=written)
 
 
 def command(job: Job, *, at_once: int) -> list[str]:
@@ -114,7 +146,7 @@ def command(job: Job, *, at_once: int) -> list[str]:
     words = [sys.executable, str(TRAIN), "hydra.mode=RUN", *job.overrides]
     if at_once > 1 and job.config.launch.threads is None:
         ranks = job.config.launch.nproc_per_node
-        words.append(f"launch.threads={max((os.cpu_count() or 1) // (at_once * ranks), 1)}")
+        words.append(f"launch.threads={threads_of_each(at_once * ranks)}")
     return words
 
 
@@ -134,13 +166,18 @@ def outcome(run: Running) -> Outcome:
     if code == EXIT_FINISHED:
         return Outcome(run.job.name, "finished", summary=read_json(run.job.directory / SUMMARY))
     if code == EXIT_STOPPED:
-        return Outcome(run.job.name, "stopped", "saved; the same sweep goes on from there")
-    return Outcome(run.job.name, "failed", f"{reason(run.log, code)} ({run.log})")
+        fresh = run.job.config.resume == "never"
+        way_on = f"run_name={run.job.name} resume=auto goes" if fresh else "the same sweep goes"
+        return Outcome(run.job.name, "stopped", f"saved; {way_on} on from there")
+    if run.asked and code == -signal.SIGTERM:  # it was still loading
+        return Outcome(run.job.name, "stopped", "not started")
+    why = reason(run.log.read_bytes()[run.log_start :].decode(errors="replace"), code)
+    return Outcome(run.job.name, "failed", f"{why} ({run.log})")
 
 
-def reason(log: Path, code: int) -> str:
-    """The line of a log that says why a run failed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def reason(printed: str, code: int) -> str:
+    """The line of what a run printed that says why it failed."""
+    lines = [line for line in printed.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1][:QUOTED_CHARACTERS]

@@ -27,6 +27,12 @@ def main() -> int:
     if any(word in ("-h", "--help") for word in settings):
         sys.stdout.write(__doc__ or "")
         return 0
+    if "resume=never" in settings:
+        sys.stderr.write(
+            "error: resume=never would train into folders that the table does not show; "
+            "use another output_directory=...\n"
+        )
+        return 2
     for label, experiment in RUNS.items():
         Console(soft_wrap=True).print(f"\n{label}: python train.py +experiment=demo/{experiment}")
         command = [sys.executable, "train.py", f"+experiment=demo/{experiment}", *settings]

@@ -15,11 +15,17 @@ from rich.console import Console
 from gns_pretrain.composition import read_yaml
 from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
-from gns_pretrain.data.shards import META_FILE, read_meta
+from gns_pretrain.data.shards import (
+    META_FILE,
+    CorpusMeta,
+    check_tokenizer,
+    joint_fingerprint,
+    read_meta,
+)
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.hf_config import ExportedText
-from gns_pretrain.run_directory import CONFIG
+from gns_pretrain.run_directory import CONFIG, read_provenance
 
 
 def main() -> int:
@@ -67,7 +73,13 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     model = load_model(arguments.checkpoint)
     text = _text_of_run(arguments, model.config)
-    export_hf_folder(model, arguments.out, text)
+    try:
+        export_hf_folder(model, arguments.out, text)
+    except OSError as error:
+        raise InputError(
+            f"--out {arguments.out} cannot be written ({error.strerror or error}); name another "
+            "folder"
+        ) from error
     return {
         "out": str(arguments.out),
         "checkpoint": str(arguments.checkpoint),
@@ -80,7 +92,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedText:
-    """Tokenizer and ids from the data that the run's config.yaml names, as far as it is here."""
+    """Tokenizer and ids of the run's data, as far as it is where config.yaml says."""
     run_config = arguments.checkpoint.resolve().parents[1] / CONFIG
     if not run_config.is_file():
         raise InputError(f"{run_config} is missing; --checkpoint must be inside its run directory")
@@ -94,9 +106,24 @@ def _text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> Exported
     if not (folder / META_FILE).is_file():
         return ExportedText(max_positions, arguments.tokenizer)
     meta = read_meta(folder)
-    own = folder / meta.tokenizer if meta.tokenizer else None
-    found = own if own is not None and own.is_file() else None
-    return ExportedText(max_positions, arguments.tokenizer or found, meta.bos_id, meta.eos_id)
+    if not _is_data_of_run(meta, settings, run_config.parent):
+        if arguments.tokenizer is None:
+            raise InputError(
+                f"{folder} no longer holds the data of this run; name its tokenizer with "
+                "--tokenizer"
+            )
+        return ExportedText(max_positions, arguments.tokenizer)
+    tokenizer = arguments.tokenizer
+    if tokenizer is None and meta.tokenizer and (folder / meta.tokenizer).is_file():
+        check_tokenizer(folder, meta)
+        tokenizer = folder / meta.tokenizer
+    return ExportedText(max_positions, tokenizer, meta.bos_id, meta.eos_id)
+
+
+def _is_data_of_run(meta: CorpusMeta, settings: DataSettings, run_directory: Path) -> bool:
+    splits = (settings.train_split, settings.validation_split)
+    now = joint_fingerprint(meta.fingerprint(split) for split in splits)
+    return bool(read_provenance(run_directory)["data_fingerprint"] == now)
 
 
 def _max_positions(config: LlamaConfig, sequence_length: int) -> int:

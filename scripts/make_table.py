@@ -23,7 +23,7 @@ from gns_pretrain.results.tables.rendering import FORMATS
 
 def main() -> int:
     """Exit code 0: printed; 2: bad input."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
     console = Console(stderr=True, soft_wrap=True)
     try:
         table = make_table(

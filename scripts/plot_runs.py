@@ -17,16 +17,16 @@ from pathlib import Path
 from rich.console import Console
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.curves import AXES, grouped, read_curves
+from gns_pretrain.results.curves import AXES, Noise, grouped, read_curves
 from gns_pretrain.results.figures import PANELS, draw
 
 
 def main() -> int:
     """Exit code 0: drawn; 2: bad input."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
     try:
         groups = grouped(arguments.runs)
-        noise = tuple(arguments.noise.split("/", 1)) if arguments.noise else None
+        noise = named_noise(arguments.noise) if arguments.noise else None
         panels = draw(
             {
                 label: [read_curves(path, axis=arguments.x, noise=noise) for path in paths]
@@ -53,6 +53,16 @@ def main() -> int:
         seeds = ", ".join(f"{label} ({len(paths)})" for label, paths in groups.items())
         sys.stdout.write(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}\n")
     return 0
+
+
+def named_noise(text: str) -> Noise:
+    """Geometry and estimate of GEOMETRY/ESTIMATE."""
+    geometry, slash, estimate = text.partition("/")
+    if not (geometry and slash and estimate):
+        raise InputError(
+            f"--noise {text} is not GEOMETRY/ESTIMATE, as in --noise manhattan/plug_in"
+        )
+    return geometry, estimate
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from gns_pretrain.data.preparation_settings import PrepareSettings
 from gns_pretrain.data.prepare import prepare
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, TrainingError
 
 
 def main() -> int:
-    """Exit code 0: the folder is finished; 2: bad settings or input; 130: interrupted."""
+    """Exit code 0: the folder is finished; 2: bad input; 3: a worker was killed; 130: Ctrl-C."""
     arguments = vars(_parser().parse_args())
     as_json = arguments.pop("json")
     console = Console(stderr=True, soft_wrap=True)
@@ -33,6 +33,9 @@ def main() -> int:
     except InputError as error:
         console.print(f"error: {error}", markup=False, highlight=False)
         return 2
+    except TrainingError as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 3
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from the last whole shard")
         return 130

@@ -106,7 +106,13 @@ class Output:
 
     def __enter__(self) -> "Output":
         if self.target not in (None, "-"):
-            self._file = Path(str(self.target)).open("w")
+            try:
+                self._file = Path(str(self.target)).open("w")
+            except OSError as error:
+                raise InputError(
+                    f"--json {self.target} cannot be written ({error.strerror}); "
+                    "name a file in a folder that exists"
+                ) from error
         return self
 
     def __exit__(self, *_: object) -> None:

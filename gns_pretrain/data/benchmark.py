@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from gns_pretrain.cores import available_cores
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.embedded import gather_documents
-from gns_pretrain.data.encoding_pool import EncodingJob, EncodingPool, available_cores
+from gns_pretrain.data.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.preparation_progress import SplitProgress
 from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_shard
 from gns_pretrain.data.split_writer import SplitPlan, write_split

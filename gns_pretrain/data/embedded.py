@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from gns_pretrain.cores import available_cores
 from gns_pretrain.data.corpus import is_held_out
 from gns_pretrain.data.docstrings import PACKAGES, extract, source_files
-from gns_pretrain.data.encoding_pool import available_cores
 from gns_pretrain.data.files import folder_lock, sha256_of, write_whole
 from gns_pretrain.data.shards import META_FILE, CorpusMeta, token_dtype, write_meta, write_shard
 from gns_pretrain.data.tokenization import (
@@ -163,7 +163,7 @@ def _encode(encoder: DocumentEncoder, documents: list[str]) -> np.ndarray:
     """Ids of all documents, by portions: a tokenizer's results take far more memory than ids."""
     return np.concatenate(
         [
-            encoder.encode(documents[start : start + DOCUMENTS_AT_ONCE])
+            encoder.encode(documents[start : start + DOCUMENTS_AT_ONCE])[0]
             for start in range(0, len(documents), DOCUMENTS_AT_ONCE)
         ]
     )

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 
 from gns_pretrain.data.corpus import Cursor, RecordBatch, is_held_out, parse_texts
 from gns_pretrain.data.tokenization import DocumentEncoder
+from gns_pretrain.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,8 @@ class TokenBatch:
 
     cursor: Cursor  # of the record batch
     tokens: np.ndarray  # [tokens], uint16 or uint32
-    documents: int
+    starts: np.ndarray  # [documents], int64: where in `tokens` each begins
     fraction: float  # of the corpus that is read
-
-
-def available_cores() -> int:
-    """Cores this process may use: a job's share, not the whole node."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class EncodingPool:
@@ -81,6 +78,7 @@ class EncodingPool:
 
         Raises:
             InputError: of the first record, in order, that holds no text.
+            TrainingError: a worker was killed.
         """
         if self._pool is None:
             yield from (self._encoder(batch, held_out) for batch in batches)
@@ -93,6 +91,11 @@ class EncodingPool:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "a worker process was killed, as when memory runs out; the same command, perhaps "
+                "with fewer --workers, goes on from the last whole shard"
+            ) from error
         finally:  # the caller may want no more
             for future in waiting:
                 future.cancel()
@@ -112,7 +115,7 @@ class _BatchEncoder:
         texts = parse_texts(batch)
         if self._fraction:
             texts = [text for text in texts if is_held_out(text, self._fraction) == held_out]
-        return TokenBatch(batch.cursor, self._encoder.encode(texts), len(texts), batch.fraction)
+        return TokenBatch(batch.cursor, *self._encoder.encode(texts), batch.fraction)
 
 
 def _start_worker(job: EncodingJob) -> None:

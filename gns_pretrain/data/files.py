@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +21,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     A process killed at any moment leaves the old file, the new file, or no file, never a part;
     what it may leave is the temporary one, for `remove_temporaries`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Jobs may write the same file at once, on a node each.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -31,6 +33,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder that a setting names, and those above it; InputError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{setting}: {folder} cannot be made ({error.strerror}); name another folder"
+        ) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

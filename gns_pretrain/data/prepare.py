@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gns_pretrain.data.encoding_pool import EncodingPool, available_cores
+from gns_pretrain.cores import available_cores
+from gns_pretrain.data.encoding_pool import EncodingPool
 from gns_pretrain.data.files import folder_lock, remove_temporaries
 from gns_pretrain.data.preparation_plan import (
     SPLITS,

@@ -9,6 +9,8 @@ Readable with numpy alone.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,17 @@ class CorpusMeta:
     def of_split(self, split: str) -> tuple[ShardMeta, ...]:
         """The shards of one split, in order; empty if there are none."""
         return tuple(shard for shard in self.shards if shard.split == split)
+
+    def fingerprint(self, split: str) -> str:
+        """Identifies the tokens of one split, whatever the folder is called."""
+        sums = (shard.sha256 for shard in self.of_split(split))
+        identity = "\n".join([self.dtype, str(self.vocab_size), *sums])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def joint_fingerprint(fingerprints: Iterable[str]) -> str:
+    """One for several splits: a run's are its training and its validation data."""
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gns_pretrain.data.corpus import Corpus
-from gns_pretrain.data.encoding_pool import EncodingPool
+from gns_pretrain.data.encoding_pool import EncodingPool, TokenBatch
 from gns_pretrain.data.preparation_progress import SplitProgress
 from gns_pretrain.data.shards import write_shard
 from gns_pretrain.errors import InputError
@@ -72,7 +72,7 @@ def write_split(
                     progress.documents = documents
                     progress.file_sizes = plan.corpus.sizes_read(batch.cursor)
                     save()
-            documents += batch.documents
+            documents += begun_within(batch, tokens.size)
             skip = 0
             report(plan.name, written, max(batch.fraction, written / limit))
             if written == limit:
@@ -87,6 +87,13 @@ def write_split(
     progress.documents, progress.done = documents, True
     save()
     report(plan.name, written, 1.0)
+
+
+def begun_within(batch: TokenBatch, tokens: int) -> int:
+    """Documents of a batch that begin within its first tokens: all, unless the batch is cut."""
+    if tokens == batch.tokens.size:
+        return batch.starts.size
+    return int(np.searchsorted(batch.starts, tokens))
 
 
 def refuse_changed_files(folder: Path, plan: SplitPlan, progress: SplitProgress) -> None:

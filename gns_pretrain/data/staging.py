@@ -17,7 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from gns_pretrain.data.files import folder_lock, remove_temporaries, sha256_of, write_whole
+from gns_pretrain.data.files import (
+    folder_lock,
+    make_folder,
+    remove_temporaries,
+    sha256_of,
+    write_whole,
+)
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
 from gns_pretrain.data.shards import META_FILE, CorpusMeta, read_meta
 from gns_pretrain.errors import InputError
@@ -41,10 +47,22 @@ def staged(settings: DataSettings, *, say: Callable[[str], object] = print) -> D
     meta = read_meta(source)
     mark = sha256_of(source / META_FILE)[:12]
     target = local_folder(settings.stage_to) / f"{source.resolve().name}-{mark}"
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, f"data.stage_to={settings.stage_to}")
+    wanted = files_of(meta, settings)
+
+    def is_whole(name: str) -> bool:
+        return same_size(source / name, target / name)
+
+    def is_same(name: str) -> bool:
+        return is_whole(name) and sha256_of(target / name) == wanted[name]
+
     with folder_lock(target, wait=True):
-        copy_shards(source, target, meta, settings, say=say)
-    # The copy was hashed when it was made; a size that has changed since is still found.
+        copy_files(source, target, wanted, settings, keep=is_whole, say=say)
+    # The copy was hashed when it was made; a size that has changed since is still found. Looking
+    # for more takes long, so a node's ranks do it side by side and mend one after the other.
+    if settings.verify and not all(map(is_same, wanted)):
+        with folder_lock(target, wait=True):
+            copy_files(source, target, wanted, settings, keep=is_same, say=say)
     return dataclasses.replace(settings, path=str(target), verify=False)
 
 
@@ -59,16 +77,8 @@ def local_folder(stage_to: str) -> Path:
     return Path(path)
 
 
-def copy_shards(
-    source: Path,
-    target: Path,
-    meta: CorpusMeta,
-    settings: DataSettings,
-    *,
-    say: Callable[[str], object],
-) -> None:
-    """Copy what is not there yet, meta.json last; the caller holds the target's lock."""
-    remove_temporaries(target)
+def files_of(meta: CorpusMeta, settings: DataSettings) -> dict[str, str]:
+    """The sha256 of each file that a run reads, meta.json aside."""
     wanted = {
         shard.file: shard.sha256
         for split in (settings.train_split, settings.validation_split)
@@ -76,7 +86,26 @@ def copy_shards(
     }
     if meta.tokenizer_sha256 is not None and meta.tokenizer is not None:
         wanted[meta.tokenizer] = meta.tokenizer_sha256
-    missing = [name for name in wanted if not same_size(source / name, target / name)]
+    return wanted
+
+
+def copy_files(
+    source: Path,
+    target: Path,
+    wanted: dict[str, str],
+    settings: DataSettings,
+    *,
+    keep: Callable[[str], bool],
+    say: Callable[[str], object],
+) -> None:
+    """Copy what is not there yet, meta.json last; the caller holds the target's lock.
+
+    Args:
+        wanted: sha256 of each file, by its name.
+        keep: whether a file that is there may stay.
+    """
+    remove_temporaries(target)
+    missing = [name for name in wanted if not keep(name)]
     if missing:
         num_bytes = sum(size_of(source / name) for name in missing)
         require_space(target, num_bytes, settings.stage_to)
@@ -145,13 +174,20 @@ def require_space(folder: Path, num_bytes: int, stage_to: str | None) -> None:
 
 
 @contextmanager
-def compile_cache(shared: str | None, stage_to: str | None, *, keep: bool) -> Iterator[None]:
+def compile_cache(
+    shared: str | None,
+    stage_to: str | None,
+    *,
+    keep: bool,
+    say: Callable[[str], object] = print,
+) -> Iterator[None]:
     """Compile within a folder that is kept between starts.
 
     Args:
         shared: the folder; None leaves all to torch.
         stage_to: as in `staged`; None works in the shared folder itself.
         keep: whether this process takes what was new back to the shared folder.
+        say: prints a line, as where nothing can be taken back: the run itself is done by then.
     """
     if shared is None:
         yield
@@ -161,13 +197,16 @@ def compile_cache(shared: str | None, stage_to: str | None, *, keep: bool) -> It
         os.environ.setdefault(variable, str(local.resolve() / name))
     yield
     if keep and stage_to:
-        copy_new_files(local, Path(shared))
+        try:
+            copy_new_files(local, Path(shared))
+        except (OSError, InputError) as error:
+            say(f"launch.compile_cache={shared} could not take what was compiled: {error}")
 
 
 def stage_compile_cache(shared: Path, stage_to: str) -> Path:
     """A folder on this node's disk with what earlier starts have compiled."""
     local = local_folder(stage_to) / COMPILE_CACHE
-    local.mkdir(parents=True, exist_ok=True)
+    make_folder(local, f"data.stage_to={stage_to}")
     with folder_lock(local, wait=True):
         copy_new_files(shared, local)
     return local

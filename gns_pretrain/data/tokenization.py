@@ -98,14 +98,21 @@ class DocumentEncoder:
         self._after = [] if eos_id is None else [eos_id]
         self._dtype = dtype
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """The documents' ids, one after the other, [tokens], uint16 or uint32."""
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The documents' ids, one after the other, and where each document begins.
+
+        Returns:
+            ids: [tokens], uint16 or uint32.
+            starts: [documents], int64, positions in the ids.
+        """
         ids: list[int] = []
+        starts: list[int] = []
         for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            starts.append(len(ids))
             ids += self._before
             ids += encoding.ids
             ids += self._after
-        return np.array(ids, dtype=self._dtype)
+        return np.array(ids, dtype=self._dtype), np.array(starts, dtype=np.int64)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +30,7 @@ class TokenSplit:
             [[0], np.cumsum([shard.size for shard in shards], dtype=np.int64)]
         )
         self.num_tokens = int(self._bounds[-1])
-        identity = [
-            meta.dtype,
-            str(meta.vocab_size),
-            *(shard.sha256 for shard in meta.of_split(split)),
-        ]
-        self.fingerprint = hashlib.sha256("\n".join(identity).encode()).hexdigest()
+        self.fingerprint = meta.fingerprint(split)
 
     @classmethod
     def open(cls, folder: Path, split: str, *, verify: bool = False) -> TokenSplit:

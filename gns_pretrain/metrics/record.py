@@ -28,7 +28,7 @@ class Record:
             steps are cut from metrics.jsonl: they will be written again.
         config: The whole configuration, for W&B.
         token_budget: Tokens at which the run ends.
-        run_id: W&B's name of the run, the same for the same configuration.
+        run_id: W&B's name of the run, from its run.json; read on the main process alone.
     """
 
     def __init__(

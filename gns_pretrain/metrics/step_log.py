@@ -98,7 +98,8 @@ def raise_unless_finite(step: int, name: str, value: float) -> None:
     """Stop a run one of whose losses, or whose gradient, has left the finite numbers."""
     if not math.isfinite(value):
         raise TrainingError(
-            f"step {step}: the {name} is {value}, not finite; the run stops, and its last "
-            "checkpoint is from before this step: lower optimizer.lr or look at the data, and "
-            "start again under another run_name"
+            f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "
+            "this step: lower optimizer.lr or look at the data, and start again under another "
+            "run_name",
+            on_all_ranks=True,
         )

@@ -29,7 +29,7 @@ class WandbView:
         run_directory: W&B writes its files to `wandb/` under it.
         settings: Project, group, tags and so on.
         config: The whole configuration.
-        run_id: The same for the same configuration, so that a resumed run goes on in its curves.
+        run_id: The run's own for as long as it lives: resumed, it goes on in its curves.
     """
 
     def __init__(

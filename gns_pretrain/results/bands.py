@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.results.curves import Curve
 
 Values = NDArray[np.float64]
@@ -42,11 +43,19 @@ def over_seeds(
         curves: one a seed.
         transform: of the interpolated values; a perplexity is interpolated as a loss.
         stepwise: interpolate by the value before, as a batch size.
+
+    Raises:
+        InputError: they have no range in common.
     """
     if len(curves) == 1:
         return Band(curves[0].x, transform(curves[0].y), None)
     first = max(curve.x[0] for curve in curves)
     last = min(curve.x[-1] for curve in curves)
+    if first > last:
+        raise InputError(
+            f"one seed's curve begins at {first:g}, after another's end at {last:g}; "
+            "leave one of them out, or draw --each-seed"
+        )
     points = np.unique(np.concatenate([curve.x for curve in curves]))
     grid = points[(points >= first) & (points <= last)]
     values = np.stack([transform(on_grid(curve, grid, stepwise=stepwise)) for curve in curves])

@@ -166,12 +166,11 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
     """
     groups: dict[tuple[str, str], list[Path]] = {}  # folder (of a given label: none) and name
     for argument in arguments:
-        label, equals, given = argument.rpartition("=")
-        labelled = bool(equals) and not Path(argument).exists()
-        for path in curve_files(Path(given if labelled else argument)):
+        label, given = _label_and_path(argument)
+        for path in curve_files(given):
             folder = path.resolve().parent
             name = without_seed(path.resolve())
-            members = groups.setdefault(("", label) if labelled else (str(folder), name), [])
+            members = groups.setdefault((str(folder), name) if label is None else ("", label), [])
             if path not in members:
                 members.append(path)
     names = [name for _, name in groups]
@@ -179,6 +178,15 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
         f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name: paths
         for (folder, name), paths in groups.items()
     }
+
+
+def _label_and_path(argument: str) -> tuple[str | None, Path]:
+    """A path, or label=PATH; both may hold further equals signs."""
+    if Path(argument).exists() or "=" not in argument:
+        return None, Path(argument)
+    words = argument.split("=")
+    splits = [("=".join(words[:n]), Path("=".join(words[n:]))) for n in range(1, len(words))]
+    return next((split for split in splits if split[1].exists()), splits[-1])
 
 
 def natural_order(path: Path) -> tuple[tuple[int, str], ...]:

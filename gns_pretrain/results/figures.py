@@ -95,8 +95,12 @@ def draw(
         InputError: a panel that no run can fill, or a file that cannot be written.
     """
     names = _panels(groups, panels)
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(
+            "figures need matplotlib; install it with: pip install 'gns-pretrain[figures]'"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -118,8 +122,7 @@ def draw(
             axes.set_visible(False)
         if title:
             figure.suptitle(title)
-        handles = [pyplot.Line2D([], [], **line) for line in _lines(groups)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns)
+        _legend_below(figure, [pyplot.Line2D([], [], **line) for line in _lines(groups)])
         try:
             for path in paths:
                 figure.savefig(path, dpi=200)
@@ -130,6 +133,20 @@ def draw(
         finally:
             pyplot.close(figure)
     return names
+
+
+def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
+    """A legend in as many columns as fit; in one, and smaller, where a name is longer than that."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        figure.draw_without_rendering()
+        share = legend.get_window_extent().width / figure.bbox.width
+        if share <= 1.0:
+            return
+        if columns > 1:
+            legend.remove()
+    for text in legend.get_texts():
+        text.set_fontsize(text.get_fontsize() / share * 0.95)
 
 
 def _panels(groups: Mapping[str, Sequence[Run]], panels: Sequence[str] | None) -> list[str]:

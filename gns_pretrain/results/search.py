@@ -68,9 +68,12 @@ class Search:
     def for_the_scale(self) -> dict[str, Any]:
         """The best point's numbers as conf/scale/<scale>.yaml names them."""
         group = next(f.default_factory for f in fields(ScaleSettings) if f.name == self.optimizer)
-        names = [field.name for field in fields(group)]  # type: ignore[arg-type]
         best = self.points[0].settings
-        return {name: best[f"optimizer.{name.replace('adamw_lr', 'adamw.lr')}"] for name in names}
+        keys = {
+            field.name: f"optimizer.{field.name.replace('adamw_lr', 'adamw.lr')}"
+            for field in fields(group)  # type: ignore[arg-type]
+        }
+        return {name: best[key] for name, key in keys.items() if key in best}
 
 
 def searches(runs: Sequence[TableRun]) -> list[Search]:

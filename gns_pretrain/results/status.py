@@ -28,7 +28,8 @@ class RunStatus:
 
     Args:
         name: its folder's.
-        state: pending, running, finished, failed (or killed) or preempted (saved, to go on).
+        state: pending, running, finished, failed (or killed), preempted (saved, to go on), or
+            unknown (of a job about which SLURM does not answer).
         step: optimizer steps done.
         tokens: consumed, of `token_budget`.
         loss: of the last recorded step, nats per token.
@@ -67,12 +68,14 @@ class Traces:
     started: bool
 
 
-def statuses(path: Path, queue: Mapping[str, str], *, now: float | None = None) -> list[RunStatus]:
+def statuses(
+    path: Path, queue: Mapping[str, str] | None, *, now: float | None = None
+) -> list[RunStatus]:
     """The status of every run in a folder, by name, also of those that wait for their first start.
 
     Args:
         path: a run's folder, or one that holds some.
-        queue: state of each of the user's SLURM jobs, by id.
+        queue: state of each of the user's SLURM jobs, by id; None if SLURM does not answer.
         now: Unix time; by default the clock's.
 
     Raises:
@@ -82,21 +85,31 @@ def statuses(path: Path, queue: Mapping[str, str], *, now: float | None = None) 
     submitted = read_submissions(path.joinpath(*SUBMISSIONS))
     found = {folder.resolve(): folder for folder in run_directories(path)}
     waiting = [
-        RunStatus(run.name, "pending" if queue[job] in WAITING else "running", job=job)
+        RunStatus(run.name, state_before_first_start(job, queue), job=job)
         for run, job in submitted.items()
-        if run not in found and job in queue
+        if run not in found and (queue is None or job in queue)
     ]
     known = [status_of(folder, queue, submitted.get(run), now=now) for run, folder in found.items()]
     return sorted([*known, *waiting], key=lambda status: status.name)
 
 
+def state_before_first_start(job: str, queue: Mapping[str, str] | None) -> str:
+    """The state of a run that was submitted and has no folder yet."""
+    if queue is None:
+        return "unknown"
+    return "pending" if queue[job] in WAITING else "running"
+
+
 def status_of(
-    folder: Path, queue: Mapping[str, str], submitted_as: str | None, *, now: float
+    folder: Path, queue: Mapping[str, str] | None, submitted_as: str | None, *, now: float
 ) -> RunStatus:
     """The status of one run that has a folder."""
     traces = look_at(folder, now=now)
-    job = traces.job if traces.job in queue else submitted_as or traces.job
-    state = state_of(traces, queue.get(job or ""))
+    known = queue or {}
+    job = traces.job if traces.job in known else submitted_as or traces.job
+    state = state_of(traces, known.get(job or ""))
+    if queue is None and job is not None and not (traces.finished or traces.alive):
+        state = "unknown"
     last = last_record(folder / METRICS, kind="train")
     budget = read_settings(folder).get("token_budget")
     speed = last.get("tokens_per_second")
@@ -169,7 +182,10 @@ def status_view(runs: list[RunStatus], *, now: float | None = None) -> Group:
         table.add_column(column, justify="right")
     for run in runs:
         table.add_row(run.name, run.state, *cells(run, now))
-    return Group(table, *(Text(f"{run.name}: {run.error}") for run in runs if run.error))
+    lines = [f"{run.name}: {run.error}" for run in runs if run.error]
+    if "unknown" in counts:
+        lines.append("unknown: squeue does not answer; look again")
+    return Group(table, *(Text(line) for line in lines))
 
 
 def cells(run: RunStatus, now: float) -> list[str]:

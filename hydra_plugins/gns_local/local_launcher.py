@@ -1,8 +1,8 @@
 """Hydra's launcher for a sweep on this machine: `hydra.launcher.at_once` runs side by side."""
 
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -14,10 +14,14 @@ from rich.console import Console
 from gns_pretrain.composition import settings_from
 from gns_pretrain.config import Config
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.launch import checked, place_from
+from gns_pretrain.launch import checked
+from gns_pretrain.outcomes import Outcome, note_failures, print_outcomes
+from gns_pretrain.place import place_from
 from gns_pretrain.stop import EXIT_STOPPED
-from gns_pretrain.sweep import Outcome, plan_jobs, print_outcomes
+from gns_pretrain.sweep import plan_jobs
 from gns_pretrain.sweep_processes import run_jobs
+
+Composable = tuple[Sequence[str], Callable[[], Config]]
 
 
 class LocalLauncher(Launcher):
@@ -45,15 +49,12 @@ class LocalLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Check all runs, train those that need it, and say what became of each."""
-        if place_from(os.environ) is not None:
-            raise InputError(
-                "a sweep starts its runs itself: start it as one process, without torchrun or srun"
-            )
-        runs = [(words, partial(self.settings_of, words)) for words in job_overrides]
+        runs = self.runs_of(job_overrides)
         jobs = plan_jobs(runs, inspect=partial(checked, place=None))
         console = Console()
         outcomes = run_jobs(jobs, at_once=self.at_once, console=console)
         print_outcomes(outcomes, console)
+        note_failures(outcomes)
         if any(outcome.state == "stopped" for outcome in outcomes):
             raise SystemExit(EXIT_STOPPED)
         of_run = {job.config.run_name: result for job, result in zip(jobs, outcomes, strict=True)}
@@ -62,6 +63,19 @@ class LocalLauncher(Launcher):
             as_return(words, of_run[make_config().run_name], failed, len(outcomes))
             for words, make_config in runs
         ]
+
+    def runs_of(self, job_overrides: Sequence[Sequence[str]]) -> list[Composable]:
+        """Each run's overrides, and what composes its settings from them.
+
+        Raises:
+            InputError: every rank of a job would start the whole sweep.
+        """
+        if place_from(os.environ) is not None:
+            raise InputError(
+                "a sweep starts its runs itself: start it as one process, without torchrun or srun"
+            )
+        # Composing takes a quarter of a second: once a run.
+        return [(words, cache(partial(self.settings_of, words))) for words in job_overrides]
 
     def settings_of(self, overrides: Sequence[str]) -> Config:
         """The settings of one run."""

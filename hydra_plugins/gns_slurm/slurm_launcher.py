@@ -4,7 +4,6 @@ The command that submits returns at once; `scripts/status.py` tells how the runs
 command submits again whatever is neither finished nor in the queue.
 """
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from rich.console import Console
 from gns_pretrain.distributed.mesh import Place
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import checked
-from gns_pretrain.place import place_from
+from gns_pretrain.outcomes import Outcome, note_failures, print_outcomes
 from gns_pretrain.slurm import job_states
 from gns_pretrain.submissions import Submission, note_submissions, queued, wait_until_ended
-from gns_pretrain.sweep import Job, Outcome, plan_jobs, print_outcomes, settle
+from gns_pretrain.sweep import Job, plan_jobs, settle
 from hydra_plugins.gns_local.local_launcher import LocalLauncher
 
 
@@ -65,17 +64,14 @@ class SlurmSweepLauncher(LocalLauncher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Check all runs, submit those that need it, and say what became of each."""
-        if place_from(os.environ) is not None:
-            raise InputError(
-                "a sweep submits its runs itself: start it as one process, without torchrun or srun"
-            )
-        runs = [(words, partial(self.settings_of, words)) for words in job_overrides]
+        runs = self.runs_of(job_overrides)
         ranks = self.nodes * self.tasks_per_node
         first_rank = Place(num_ranks=ranks, ranks_per_node=self.tasks_per_node)
         jobs = plan_jobs(runs, inspect=partial(checked, place=first_rank if ranks > 1 else None))
         console = Console()
         outcomes = self.submit(jobs, console)
         print_outcomes(list(outcomes.values()), console)
+        note_failures(list(outcomes.values()))
         failed = sum(outcome.state == "failed" for outcome in outcomes.values())
         return [
             as_return(words, outcomes[make_config().run_name], failed)
@@ -110,7 +106,7 @@ class SlurmSweepLauncher(LocalLauncher):
             for job, number in zip(ready, ids, strict=True)
         }
         if self.wait:
-            wait_until_ended(ids)
+            wait_until_ended(ids, say=say)
             outcomes |= {job.name: ended(job, log_folder, say) for job in ready}
         return {job.config.run_name: outcomes[job.name] for job in jobs}
 

@@ -20,6 +20,10 @@ from tests.end_to_end import commands
             ["optimizer.momentun: there is no such setting", "optimizer.momentum?"],
         ),
         (["optimizer.lr=-1"], ["optimizer.lr=-1", "must be positive"]),
+        (
+            ["optimizer=custom", "optimizer.class_path=torch.optim.Muon"],
+            ["torch.optim.Muon", "use optimizer.parameters=block_matrices"],
+        ),
         (["batch_size.initial=9"], ["batch_size.initial=9", "multiple of 2"]),
         (
             ["batch_size.initial=8", "launch.nproc_per_node=8"],
@@ -39,6 +43,7 @@ from tests.end_to_end import commands
         (["data=shards", "data.path=???"], ["data.path"]),
         (["launch.device=gpu"], ["launch.device=gpu", "auto, cpu, cuda"]),
         (["run_name=a/b"], ["run_name='a/b'"]),
+        (["output_directory=/dev/null/a"], ["output_directory: /dev/null/a/small cannot be made"]),
     ],
 )
 def test_mistake_ends_in_one_line_that_names_it(words, told, tmp_path, shards):

@@ -1,13 +1,18 @@
 """Killed at any moment and started again, a run ends as if nothing had happened."""
 
+import dataclasses
+import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from gns_pretrain import loop
 from gns_pretrain.distributed import checkpoint
 from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.run_directory import is_finished
+from gns_pretrain.starts import read_starts
 from tests.end_to_end import commands
 from tests.settings import without_times
 
@@ -152,6 +157,22 @@ def test_resume_never_starts_over_in_a_fresh_folder(tmp_path, shards):
     assert first == second > 0
 
 
+def test_run_in_a_fresh_folder_is_stopped_and_goes_on_by_its_own_name(tmp_path, shards):
+    (tmp_path / "small").mkdir()
+    words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
+    process = commands.start([*words, "resume=never"], tmp_path / "log")
+    commands.wait_for_line(tmp_path / "small-2" / "metrics.jsonl", 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert commands.finish(process) == 75
+    way_on = "start it again with run_name=small-2 resume=auto"
+    assert way_on in (tmp_path / "log").read_text()
+    again = [*words, "resume=never", *way_on.split()[-2:]]
+    assert commands.run(again, tmp_path / "log") == 0
+    assert "resumed from step" in (tmp_path / "log").read_text()
+    assert is_finished(tmp_path / "small-2")
+    assert sorted(path.name for path in tmp_path.glob("small*")) == ["small", "small-2"]
+
+
 def test_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(expected, tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
     process = commands.start(words, tmp_path / "log")
@@ -168,14 +189,35 @@ def test_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(expected, 
     assert lines(tmp_path) == expected
 
 
+def lose_the_fourth_step() -> None:
+    take = loop.train_step
+    results = []
+
+    def train_step(*arguments, **keywords):
+        results.append(take(*arguments, **keywords))
+        factor = math.nan if len(results) == 4 else 1.0
+        return dataclasses.replace(results[-1], loss=results[-1].loss * factor)
+
+    loop.train_step = train_step
+
+
 def test_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(
     tmp_path, shards
 ):
+    words = commands.arguments(tmp_path, shards, "checkpoint.every_steps=1")
+    assert commands.run(words, tmp_path / "log", lose_the_fourth_step) == 3
+    log = (tmp_path / "log").read_text()
+    assert "error: step 4: the loss is nan, not finite" in log
+    assert "Traceback" not in log
+    folders = checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")
+    assert [folder.name for folder in folders] == ["step_00000003", "step_00000002"]
+    assert [checkpoint.damage(folder) for folder in folders] == [None, None]
+    end = read_starts(tmp_path / "small")[-1]
+    assert (end["outcome"], end["error"].partition(",")[0]) == ("failed", "step 4: the loss is nan")
+
+
+def test_failure_without_a_checkpoint_speaks_of_none(tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "optimizer.lr=1e35", "gradient_clip=null")
     assert commands.run(words, tmp_path / "log") == 3
-    log = (tmp_path / "log").read_text()
-    assert "error: step " in log
-    assert "nan" in log or "inf" in log
-    assert "Traceback" not in log
-    for folder in checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints"):
-        assert checkpoint.damage(folder) is None
+    assert "checkpoint" not in (tmp_path / "log").read_text()
+    assert not checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")

@@ -60,17 +60,29 @@ def test_sweep_with_one_impossible_run_starts_none(tmp_path, shards):
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
-def test_optuna_tries_a_point_of_the_same_list(tmp_path, shards):
+def test_optuna_goes_on_past_a_point_that_fails_and_the_command_tells(tmp_path, shards):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `tune` is missing")
     code, text = sweep(
         tmp_path,
         shards,
-        "optimizer.lr=1e-2,1e-3",
-        "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=1",
+        "optimizer.lr=1e38,1e-2",
+        "hydra/sweeper=search",
+        "hydra.sweeper.sampler.seed=0",  # it tries 1e-2, then 1e38, then 1e-2 again
+        "hydra.sweeper.n_trials=3",
     )
-    assert code == 0, text
+    assert code == 3, text
+    assert "1 of the sweep's runs failed (lr1e+38)" in text
+    assert "lr0.01 skipped: it was finished" in text.partition("lr1e+38 failed")[2]
     (summary,) = tmp_path.glob("lr*/summary.json")
-    assert summary.parent.name in ("lr0.01", "lr0.001")
+    assert summary.parent.name == "lr0.01"
     best = yaml.safe_load((tmp_path / "logs" / "optimization_results.yaml").read_text())
     assert best["best_value"] == json.loads(summary.read_text())["minimum_validation_loss"]
+
+
+def test_a_search_none_of_whose_points_can_be_trained_ends_in_one_line(tmp_path, shards):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `tune` is missing")
+    code, text = sweep(
+        tmp_path, shards, "optimizer.lr=1e38", "hydra/sweeper=search", "hydra.sweeper.n_trials=1"
+    )
+    assert code == 3, text
+    assert text.splitlines()[-1].startswith("error: 1 of the sweep's runs failed (lr1e+38)")

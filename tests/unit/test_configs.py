@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from gns_pretrain.build import OPTIMIZERS
 from gns_pretrain.composition import as_yaml, settings_from
-from gns_pretrain.config import Config, register_schemas
+from gns_pretrain.config import Config, feasible_sizes, register_schemas
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter
 from gns_pretrain.errors import InputError
@@ -65,6 +65,7 @@ def test_cell_is_what_its_name_says_at_every_scale(cell):
         assert (config.table, config.cell) == (table, name)
         assert config.run_name == f"{table}-{name}-{scale}-seed7"
         assert config.optimizer.lr == 0.123
+        assert config.batch_size.initial == getattr(config.scale, f"{size_of(cell)}_batch")
         assert config.metrics.wandb.job_type == config.batch_size.policy
         assert config.metrics.wandb.group == f"{table}/{config.optimizer.name}"
         if is_constant(name):
@@ -85,6 +86,17 @@ def is_constant(name: str) -> bool:
     return first == "constant" or (first in TUNED and last in ("small", "large", "baseline"))
 
 
+def size_of(cell: str) -> str:
+    """The batch that a cell begins at; signSGD's adaptive ones of Table 2 at the large."""
+    table, name = cell.split("/")
+    if table == "table3":
+        return "large" if "baseline" in name else "small"
+    sizes = [size for size in ("small", "middle", "large") if size in name.split("_")]
+    if sizes and table != "theta_sensitivity":
+        return sizes[0]
+    return "large" if table == "table2" and "signsgd" in name else "small"
+
+
 def geometry_of(name: str) -> str:
     if "euclidean" in name:
         return "euclidean"
@@ -98,20 +110,22 @@ def theta_of(name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("cell", "batch_size"),
-    [
-        ("table2/signsgd_small", 64),
-        ("table2/signsgd_adaptive", 256),
-        ("table2/signum_euclidean", 64),
-        ("table2/muon_large", 256),
-        ("table8/adaptive_middle_scaled", 128),
-        ("table9/manhattan_large", 256),
-        ("theta_sensitivity/theta_low", 64),
-    ],
+    ("cell", "sizes"),
+    [("signsgd_adaptive", [96, 128, 256, 384]), ("signum_adaptive", [128, 192, 256, 320])],
 )
-def test_cell_begins_at_the_papers_batch(cell, batch_size):
-    config = composed(f"+experiment={cell}", "scale=paper", *ANY_TUNING)
-    assert config.batch_size.initial == batch_size
+def test_a_batch_grows_in_the_published_steps_at_the_papers_scale(cell, sizes):
+    """What the curves of Figures 3 and 2 show, from 64 on 8 GPUs."""
+    config = composed(f"+experiment=table2/{cell}", "scale=paper", *ANY_TUNING)
+    feasible = feasible_sizes(config, config.batch_size, num_ranks=8)
+    grown = [64]
+    while len(grown) <= len(sizes):
+        grown.append(feasible.at_least(grown[-1] + 1).batch_size)
+    assert grown[1:] == sizes
+
+
+def test_measuring_more_does_not_change_what_a_cell_follows():
+    config = composed("+experiment=table2/muon_adaptive", "scale=demo", "noise_scale=all")
+    assert config.batch_size.geometry == "nuclear"
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -153,6 +167,20 @@ def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
         composed("+experiment=table3/signsgd_baseline", "scale=paper")
 
 
+def give(monkeypatch, words):
+    """As if these words stood on the command line."""
+    given = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: given)
+
+
+@pytest.mark.parametrize(("cell", "named"), [("adaptive", "-micro_batch_size=1"), ("small", "")])
+def test_run_name_holds_the_micro_batch_where_it_decides_the_samples(monkeypatch, cell, named):
+    words = [f"+experiment=table2/signum_{cell}", "scale=demo", "micro_batch_size=1"]
+    give(monkeypatch, words)
+    assert composed(*words).run_name == f"table2-signum_{cell}-demo-seed0{named}"
+
+
 def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(monkeypatch):
     words = [
         "+experiment=table2/signum_adaptive",
@@ -164,9 +192,7 @@ def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(mo
         "metrics=wandb",
         "scale.signum.lr=1e-2",
     ]
-    given = SimpleNamespace(overrides=SimpleNamespace(task=words))
-    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(HydraConfig, "get", lambda: given)
+    give(monkeypatch, words)
     assert composed(*words, "scale.signum.momentum=0.9").run_name == (
         "table2-signum_adaptive-demo-seed3-batch_size.theta=0.5"
         "-noise_scale.estimates=cross_fitted-scale.signum.lr=1e-2"

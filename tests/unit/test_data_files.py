@@ -35,7 +35,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(path):
 
 
 def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(path):
-    (path.parent / ".file.tmp").write_bytes(b"half")
+    (path.parent / ".file.n1-7.tmp").write_bytes(b"half")
     remove_temporaries(path.parent)
     assert list(path.parent.iterdir()) == [path]
 
@@ -52,3 +52,14 @@ def test_file_that_holds_no_json_object_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=str(path)):
         read_json(path)
+
+
+def test_two_machines_write_one_file_beside_each_other(path, monkeypatch):
+    def elsewhere(file):
+        monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+        write_whole(path, lambda other: other.write(b"theirs"))
+        file.write(b"ours")
+
+    write_whole(path, elsewhere)
+    assert path.read_bytes() == b"ours"
+    assert list(path.parent.iterdir()) == [path]

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -286,6 +287,43 @@ def test_budget_cuts_both_splits_and_takes_part_of_a_document(inputs, tmp_path):
     tokenizer_file = inputs / "tokenizer.json"
     assert tokens_of(tmp_path / "out", "train") == ids_of(tokenizer_file, TRAIN)[:7001]
     assert tokens_of(tmp_path / "out", "validation") == ids_of(tokenizer_file, VALIDATION)[:100]
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (False, False)])
+def test_only_documents_that_begin_before_the_cut_are_counted(inputs, tmp_path, bos, eos):
+    cut = 2000
+    row = run(settings_for(inputs, tmp_path / "out", max_tokens=cut, bos=bos, eos=eos))
+    lengths = [len(ids_of(inputs / "tokenizer.json", [text])) - 2 + bos + eos for text in TRAIN]
+    starts = np.cumsum([0, *lengths[:-1]])
+    assert row["splits"]["train"]["documents"] == np.count_nonzero(starts < cut) < 150
+    assert row["splits"]["validation"]["documents"] == 30
+
+
+class PoolWithoutMemory(prepare_module.EncodingPool):
+    """Its first worker is killed at once."""
+
+    def encode(self, batches, *, held_out):
+        self._pool.submit(os._exit, 9)
+        yield from super().encode(batches, held_out=held_out)
+
+
+def test_killed_worker_is_told_in_one_line_and_what_is_written_stays(
+    inputs, reference, half_done, monkeypatch, capsys
+):
+    with monkeypatch.context() as crowded:
+        crowded.setattr(prepare_module, "EncodingPool", PoolWithoutMemory)
+        main = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))["main"]
+        words = ["--train", f"{inputs}/train.*.json.gz", "--tokenizer", f"{inputs}/tokenizer.json"]
+        words += ["--validation", f"{inputs}/validation.json.gz", "--shard-tokens", "5000"]
+        crowded.setattr(
+            sys, "argv", ["prepare_data.py", "--out", str(half_done), *words, "--workers", "2"]
+        )
+        assert main() == 3
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert error[0].startswith("error: a worker process was killed, as when memory runs out")
+    run(settings_for(inputs, half_done))
+    assert contents(half_done) == contents(reference)
 
 
 def test_held_out_documents_are_in_one_split_only(inputs, tmp_path):

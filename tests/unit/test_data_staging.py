@@ -52,6 +52,22 @@ def test_truncated_copy_is_made_again(shards, tmp_path):
     assert victim.read_bytes() == whole
 
 
+@pytest.mark.parametrize(("verify", "copies"), [(None, 0), (True, 1)])
+def test_altered_copy_is_made_again_where_sums_are_asked_for(verify, copies, shards, tmp_path):
+    said_by_staging(shards, tmp_path)
+    victim = next(iter((tmp_path / "disk").rglob("train-00000.npy")))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert len(said_by_staging(shards, tmp_path, verify=verify)[1]) == copies
+    assert (victim.read_bytes() == whole) is (copies == 1)
+
+
+def test_folder_that_cannot_be_made_is_named(shards, tmp_path):
+    (tmp_path / "disk").touch()
+    with pytest.raises(InputError, match=r"data.stage_to=.*disk: .* cannot be made \("):
+        said_by_staging(shards, tmp_path)
+
+
 def test_disk_that_is_too_small_is_named_before_anything_is_copied(shards, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
@@ -79,5 +95,22 @@ def test_compile_cache_begins_with_what_is_kept_and_keeps_what_is_new(tmp_path, 
         assert (local / "old").read_text() == "kernel"
         (local / "new").write_text("another")
     assert (shared / "inductor" / "new").read_text() == "another"
+    for variable in staging.CACHE_VARIABLES:
+        monkeypatch.delenv(variable)
+
+
+def test_shared_folder_that_takes_nothing_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
+    for variable in staging.CACHE_VARIABLES:
+        monkeypatch.setenv(variable, "")  # put back at the end
+        monkeypatch.delenv(variable)
+    shared = tmp_path / "shared"
+    said: list[str] = []
+    with compile_cache(str(shared), str(tmp_path / "disk"), keep=True, say=said.append):
+        local = tmp_path / "disk" / "compile-cache" / "inductor"
+        local.mkdir(parents=True)
+        (local / "new").write_text("kernel")
+        shared.touch()  # a file where the folder should be
+    (line,) = said
+    assert line.startswith(f"launch.compile_cache={shared} could not take what was compiled: ")
     for variable in staging.CACHE_VARIABLES:
         monkeypatch.delenv(variable)

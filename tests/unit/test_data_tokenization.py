@@ -30,15 +30,16 @@ def test_documents_stand_whole_between_one_pair_of_tokens(tokenizer_file):
     # The tokenizer by itself would add the pair once more, and cut each text at 8 tokens.
     texts = make_texts(20)
     encoder = DocumentEncoder(open_tokenizer(tokenizer_file), dtype=UINT16, bos_id=0, eos_id=1)
-    ids = encoder.encode(texts)
+    ids, starts = encoder.encode(texts)
     assert ids.dtype == np.uint16
+    assert starts.tolist() == np.flatnonzero(ids == 0).tolist()
     assert ids.tolist() == ids_of(tokenizer_file, texts)
     assert np.count_nonzero(ids == 0) == np.count_nonzero(ids == 1) == 20
 
 
 @pytest.mark.parametrize(("bos_id", "eos_id"), [(None, 1), (0, None), (None, None)])
 def test_each_of_the_pair_can_be_left_out(tokenizer_file, bos_id, eos_id):
-    ids = DocumentEncoder(
+    ids, _ = DocumentEncoder(
         open_tokenizer(tokenizer_file), dtype=UINT16, bos_id=bos_id, eos_id=eos_id
     ).encode(["a"])
     middle = ids_of(tokenizer_file, ["a"])[1:-1]
@@ -49,7 +50,7 @@ def test_each_of_the_pair_can_be_left_out(tokenizer_file, bos_id, eos_id):
 
 def test_name_of_a_special_token_in_a_text_ends_no_document(tokenizer_file):
     encoder = DocumentEncoder(open_tokenizer(tokenizer_file), dtype=UINT16, bos_id=0, eos_id=1)
-    ids = encoder.encode(["a<|end_of_text|>b"]).tolist()
+    ids = encoder.encode(["a<|end_of_text|>b"])[0].tolist()
     assert ids[1:-1].count(1) == 0
 
 
@@ -58,7 +59,7 @@ def test_vocabulary_past_16_bits_gives_32():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
     assert vocabulary_size(tokenizer) == 2**16 + 1
     dtype = token_dtype(vocabulary_size(tokenizer))
-    ids = DocumentEncoder(tokenizer, dtype=dtype, bos_id=None, eos_id=None).encode(["b"])
+    ids, _ = DocumentEncoder(tokenizer, dtype=dtype, bos_id=None, eos_id=None).encode(["b"])
     assert ids.dtype == np.uint32
     assert ids.tolist() == [2**16]
 

@@ -105,6 +105,8 @@ def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_
     labelled = grouped([f"B = 64={one}", f"B = 64={two}"])
     assert {label: len(paths) for label, paths in labelled.items()} == {"B = 64": 3}
     assert len(grouped([f"a={one}", f"a={one}"])["a"]) == 2
+    swept = write_curve(tmp_path / "theta=3" / "run-lr=1.csv", [(1, 9.0)])
+    assert grouped([f"B = 64={swept}"]) == {"B = 64": [swept]}
     with pytest.raises(InputError, match="there is no such file or folder"):
         grouped(["a=missing"])
     (tmp_path / "empty").mkdir()
@@ -121,6 +123,11 @@ def test_seeds_become_mean_and_sample_deviation_on_a_common_grid():
     assert band.x.tolist() == [5.0, 10.0, 15.0]
     assert band.mean.tolist() == [6.0, 11.0, 16.0]
     np.testing.assert_allclose(band.deviation, np.sqrt(2.0))
+
+
+def test_seeds_without_a_common_range_are_refused():
+    with pytest.raises(InputError, match="begins at 9, after another's end at 5"):
+        over_seeds([curve((1, 2), (5, 1)), curve((9, 2), (12, 1))])
 
 
 def test_a_perplexity_is_interpolated_as_a_loss_and_averaged_as_itself():
@@ -213,6 +220,25 @@ def test_the_axis_of_a_loss_fits_what_comes_after_the_first_steps(monkeypatch, t
     monkeypatch.undo()
     for figure in figures:
         pyplot.close(figure)
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_the_legend_stays_within_the_figure_however_long_the_names(number, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    runs = {
+        f"table2-signum_adaptive-demo-batch_size.theta={n}": [{"loss": curve((1, 2), (2, 1))}]
+        for n in range(number)
+    }
+    draw(runs, [tmp_path / "a.png"], panels=["loss"])
+    (figure,) = figures
+    legend = figure.legends[-1].get_window_extent()
+    assert len(figure.legends) == 1
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+    monkeypatch.undo()
+    pyplot.close(figure)
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, run):

@@ -1,9 +1,24 @@
-import pytest
+import errno
+import os
+import signal
+from contextlib import ExitStack
 
-from gns_pretrain.distributed.mesh import ParallelSettings, Place, shard_group_size
-from gns_pretrain.errors import InputError
+import pytest
+import torch
+
+from gns_pretrain import cores, launch
+from gns_pretrain.composition import as_yaml
+from gns_pretrain.cores import threads_of_each
+from gns_pretrain.distributed.local_ranks import signals_noted
+from gns_pretrain.distributed.mesh import ParallelSettings, Place, World, shard_group_size
+from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.launch import check_directory, say, take_directory
 from gns_pretrain.place import place_from
 from gns_pretrain.slurm import first_host
+from gns_pretrain.stop import STOP_SIGNALS, StopRequest
+from tests.settings import small_run
+
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 
 
 def test_nothing_set_means_nobody_has_started_ranks():
@@ -70,3 +85,71 @@ def test_hsdp_group_that_does_not_divide_the_ranks_is_refused():
 def test_auto_layout_is_single_alone_and_fsdp_in_company():
     assert ParallelSettings().resolved_kind(1) == "single"
     assert ParallelSettings().resolved_kind(2) == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("rank", "on_all_ranks", "told"),
+    [
+        (0, True, "error: the cause\n"),
+        (1, True, ""),
+        (0, False, "error: rank 0: the cause\n"),
+        (1, False, "error: rank 1: the cause\n"),
+    ],
+)
+def test_error_is_told_once_by_a_rank_that_met_it(rank, on_all_ranks, told, capsys):
+    error = InputError("the cause", on_all_ranks=on_all_ranks)
+    assert say(error, Place(rank=rank, num_ranks=2)) == 2
+    assert capsys.readouterr().err == told
+
+
+def test_rank_that_is_alone_is_not_named(capsys):
+    assert say(TrainingError("the cause"), Place()) == 3
+    assert capsys.readouterr().err == "error: the cause\n"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_launchers_signal_is_seen_by_a_rank_that_looks_later(number):
+    before = signal.getsignal(number)
+    with signals_noted() as asked:
+        stop = StopRequest(asked)
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) is before
+
+
+def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
+    config = small_run(tmp_path, shards)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "outputs/small/config.yaml")
+
+    monkeypatch.setattr(launch, "write_provenance", full)
+    told = r"^outputs/small/config.yaml could not be written \(No space left on device\); make room"
+    with ExitStack() as held, pytest.raises(TrainingError, match=told):
+        take_directory(ALONE, config, tmp_path / "small", "data", held)
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1", "\0"])
+def test_damaged_settings_of_a_run_are_named(text, tmp_path, shards):
+    config = small_run(tmp_path, shards)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    check_directory(tmp_path, config, "data")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged \(.*\); restore it, or use"):
+        check_directory(tmp_path, config, "data")
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "threads"),
+    [({}, 2, 4), ({}, 16, 1), ({"OMP_NUM_THREADS": "3"}, 2, 3), ({"OMP_NUM_THREADS": "5,2"}, 2, 5)],
+)
+def test_threads_are_those_asked_for_or_a_share_of_the_jobs_cores(
+    environment, processes, threads, monkeypatch
+):
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 128)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert threads_of_each(processes) == threads

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
+from gns_pretrain import rank_words
+from gns_pretrain.errors import TrainingError
 from gns_pretrain.rank_words import LastWords, is_consequence, read_words
+from gns_pretrain.starts import read_starts
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(rank_words, "HEAD_START_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -103,9 +111,39 @@ def test_abort_leaves_the_place_where_it_happened(tmp_path):
     assert 'File "<string>", line 4' in stack
 
 
-def test_without_a_folder_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match="closed by peer"):
+def test_without_a_folder_too_a_consequence_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
         fail(LastWords(0, None), RuntimeError("Connection closed by peer"))
+    assert ended.value.code == 1
+    told = "rank 0: another rank is gone or silent (RuntimeError: Connection closed by peer)\n"
+    assert capsys.readouterr().out == told
+    with pytest.raises(KeyError):
+        fail(LastWords(0, None), KeyError("missing"))
+
+
+def test_rank_that_is_alone_loses_nobody():
+    with pytest.raises(RuntimeError, match="timed out"):
+        fail(LastWords(0, None, alone=True), RuntimeError("timed out"))
+
+
+def noted_end(words: LastWords, folder, error: Exception) -> dict:
+    with pytest.raises(type(error)), words.noted(folder):
+        raise error
+    return next(iter(read_starts(folder)[-1:]), {})
+
+
+def test_failure_is_noted_in_the_runs_folder_by_the_main_rank(tmp_path):
+    error = TrainingError("step 5: the loss is nan")
+    assert noted_end(LastWords(1, None), tmp_path, error) == {}
+    assert noted_end(LastWords(0, None), tmp_path, error)["error"] == "step 5: the loss is nan"
+    end = noted_end(LastWords(0, None), tmp_path, ValueError("first line\nsecond"))
+    assert (end["outcome"], end["error"]) == ("failed", "ValueError: first line")
+
+
+def test_consequence_is_left_to_the_batch_script_where_one_gathers_the_words(words, tmp_path):
+    lost = RuntimeError("Connection closed by peer")
+    assert noted_end(words[0], tmp_path, lost) == {}
+    assert noted_end(LastWords(0, None), tmp_path, lost)["error"].startswith("another rank is gone")
 
 
 def test_job_that_never_came_to_a_run_says_so(tmp_path):

@@ -75,3 +75,5 @@ def test_failure_is_noted_in_the_runs_folder(job, tmp_path, monkeypatch):
     end = read_starts(run)[-1]
     assert end["outcome"] == "failed"
     assert end["error"].startswith("rank 0 (process 7 on n1) left no error")
+    call(monkeypatch, "137")  # noted already, as by a run that failed in good order
+    assert [event["event"] for event in read_starts(run)] == ["start", "end"]

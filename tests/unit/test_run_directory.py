@@ -4,6 +4,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.run_directory import (
     fresh,
     is_finished,
+    read_provenance,
     refuse_another_run,
     write_provenance,
 )
@@ -26,6 +27,22 @@ def test_run_is_finished_only_by_its_summary(tmp_path):
     assert not is_finished(tmp_path)
     (tmp_path / "summary.json").write_text('{"state": "finished"}')
     assert is_finished(tmp_path)
+
+
+def test_runs_have_ids_of_their_own_for_as_long_as_they_live(tmp_path):
+    first, second = tmp_path / "run", tmp_path / "elsewhere" / "run"
+    ids = []
+    for folder in (first, second, first):
+        write_provenance(folder, "seed: 0\n", "data")
+        ids.append(read_provenance(folder)["run_id"])
+    assert ids[0] == ids[2] != ids[1]
+
+
+@pytest.mark.parametrize("text", ["", '{"data_finger', "[]", "{}"])
+def test_damaged_record_of_a_run_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is missing or damaged; restore it"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="a")
 
 
 def test_changed_model_under_the_same_name_is_refused_and_named(tmp_path):

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -74,6 +76,33 @@ def test_holder_on_another_machine_whose_beat_goes_on_is_refused_without_a_syste
         locked(tmp_path),
     ):
         pass
+
+
+def test_machine_whose_name_begins_with_ours_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    lock = tmp_path / ".lock"
+    lock.write_text("process 5 on node10 (SLURM job 12)\n")
+    beating(monkeypatch, lock)
+    with pytest.raises(InputError, match="process 5 on node10"), locked(tmp_path):
+        pass
+
+
+def test_where_the_file_system_has_no_locks_the_beat_tells_of_this_machine_too(
+    tmp_path, monkeypatch
+):
+    def refused(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    lock = tmp_path / ".lock"
+    lock.write_text("process 5 on node1\n")
+    with monkeypatch.context() as alive:
+        beating(alive, lock)
+        with pytest.raises(InputError, match="process 5 on node1"), locked(tmp_path):
+            pass
+    with locked(tmp_path):  # silent: gone
+        assert f"process {os.getpid()} on node1" in lock.read_text()
 
 
 def test_holder_on_another_machine_that_is_silent_is_gone(tmp_path):

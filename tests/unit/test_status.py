@@ -103,6 +103,23 @@ def test_submitted_run_without_a_folder_is_pending(tmp_path):
     assert statuses(tmp_path, {}) == []  # it has left the queue and nothing is there
 
 
+def test_of_a_job_whose_queue_is_silent_nothing_is_claimed(tmp_path):
+    make_run(tmp_path / "a", job="12")
+    hold(make_run(tmp_path / "alive", job="14"), beat=3)
+    make_run(tmp_path / "local")
+    note_submissions(tmp_path / "logs" / "slurm", [Submission(tmp_path / "b", "13")])
+    runs = statuses(tmp_path, None, now=NOW)
+    assert {run.name: run.state for run in runs} == {
+        "a": "unknown",
+        "alive": "running",
+        "b": "unknown",
+        "local": "failed",
+    }
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_view(runs, now=NOW))
+    assert "unknown: squeue does not answer; look again" in console.export_text()
+
+
 def test_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere is no folder"):
         statuses(tmp_path / "nowhere", {})

@@ -1,20 +1,24 @@
 """Which runs of a sweep are trained, and what is said of the others; see gns_pretrain/sweep.py."""
 
 import json
+import signal
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.composition import as_yaml
-from gns_pretrain.config import Config
+from gns_pretrain.config import Config, LaunchSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.settings import MetricsSettings, WandbSettings
 from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.sweep import Job, Outcome, plan_jobs, print_outcomes, settle
-from gns_pretrain.sweep_processes import reason, share_of_gpus
+from gns_pretrain.outcomes import Outcome, print_outcomes
+from gns_pretrain.run_directory import draw_run_id, read_provenance
+from gns_pretrain.sweep import Job, plan_jobs, settle
+from gns_pretrain.sweep_processes import Running, command, outcome, reason, run_jobs, share_of_gpus
 from tests.settings import small_run
 
 DATA = "fingerprint-of-the-data"
@@ -125,12 +129,81 @@ def test_other_training_is_not_taken_over(tmp_path, changes, fingerprint):
     assert not job.directory.exists()
 
 
+@pytest.mark.parametrize("lost", ["config.yaml", "run.json"])
+def test_folder_that_is_no_run_of_ours_is_nobodys_twin(tmp_path, lost):
+    folder = finish(make(tmp_path, "a"))
+    (folder / lost).unlink()
+    foreign = finish(make(tmp_path, "0"))
+    (foreign / "config.yaml").write_text("- {broken")
+    older = finish(make(tmp_path, "1"))
+    (older / "config.yaml").write_text("run_name: 1\n")
+    (job,) = planned(make(tmp_path, "b"))
+    assert settle(job, say=print) is None
+
+
+def test_a_fresh_start_takes_over_no_record(tmp_path):
+    finish(make(tmp_path, "a"))
+    (job,) = planned(make(tmp_path, "b", resume="never"))
+    assert settle(job, say=print) is None
+
+
+@pytest.mark.parametrize("policy", ["constant", "adaptive"])
+def test_micro_batches_tell_runs_apart_where_samples_decide(tmp_path, policy):
+    sizes = BatchSizeSettings(initial=8, policy=policy)
+    one = make(tmp_path, "a", batch_size=sizes, micro_batch_size=1)
+    other = make(tmp_path, "a", batch_size=sizes, micro_batch_size=2)
+    if policy == "constant":
+        assert len(planned(one, other)) == 1
+    else:
+        with pytest.raises(InputError, match="two runs that differ in micro_batch_size"):
+            planned(one, other)
+
+
+def test_a_failure_is_told_from_the_attempts_own_words(tmp_path):
+    (job,) = planned(make(tmp_path, "a"))
+    log = tmp_path / "log"
+    earlier = "error: no space left\n"
+    log.write_text(earlier + "step 1\n")
+    process = SimpleNamespace(returncode=-9)
+    told = outcome(Running(job, process, log, slot=0, log_start=len(earlier)))
+    assert (told.state, told.why) == ("failed", f"killed by SIGKILL ({log})")
+
+
+def test_a_run_that_was_asked_to_stop_while_it_loads_has_not_failed(tmp_path):
+    (job,) = planned(make(tmp_path, "a"))
+    process = SimpleNamespace(returncode=-15)
+    log = tmp_path / "log"
+    log.write_text("")
+    assert outcome(Running(job, process, log, slot=0, asked=True)).state == "stopped"
+    assert outcome(Running(job, process, log, slot=0)).state == "failed"
+
+
+def test_an_error_of_the_sweep_stops_the_runs_under_way(tmp_path, monkeypatch):
+    """The first run is under way when the second one's record turns out to be broken."""
+    jobs = planned(make(tmp_path, "a"), make(tmp_path, "b"))
+    asked = []
+
+    def settled(job, *, say):
+        if job.name == "b":
+            raise OSError("no space left")
+
+    def started(job, *, slot, at_once):
+        return Running(job, SimpleNamespace(send_signal=asked.append), tmp_path / "log", slot)
+
+    monkeypatch.setattr("gns_pretrain.sweep_processes.settle", settled)
+    monkeypatch.setattr("gns_pretrain.sweep_processes.start", started)
+    with pytest.raises(OSError, match="no space left"):
+        run_jobs(jobs, at_once=2, console=Console(file=StringIO()))
+    assert asked == [signal.SIGTERM]
+
+
 def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
-    told = []
+    told, ids = [], []
 
     class View:
         def __init__(self, directory, settings, *, config, run_id):
             told.append(config["run_name"])
+            ids.append(run_id)
 
         def write(self, record):
             told.append(record["loss"])
@@ -140,10 +213,12 @@ def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr("gns_pretrain.sweep.WandbView", View)
     finish(make(tmp_path, "a"))
+    twins = draw_run_id(tmp_path / "a")
     metrics = MetricsSettings(wandb=WandbSettings(enabled=True))
     (job,) = planned(make(tmp_path, "b", metrics=metrics))
     settle(job, say=print)
     assert told == ["b", 2.5, "a"]
+    assert ids == [read_provenance(tmp_path / "b")["run_id"]] != [twins]
 
 
 def test_outcomes_are_shown_whole_on_a_narrow_terminal():
@@ -169,10 +244,20 @@ def test_outcomes_are_shown_whole_on_a_narrow_terminal():
     ],
     ids=["error-line", "signal", "last-line", "silent"],
 )
-def test_reason_of_a_failure(tmp_path, text, code, expected):
-    log = tmp_path / "log"
-    log.write_text(text)
-    assert reason(log, code) == expected
+def test_reason_of_a_failure(text, code, expected):
+    assert reason(text, code) == expected
+
+
+@pytest.mark.parametrize(("environment", "threads"), [({}, 4), ({"OMP_NUM_THREADS": "3"}, 3)])
+def test_runs_side_by_side_share_the_cores_that_the_job_has(
+    environment, threads, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (job,) = planned(make(tmp_path, "a", launch=LaunchSettings(threads=None)))
+    assert command(job, at_once=2)[-1] == f"launch.threads={threads}"
 
 
 def test_runs_side_by_side_have_gpus_of_their_own():

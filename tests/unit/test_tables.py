@@ -286,6 +286,17 @@ def test_runs_on_different_budgets_are_no_table(outputs):
         made(outputs)
 
 
+def test_runs_on_different_data_are_no_table(outputs):
+    other = outputs / "table2-muon_small-demo-seed0"
+    for folder in outputs.glob("*-seed*"):
+        data = {"data_fingerprint": "b" if folder == other else "a"}
+        (folder / "run.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"two runs .*data_fingerprint: (a and b|b and a)"):
+        made(outputs)
+    table = made(outputs, where=["data_fingerprint=a"])
+    assert any("muon_small" in note for note in table.notes), table.notes
+
+
 def test_nothing_to_make_a_table_of_is_said_in_one_line(tmp_path):
     with pytest.raises(InputError, match="table2 of what"):
         made()

@@ -12,8 +12,8 @@ import yaml  # type: ignore[import-untyped]
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.curves import natural_order
 from gns_pretrain.results.tables.layout import Layout
-from gns_pretrain.results.tables.sources import TableRun
-from gns_pretrain.run_directory import is_free
+from gns_pretrain.results.tables.sources import FINGERPRINT, TableRun
+from gns_pretrain.run_directory import decides
 
 Conditions = Mapping[str, str]  # dotted setting: value as it is typed
 # What tells two runs of a cell apart although they are the same but for the seed.
@@ -21,7 +21,13 @@ OWN = ("run_name", "seed", "table", "cell", "batch_size.shadows")
 # What a constant batch reads of the groups that measure and choose it.
 CONSTANT_READS = ("batch_size.policy", "batch_size.initial")
 # In these all cells of a table agree; else its numbers could not be compared.
-COMMON = ("token_budget", "model", "data.sequence_length", "evaluation.num_sequences")
+COMMON = (
+    FINGERPRINT,
+    "token_budget",
+    "model",
+    "data.sequence_length",
+    "evaluation.num_sequences",
+)
 SHOWN = 4  # settings, of all that differ, in an error
 
 
@@ -144,7 +150,9 @@ def what_counts(run: TableRun) -> dict[str, Any]:
     return {
         key: value
         for key, value in run.settings.items()
-        if key not in OWN and not is_free(key) and not _is_unread(key, run.settings)
+        if key not in OWN
+        and decides(key, policy=run.settings.get("batch_size.policy", "constant"))
+        and not _is_unread(key, run.settings)
     }
 
 

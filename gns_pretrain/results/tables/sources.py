@@ -17,7 +17,9 @@ from gns_pretrain.results.runs import (
 )
 from gns_pretrain.results.tables.layout import Layout
 from gns_pretrain.results.tables.statistics import LossCurve, Seeds
-from gns_pretrain.run_directory import flattened
+from gns_pretrain.run_directory import PROVENANCE, flattened, read_json
+
+FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,18 @@ def runs_of_folders(paths: Iterable[Path]) -> list[TableRun]:
     return [
         TableRun(
             name=str(directory),
-            settings=flattened(read_settings(directory)),
+            settings=flattened(read_settings(directory)) | data_of(directory),
             finished=read_summary(directory).get("state") == "finished",
             read=partial(loss_curve, directory),
         )
         for directory in directories.values()
     ]
+
+
+def data_of(directory: Path) -> dict[str, str]:
+    """The fingerprint of a run's data, as a setting; its path says little."""
+    path = directory / PROVENANCE
+    return {FINGERPRINT: read_json(path)["data_fingerprint"]} if path.is_file() else {}
 
 
 def loss_curve(directory: Path) -> LossCurve:

@@ -1,0 +1,86 @@
+"""N ranks on this machine as children of one command."""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
+from typing import Any
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from gns_pretrain.stop import STOP_SIGNALS
+
+AGENT_LOG = "torch.distributed.elastic.multiprocessing.api"
+
+
+def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...], n: int) -> None:
+    """Start n ranks through torch's elastic agent and wait for them.
+
+    Args:
+        entrypoint: a rank, called with `arguments` and the memory of `signals_noted`.
+        arguments: anything that can be pickled.
+
+    Raises:
+        ChildFailedError: a rank has ended with another code than 0.
+    """
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=f"{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        # One server imports torch and is forked for each rank: N imports would fight for the cores.
+        start_method="forkserver",
+        # The ranks finish their step after the signals below; the agent would kill them.
+        signals_to_handle="SIGHUP",
+    )
+    logging.getLogger(AGENT_LOG).addFilter(tells_more_than_a_code)
+    multiprocessing.set_forkserver_preload([entrypoint.__module__])
+    with signals_noted() as asked:
+        start_server_without_signals()
+        elastic_launch(settings, entrypoint=entrypoint)(*arguments, asked)
+
+
+def tells_more_than_a_code(line: logging.LogRecord) -> bool:
+    """Whether a line of the agent's log holds more than the code that `run_local_ranks` raises."""
+    return not (line.exc_info and isinstance(line.exc_info[1], ProcessExitedException))
+
+
+@contextmanager
+def signals_noted() -> Iterator[ctypes.c_bool]:
+    """Memory that is set by a request to stop: ranks see it whenever they begin to look."""
+    asked = RawValue(ctypes.c_bool, False)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.value = True
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_server_without_signals() -> None:
+    """Start the server with the signals held back, so that its ranks begin so too.
+
+    Ctrl-C goes to all processes of a terminal: it would end those that are not listening yet.
+    """
+    resource_tracker.ensure_running()  # starting it lets two of the signals through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
