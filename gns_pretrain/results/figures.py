@@ -3,8 +3,7 @@
 Several seeds of a run become a mean and a band of one sample standard deviation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,9 @@ import numpy as np
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.bands import Band, Values, over_seeds, thinned
-from gns_pretrain.results.curves import Curve
+from gns_pretrain.results.panels import PANELS, Panel, Run, chosen_panels
 
-Run = Mapping[str, Curve]  # by quantity, as read_curves gives them
 AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes.
-
-    Args:
-        label: of the y-axis, with its unit.
-        quantity: that it shows.
-        transform: of its values, after seeds were brought onto one grid.
-        log: scale of the y-axis.
-        stepwise: it stays until it changes: neither it nor its average is sloped between points.
-        falls: steeply at first, so that the y-axis fits what comes after.
-        behind: a quantity drawn faintly behind it.
-    """
-
-    label: str
-    quantity: str
-    transform: Callable[[Values], Values] = np.asarray
-    log: bool = False
-    stepwise: bool = False
-    falls: bool = False
-    behind: str | None = None
-
-
-PANELS = {
-    "perplexity": Panel("validation perplexity", "loss", transform=np.exp, log=True, falls=True),
-    "loss": Panel("validation loss (nats per token)", "loss", falls=True),
-    "losses": Panel("loss (nats per token)", "loss", behind="train_loss"),
-    "train_loss": Panel("training loss (nats per token)", "train_loss", falls=True),
-    "batch_size": Panel("batch size (sequences)", "batch_size", stepwise=True),
-    "noise_scale": Panel("noise scale, average (sequences)", "noise_scale"),
-    "lr": Panel("learning rate", "lr"),
-}
 # Told apart by people who see colours differently (Okabe and Ito); then again with dashes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
@@ -94,16 +58,8 @@ def draw(
     Raises:
         InputError: a panel that no run can fill, or a file that cannot be written.
     """
-    names = _panels(groups, panels)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib; install it with: pip install 'gns-pretrain[figures]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    names = chosen_panels(groups, panels)
+    pyplot = drawing_library()
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
@@ -124,15 +80,34 @@ def draw(
             figure.suptitle(title)
         _legend_below(figure, [pyplot.Line2D([], [], **line) for line in _lines(groups)])
         try:
-            for path in paths:
-                figure.savefig(path, dpi=200)
+            _save(figure, paths)
+        finally:
+            pyplot.close(figure)
+    return names
+
+
+def drawing_library() -> Any:
+    """matplotlib's pyplot, drawing to files alone; InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(
+            "figures need matplotlib; install it with: pip install 'gns-pretrain[figures]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            figure.savefig(path, dpi=200)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be written ({error}); use .png or .pdf in a folder that exists"
             ) from error
-        finally:
-            pyplot.close(figure)
-    return names
 
 
 def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
@@ -147,25 +122,6 @@ def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
             legend.remove()
     for text in legend.get_texts():
         text.set_fontsize(text.get_fontsize() / share * 0.95)
-
-
-def _panels(groups: Mapping[str, Sequence[Run]], panels: Sequence[str] | None) -> list[str]:
-    """Those to draw: some run has what they show."""
-    known = {quantity for runs in groups.values() for run in runs for quantity in run}
-    if panels is None:
-        paper = ("perplexity", "batch_size", "noise_scale", "lr")
-        names = [name for name in paper if PANELS[name].quantity in known]
-        if not names:
-            raise InputError("the runs hold nothing to draw; name finished or running runs")
-        return names
-    for name in panels:
-        if name not in PANELS:
-            raise InputError(f"there is no panel {name}; use some of {', '.join(PANELS)}")
-        if PANELS[name].quantity not in known:
-            raise InputError(
-                f"none of the runs has the panel {name}; they have {', '.join(sorted(known))}"
-            )
-    return list(panels)
 
 
 def _lines(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import pytest
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.bands import MOST_POINTS, over_seeds, thinned
 from gns_pretrain.results.curves import Curve, grouped, read_curves, seed_in_name, without_seed
-from gns_pretrain.results.figures import PANELS, draw, short_count
+from gns_pretrain.results.figures import draw, short_count
+from gns_pretrain.results.panels import PANELS
 from tests.unit.run_records import write_curve, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +253,12 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, run):
         draw({"mine": [{}]}, [tmp_path / "a.png"])
     with pytest.raises(InputError, match=r"a.word cannot be written"):
         draw(groups, [tmp_path / "a.word"])
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[figures\]'"):
+        draw({"mine": [{"lr": curve((1, 2))}]}, [tmp_path / "a.png"], panels=["lr"])
 
 
 def test_counts_on_an_axis_are_short():
