@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.distributed.checkpoint import checkpoint_folders
 from gns_pretrain.distributed.collectives import barrier, from_main, gathered
-from gns_pretrain.distributed.local_ranks import run_local_ranks
+from gns_pretrain.distributed.local_ranks import leave_with_launcher, run_local_ranks
 from gns_pretrain.distributed.mesh import Place, World, joined, pick_device
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.loop import train
@@ -119,9 +120,10 @@ def start_ranks(config: Config, directory: Path, fingerprint: str, ranks: int) -
 
 
 def run_started_rank(
-    config: Config, directory: Path, fingerprint: str, asked: ctypes.c_bool
+    config: Config, directory: Path, fingerprint: str, asked: ctypes.c_bool, told: Connection
 ) -> None:
     """A rank of `start_ranks`; its code is the process's own, since the agent drops a result."""
+    leave_with_launcher(told)
     place = place_from(os.environ)
     assert place is not None, "the agent has set no RANK"
     code = run_rank(config, directory, fingerprint, place, StopRequest(asked))

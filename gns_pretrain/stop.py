@@ -1,7 +1,6 @@
 """Being asked to stop: finish the step, save, leave with a code of its own."""
 
 import ctypes
-import os
 import signal
 from types import FrameType
 
@@ -29,16 +28,11 @@ class StopRequest:
 
     def listen(self) -> None:
         """Take the signals from now on, and those that the launcher has had held back until now."""
-        self._parent = os.getppid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and os.getppid() != self._parent:
-            # The launcher was killed, and torch sends its orphans this signal; a new start of
-            # the run may already be under way, so nothing may be written any more.
-            os._exit(130)
         if number == signal.SIGINT and self._noted:
             raise KeyboardInterrupt
         self._noted = True

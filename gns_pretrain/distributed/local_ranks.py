@@ -5,9 +5,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any
@@ -17,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from gns_pretrain.stop import STOP_SIGNALS
 
+EXIT_ORPHANED = 130
 AGENT_LOG = "torch.distributed.elastic.multiprocessing.api"
 
 
@@ -24,7 +27,8 @@ def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...
     """Start n ranks through torch's elastic agent and wait for them.
 
     Args:
-        entrypoint: a rank, called with `arguments` and the memory of `signals_noted`.
+        entrypoint: a rank, called with `arguments`, the memory of `signals_noted` and what
+            `leave_with_launcher` waits on.
         arguments: anything that can be pickled.
 
     Raises:
@@ -47,9 +51,26 @@ def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...
     )
     logging.getLogger(AGENT_LOG).addFilter(tells_more_than_a_code)
     multiprocessing.set_forkserver_preload([entrypoint.__module__])
-    with signals_noted() as asked:
+    told, held = multiprocessing.Pipe(duplex=False)
+    with held, signals_noted() as asked:
         start_server_without_signals()
-        elastic_launch(settings, entrypoint=entrypoint)(*arguments, asked)
+        elastic_launch(settings, entrypoint=entrypoint)(*arguments, asked, told)
+
+
+def leave_with_launcher(told: Connection) -> None:
+    """End this rank as soon as the launcher is gone, in the middle of whatever it does.
+
+    The other end of the pipe is the launcher's alone and closes with it. A rank's parent is the
+    fork server, which lives as long as its ranks, so the death of a parent tells nothing. A new
+    start of the run may already be under way: nothing may be written any more.
+    """
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            told.recv_bytes()
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def tells_more_than_a_code(line: logging.LogRecord) -> bool:

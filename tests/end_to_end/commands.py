@@ -85,6 +85,13 @@ def kill_group(process: BaseProcess) -> None:
     process.join()
 
 
+def kill_alone(process: BaseProcess) -> None:
+    """SIGKILL the command and none of the ranks it has started."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
 def wait_for_line(metrics: Path, step: int, process: BaseProcess) -> None:
     """Return once the training line of `step` has been written."""
     deadline = time.monotonic() + PATIENCE_SECONDS

@@ -87,11 +87,13 @@ def test_killed_while_saving_it_ends_with_the_same_lines(sabotage, expected, tmp
     assert lines(tmp_path) == expected
 
 
-def test_two_sharded_ranks_killed_go_on_bit_for_bit(expected_on_two, tmp_path, shards):
+@pytest.mark.parametrize("kill", [commands.kill_group, commands.kill_alone])
+def test_two_sharded_ranks_killed_go_on_bit_for_bit(kill, expected_on_two, tmp_path, shards):
+    """Killed all together, or only what started them: then they leave by themselves."""
     words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
     process = commands.start(words, tmp_path / "log")
     commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 12, process)
-    commands.kill_group(process)
+    kill(process)
     assert commands.run(words, tmp_path / "log") == 0
     assert "resumed from step" in (tmp_path / "log").read_text()
     assert lines(tmp_path) == expected_on_two
