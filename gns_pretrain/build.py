@@ -10,7 +10,7 @@ import torch
 from gns_pretrain.batch_size.controller import Controller, make_controller
 from gns_pretrain.batch_size.settings import ShadowSettings
 from gns_pretrain.composition import as_dict
-from gns_pretrain.config import Config, feasible_sizes, policies
+from gns_pretrain.config import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.shards import joint_fingerprint
@@ -33,6 +33,7 @@ from gns_pretrain.optim.signum import SignumSettings, build_signum
 from gns_pretrain.optim.specsgd import SpecSGDSettings, build_specsgd
 from gns_pretrain.optim.token_ties import tie_to_tokens
 from gns_pretrain.resize import fit_to_ranks
+from gns_pretrain.rules import feasible_sizes, policies
 from gns_pretrain.run_directory import CHECKPOINTS
 from gns_pretrain.schedule import Schedule, steps_in_budget
 from gns_pretrain.state import TrainState
@@ -72,6 +73,30 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
     return parallelize(model, world, compute_dtype=compute_dtype(config, world.device))
 
 
+def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over a model that is laid over its ranks, at its peak learning rates."""
+    optimizer = OPTIMIZERS[type(config.optimizer)](model, config.optimizer)
+    remember_peaks(optimizer)
+    if config.optimizer.tie_to_tokens:
+        tie_to_tokens(optimizer, config.batch_size.initial)
+    return optimizer
+
+
+def open_record(
+    config: Config, world: World, directory: Path, *, resume_step: int, run_id: str
+) -> Record:
+    """The run's record and its views, from this step on."""
+    return Record(
+        directory,
+        shown_as(config),
+        is_main=world.is_main,
+        resume_step=resume_step,
+        config=as_dict(config),
+        token_budget=config.token_budget,
+        run_id=run_id,
+    )
+
+
 def build_run(config: Config, world: World, directory: Path, *, run_id: str = "") -> Run:
     """Everything that a run needs, at its first step or where its last checkpoint stood.
 
@@ -85,24 +110,13 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     training, validation = open_splits(staged(config.data))
     sequence_length = config.data.sequence_length
     model = build_model(config, world, data_vocab_size=training.vocab_size)
-    optimizer = OPTIMIZERS[type(config.optimizer)](model, config.optimizer)
-    remember_peaks(optimizer)
-    if config.optimizer.tie_to_tokens:
-        tie_to_tokens(optimizer, config.batch_size.initial)
+    optimizer = build_optimizer(config, model)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, world=world)
     state, damaged = checkpoints.load_latest(model, optimizer)
     controller, *shadows = controllers(config, num_ranks=world.num_ranks)
     resumed = state is not None
     state = state or first_state(controller)
-    record = Record(
-        directory,
-        shown_as(config),
-        is_main=world.is_main,
-        resume_step=state.step,
-        config=as_dict(config),
-        token_budget=config.token_budget,
-        run_id=run_id,
-    )
+    record = open_record(config, world, directory, resume_step=state.step, run_id=run_id)
     for line in damaged:
         record.message(f"{line}; the one before it is used")
     if resumed:

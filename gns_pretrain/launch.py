@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from gns_pretrain.build import build_run, data_fingerprint
 from gns_pretrain.composition import as_dict, as_yaml, read_yaml
-from gns_pretrain.config import Config, check_batch_size, check_data, check_layout
+from gns_pretrain.config import Config
 from gns_pretrain.cores import threads_of_each
 from gns_pretrain.data.files import make_folder
 from gns_pretrain.data.settings import open_splits
@@ -26,6 +26,7 @@ from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.loop import train
 from gns_pretrain.place import place_from
 from gns_pretrain.rank_words import LastWords, current_words
+from gns_pretrain.rules import check_batch_size, check_data, check_layout
 from gns_pretrain.run_directory import (
     CHECKPOINTS,
     CONFIG,

@@ -126,17 +126,23 @@ def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -
             "git_revision": git_revision(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "run_id": new_run_id(),
         }
         replace_text(directory / PROVENANCE, as_json(values))
-    if "run_id" not in read_provenance(directory):
+    elif "run_id" not in read_provenance(directory):
         draw_run_id(directory)
 
 
 def draw_run_id(directory: Path) -> str:
-    """Give a run an id of its own, its name at a tracking service for as long as it lives."""
-    run_id = secrets.token_hex(8)
+    """Give a run that has a record an id of its own in it."""
+    run_id = new_run_id()
     replace_text(directory / PROVENANCE, as_json(read_provenance(directory) | {"run_id": run_id}))
     return run_id
+
+
+def new_run_id() -> str:
+    """A run's name at a tracking service, for as long as it lives."""
+    return secrets.token_hex(8)
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:

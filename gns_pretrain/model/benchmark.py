@@ -53,26 +53,13 @@ def compare_with_transformers(
         generator=torch.Generator().manual_seed(0),
     ).to(device)
     tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    with device:
-        ours = Llama(config)
-    ours.init_weights(seed=0)
-    theirs = _transformers_twin(ours, sequence_length)
-    if compiled:
-        ours.compile_blocks()
-        for block in theirs.model.layers:
-            block.compile()
+    ours, theirs = _twins(config, sequence_length, compiled=compiled, device=device)
     steps = {
         "ours": _training_step(ours, _our_loss(ours, tokens, targets)),
         "transformers": _training_step(theirs, _their_loss(theirs, tokens, targets)),
     }
     losses = {name: [step()[1] for _ in range(WARM_UP_STEPS)] for name, step in steps.items()}
-    seconds = _alternate(steps, pairs)
-    ratios = [
-        ours / theirs for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)
-    ]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens_in_step = batch_size * sequence_length
+    speed = _speed(_alternate(steps, pairs), tokens_in_step=batch_size * sequence_length)
     return {
         "measured": "model",
         "model": config.name,
@@ -84,16 +71,41 @@ def compare_with_transformers(
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "pairs": pairs,
+        **speed,
+        "loss_difference": losses["ours"][0] - losses["transformers"][0],
+        "flops_share": _flops_share(config, sequence_length, speed["tokens_per_second"], device),
+    }
+
+
+def _twins(
+    config: LlamaConfig, sequence_length: int, *, compiled: bool, device: torch.device
+) -> tuple[Llama, Any]:
+    """Our model and transformers', of the same weights."""
+    with device:
+        ours = Llama(config)
+    ours.init_weights(seed=0)
+    theirs = _transformers_twin(ours, sequence_length)
+    if compiled:
+        ours.compile_blocks()
+        for block in theirs.model.layers:
+            block.compile()
+    return ours, theirs
+
+
+def _speed(seconds: dict[str, list[float]], *, tokens_in_step: int) -> dict[str, Any]:
+    """What the paired times of both say, as fields of the row."""
+    ratios = [
+        ours / theirs for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)
+    ]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
         "seconds": round(median["ours"], 5),
         "transformers_seconds": round(median["transformers"], 5),
         "ratio": round(middle, 3),
         "ratio_quartiles": [round(low, 3), round(high, 3)],
-        "loss_difference": losses["ours"][0] - losses["transformers"][0],
         "tokens_per_second": round(tokens_in_step / median["ours"]),
         "transformers_tokens_per_second": round(tokens_in_step / median["transformers"]),
-        "flops_share": _flops_share(
-            config, sequence_length, tokens_in_step / median["ours"], device
-        ),
     }
 
 

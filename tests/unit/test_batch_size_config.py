@@ -12,12 +12,13 @@ from rich.console import Console
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.build import controllers
 from gns_pretrain.composition import as_dict, settings_from
-from gns_pretrain.config import check_batch_size, check_layout, register_schemas
+from gns_pretrain.config import register_schemas
 from gns_pretrain.errors import InputError
 from gns_pretrain.metrics.console import ConsoleView
 from gns_pretrain.metrics.series import axes, series
 from gns_pretrain.metrics.settings import MetricsSettings
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.rules import check_batch_size, check_layout
 from gns_pretrain.run_directory import is_free
 from tests.settings import small_run
 

@@ -10,11 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 
 from gns_pretrain.build import OPTIMIZERS
 from gns_pretrain.composition import as_yaml, settings_from
-from gns_pretrain.config import Config, feasible_sizes, register_schemas
+from gns_pretrain.config import Config, register_schemas
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama, count_parameters
+from gns_pretrain.rules import feasible_sizes
 from tests.settings import odd_model
 
 CONF = Path(__file__).parents[2] / "conf"

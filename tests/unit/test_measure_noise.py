@@ -13,7 +13,8 @@ from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.distributed.checkpoint import Checkpoints
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.errors import InputError
-from gns_pretrain.measure_noise import MeasurementRequest, Report, measure
+from gns_pretrain.measure_noise import Report, measure
+from gns_pretrain.measurement_request import MeasurementRequest
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
 from gns_pretrain.state import TrainState
