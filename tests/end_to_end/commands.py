@@ -6,14 +6,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+from gns_pretrain import launch, loop
 from tests.distributed.harness import CONTEXT
 from tests.settings import SEQUENCE_LENGTH
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
+GATE = "gate"
 
 
 def arguments(folder: Path, data: Path, *more: str, steps: int = 20) -> list[str]:
@@ -49,6 +53,53 @@ def start(words: list[str], log: Path, sabotage: Callable[[], None] | None = Non
     process = CONTEXT.Process(target=command, args=(words, log, sabotage))
     process.start()
     return process
+
+
+def start_and_hold(
+    words: list[str], folder: Path, *, after_step: int, name: str = "small"
+) -> BaseProcess:
+    """Start the command; return when it has told of a step, and takes none until `let_go`.
+
+    A run this small could be over before a signal is sent to it.
+    """
+    hold = partial(hold_after, after_step, folder / GATE)
+    process = start(words, folder / "log", hold)
+    wait_for_line(folder / name / "metrics.jsonl", after_step, process)
+    return process
+
+
+def let_go(folder: Path) -> None:
+    """Let a command that is held go on."""
+    (folder / GATE).touch()
+
+
+def hold_after(step: int, gate: Path) -> None:
+    """Sabotage: this command and the ranks it starts begin no step after `step` before `gate`."""
+    hold_steps(step, gate)
+    run_local_ranks = launch.run_local_ranks
+    launch.run_local_ranks = lambda _, arguments, n: run_local_ranks(
+        run_held_rank, (step, gate, *arguments), n
+    )
+
+
+def run_held_rank(step: int, gate: Path, *arguments: Any) -> None:
+    """A rank that the command starts, held as the command is."""
+    hold_steps(step, gate)
+    launch.run_started_rank(*arguments)
+
+
+def hold_steps(step: int, gate: Path) -> None:
+    """Hold this process's training before the step after `step`."""
+    one_step = loop.one_step
+
+    def held_step(run: loop.Run, log: loop.StepLog) -> list[loop.Reading]:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while run.state.step == step and not gate.exists():
+            assert time.monotonic() < deadline, f"nobody has opened {gate}"
+            time.sleep(0.01)
+        return one_step(run, log)
+
+    loop.one_step = held_step
 
 
 def run(words: list[str], log: Path, sabotage: Callable[[], None] | None = None) -> int:
@@ -96,7 +147,10 @@ def wait_for_line(metrics: Path, step: int, process: BaseProcess) -> None:
     """Return once the training line of `step` has been written."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     wanted = f'"kind":"train","step":{step},'
-    while not (metrics.exists() and wanted in metrics.read_text().replace(" ", "")):
-        assert process.is_alive(), "the command ended before that step"
+    while True:
+        alive = process.is_alive()  # before reading: its last line may come with its end
+        if metrics.exists() and wanted in metrics.read_text().replace(" ", ""):
+            return
+        assert alive, "the command ended before that step"
         assert time.monotonic() < deadline, f"step {step} did not come"
         time.sleep(0.01)

@@ -56,9 +56,8 @@ def test_rule_trains_and_goes_on_bit_for_bit_after_a_kill(rule, tmp_path, shards
     whole, killed = (commands.arguments(folder, shards, *words, steps=STEPS) for folder in folders)
     assert commands.run(whole, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     check_training(folders[0] / "small")
-    process = commands.start(killed, tmp_path / "log")
-    commands.wait_for_line(folders[1] / "small" / "metrics.jsonl", KILLED_AFTER, process)
-    commands.kill_group(process)
+    folders[1].mkdir()
+    commands.kill_group(commands.start_and_hold(killed, folders[1], after_step=KILLED_AFTER))
     assert commands.run(killed, tmp_path / "log") == 0
     assert "resumed from step" in (tmp_path / "log").read_text()
     assert lines(folders[1] / "small") == lines(folders[0] / "small")

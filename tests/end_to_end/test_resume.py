@@ -91,9 +91,7 @@ def test_killed_while_saving_it_ends_with_the_same_lines(sabotage, expected, tmp
 def test_two_sharded_ranks_killed_go_on_bit_for_bit(kill, expected_on_two, tmp_path, shards):
     """Killed all together, or only what started them: then they leave by themselves."""
     words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
-    process = commands.start(words, tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 12, process)
-    kill(process)
+    kill(commands.start_and_hold(words, tmp_path, after_step=12))
     assert commands.run(words, tmp_path / "log") == 0
     assert "resumed from step" in (tmp_path / "log").read_text()
     assert lines(tmp_path) == expected_on_two
@@ -101,9 +99,7 @@ def test_two_sharded_ranks_killed_go_on_bit_for_bit(kill, expected_on_two, tmp_p
 
 def test_one_process_takes_over_from_two_ranks_with_the_same_sequences(expected, tmp_path, shards):
     words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO)
-    process = commands.start(words, tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 12, process)
-    commands.kill_group(process)
+    commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=12))
     assert commands.run(commands.arguments(tmp_path, shards), tmp_path / "log") == 0
     found = lines(tmp_path)
     assert len(found) == len(expected)
@@ -119,9 +115,9 @@ def test_one_process_takes_over_from_two_ranks_with_the_same_sequences(expected,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(number, expected, tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
-    process = commands.start(words, tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 2, process)
+    process = commands.start_and_hold(words, tmp_path, after_step=2)
     os.kill(process.pid, number)
+    commands.let_go(tmp_path)
     assert commands.finish(process) == 75
     assert "asked to stop: saved at step" in (tmp_path / "log").read_text()
     assert commands.run(words, tmp_path / "log") == 0
@@ -132,9 +128,9 @@ def test_launcher_of_two_ranks_hands_a_signal_on_and_keeps_the_code(
     expected_on_two, tmp_path, shards
 ):
     words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
-    process = commands.start(words, tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 2, process)
+    process = commands.start_and_hold(words, tmp_path, after_step=2)
     os.kill(process.pid, signal.SIGUSR1)
+    commands.let_go(tmp_path)
     assert commands.finish(process) == 75
     assert commands.run(words, tmp_path / "log") == 0
     assert lines(tmp_path) == expected_on_two
@@ -162,13 +158,14 @@ def test_resume_never_starts_over_in_a_fresh_folder(tmp_path, shards):
 def test_run_in_a_fresh_folder_is_stopped_and_goes_on_by_its_own_name(tmp_path, shards):
     (tmp_path / "small").mkdir()
     words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
-    process = commands.start([*words, "resume=never"], tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small-2" / "metrics.jsonl", 2, process)
+    never = [*words, "resume=never"]
+    process = commands.start_and_hold(never, tmp_path, after_step=2, name="small-2")
     os.kill(process.pid, signal.SIGTERM)
+    commands.let_go(tmp_path)
     assert commands.finish(process) == 75
     way_on = "start it again with run_name=small-2 resume=auto"
     assert way_on in (tmp_path / "log").read_text()
-    again = [*words, "resume=never", *way_on.split()[-2:]]
+    again = [*never, *way_on.split()[-2:]]
     assert commands.run(again, tmp_path / "log") == 0
     assert "resumed from step" in (tmp_path / "log").read_text()
     assert is_finished(tmp_path / "small-2")
@@ -177,9 +174,7 @@ def test_run_in_a_fresh_folder_is_stopped_and_goes_on_by_its_own_name(tmp_path, 
 
 def test_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(expected, tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
-    process = commands.start(words, tmp_path / "log")
-    commands.wait_for_line(tmp_path / "small" / "metrics.jsonl", 16, process)
-    commands.kill_group(process)
+    commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=16))
     newest = checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")[0]
     path = next(newest.glob("*.distcp"))
     data = bytearray(path.read_bytes())
