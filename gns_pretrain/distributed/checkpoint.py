@@ -98,7 +98,7 @@ class Checkpoints:
                 dcp.save(tensors, checkpoint_id=unfinished, no_dist=no_dist)
             self._main(lambda: write_state(unfinished, model, state))
             # Each rank reads back its own files: the hash covers what the disk holds.
-            hashes = gathered(digests_of(unfinished, self.world.rank), self.world)
+            hashes = self._each(lambda: digests_of(unfinished, self.world.rank))
             self._main(lambda: seal(unfinished, hashes))
             self._main(lambda: publish(unfinished, target))
         except SAVE_ERRORS as error:
@@ -106,7 +106,8 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise TrainingError(
                 f"step {state.step}: the checkpoint {target} could not be written "
-                f"({root_cause(error)}); {self._what_is_left()}"
+                f"({root_cause(error)}); {self._what_is_left()}",
+                on_all_ranks=True,
             ) from error
         if self.world.is_main:
             self._prune(target)
@@ -114,15 +115,20 @@ class Checkpoints:
 
     def _main(self, action: Callable[[], None]) -> None:
         """Do something on the main rank alone; its failure is raised on every rank."""
-        problem = None
-        if self.world.is_main:
-            try:
-                action()
-            except OSError as error:
-                problem = str(error)
-        problem = from_main(problem, self.world)
-        if problem:
-            raise OSError(problem)
+        self._each(lambda: action() if self.world.is_main else None)
+
+    def _each(self, action: Callable[[], Any]) -> list[Any]:
+        """Do something on each rank; what each got, or the first one's failure, on every rank."""
+        result, problem = None, None
+        try:
+            result = action()
+        except OSError as error:
+            problem = str(error)
+        found = gathered((result, problem), self.world)
+        for _, problem in found:
+            if problem is not None:
+                raise OSError(problem)
+        return [result for result, _ in found]
 
     def _prune(self, newest: Path) -> None:
         """Delete what is older than the newest `keep`, counted from the one just written.
@@ -159,7 +165,8 @@ class Checkpoints:
             if damaged:
                 raise TrainingError(
                     f"{'; '.join(damaged)}; no whole checkpoint is left in {self.directory}: "
-                    "restore one, or start over with resume=never"
+                    "restore one, or start over with resume=never",
+                    on_all_ranks=True,
                 )
             return None, []
         tensors = tensors_to_save(model, optimizer)

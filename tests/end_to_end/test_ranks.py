@@ -1,9 +1,12 @@
 """Two ranks of one command: whose error is told, and a request to stop while they start."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from gns_pretrain import launch
 from gns_pretrain.data.order import SequenceOrder
 from gns_pretrain.data.tokens import TokenSplit
-from gns_pretrain.distributed import local_ranks
+from gns_pretrain.distributed import checkpoint, local_ranks
 from gns_pretrain.starts import read_starts
 from tests.end_to_end import commands
 from tests.settings import SEQUENCE_LENGTH, VOCABULARY
@@ -72,9 +75,14 @@ def interrupted_then_run(*arguments) -> None:
     launch.run_started_rank(*arguments)
 
 
-def interrupted_while_the_ranks_start() -> None:
+def start_instead(entrypoint: Callable[..., None]) -> None:
+    """Sabotage: the command starts these ranks in place of its own."""
     run_local_ranks = launch.run_local_ranks
-    launch.run_local_ranks = lambda entrypoint, *rest: run_local_ranks(interrupted_then_run, *rest)
+    launch.run_local_ranks = lambda _, *rest: run_local_ranks(entrypoint, *rest)
+
+
+def interrupted_while_the_ranks_start() -> None:
+    start_instead(interrupted_then_run)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +92,45 @@ def test_request_to_stop_while_the_ranks_start_is_kept(sabotage, tmp_path, shard
     words = commands.arguments(tmp_path, shards, *TWO_RANKS)
     assert commands.run(words, tmp_path / "log", sabotage) == 75
     assert "asked to stop: saved at step 1;" in (tmp_path / "log").read_text()
+
+
+def full(*arguments, **keywords) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def run_with_a_full_disk(*arguments) -> None:
+    """A rank; the second one's disk has no room left for what the ranks save together."""
+    if os.environ["RANK"] == "1":
+        checkpoint.dcp.FileSystemWriter.write_data = full
+    launch.run_started_rank(*arguments)
+
+
+def run_with_an_unreadable_disk(*arguments) -> None:
+    """A rank; the second one cannot read back what it has saved."""
+    if os.environ["RANK"] == "1":
+        checkpoint.digests_of = full
+    launch.run_started_rank(*arguments)
+
+
+@pytest.mark.parametrize("rank", [run_with_a_full_disk, run_with_an_unreadable_disk])
+def test_save_that_fails_on_one_rank_ends_all_in_one_line(rank, tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *TWO_RANKS, "checkpoint.every_steps=2")
+    assert commands.run(words, tmp_path / "log", partial(start_instead, rank)) == 3
+    log = (tmp_path / "log").read_text()
+    assert log.count("error: ") == 1, log
+    assert "error: step 2: the checkpoint " in log
+    assert "could not be written ([Errno 28] No space left on device); there is no older" in log
+    assert "Traceback" not in log
+    assert list((tmp_path / "small" / "checkpoints").iterdir()) == []
+
+
+def test_run_without_a_whole_checkpoint_is_refused_in_one_line(tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *TWO_RANKS, steps=2)
+    assert commands.run(words, tmp_path / "log") == 0
+    (tmp_path / "small" / "summary.json").unlink()
+    (manifest,) = (tmp_path / "small" / "checkpoints").glob("*/manifest.json")
+    manifest.unlink()
+    assert commands.run(words, tmp_path / "log") == 3
+    log = (tmp_path / "log").read_text()
+    assert log.count("error: ") == 1, log
+    assert "no whole checkpoint is left" in log
