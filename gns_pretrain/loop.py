@@ -14,6 +14,7 @@ from gns_pretrain.distributed.collectives import any_rank
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.noise_meter import NoiseMeter, Reading
 from gns_pretrain.evaluate import evaluate
+from gns_pretrain.metrics.lines import ValidationLine
 from gns_pretrain.metrics.noise_log import note_noise
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.step_log import StepLog, raise_unless_finite
@@ -190,4 +191,4 @@ def validate(run: Run) -> None:
         world=run.world,
     )
     raise_unless_finite(run.state.step, "validation loss", loss)
-    run.record.validation(step=run.state.step, tokens=run.state.tokens, loss=loss)
+    run.record.write(ValidationLine(step=run.state.step, tokens=run.state.tokens, loss=loss))

@@ -5,6 +5,7 @@ from torch.optim import Optimizer
 from gns_pretrain.batch_size.controller import Controller, lr_multiplier
 from gns_pretrain.batch_size.feasible import Split
 from gns_pretrain.batch_size.policies import Position
+from gns_pretrain.metrics.lines import BatchSizeLine, ShadowLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.step_log import StepLog
 from gns_pretrain.optim.token_ties import retie
@@ -37,14 +38,14 @@ def resize(
         split.batch_size, micro_batch_size=split.micro_batch_size, lr_multiplier=multiplier
     )
     retie(optimizer, split.batch_size, lr_multiplier=multiplier)
-    record.batch_size_changed(
+    line = BatchSizeLine(
         step=state.step + 1,
         previous=previous,
         new=split.batch_size,
         target=target,
         lr_multiplier=multiplier,
-        why=why,
     )
+    record.write(line, why=why)
 
 
 def fit_to_ranks(
@@ -85,7 +86,7 @@ def note_shadow(
         return
     log.flush()  # so that the record's steps stay in order
     state.shadow_batch_sizes[shadow.name] = decision.split.batch_size
-    record.shadow_batch_size_changed(
+    line = ShadowLine(
         policy=shadow.name,
         step=position.step,
         previous=previous,
@@ -93,3 +94,4 @@ def note_shadow(
         target=decision.target,
         lr_multiplier=decision.lr_multiplier,
     )
+    record.write(line)

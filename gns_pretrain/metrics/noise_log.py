@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gns_pretrain.distributed.noise_meter import Reading
+from gns_pretrain.metrics.lines import NoiseLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.smoothing import Averages, include, smoothed
@@ -27,7 +28,9 @@ def note_noise(
     averages = include(Averages(**state.averages.get(key, {})), total, settings.smoothing)
     state.averages[key] = asdict(averages)
     ema = smoothed(averages, total.estimate, settings.smoothing)
-    record.noise(
+    more: dict[str, Any] = {"spread": spread_of_last(state, key, total.noise_scale)}
+    more |= fallbacks_of(reading) | parts_of(reading)
+    line = NoiseLine(
         step=state.step,
         geometry=total.geometry,
         estimate=total.estimate,
@@ -39,10 +42,9 @@ def note_noise(
         noise_scale_ema=ema.noise_scale,
         num_samples=total.num_samples,
         seconds=reading.seconds,
-        spread=spread_of_last(state, key, total.noise_scale),
-        **fallbacks_of(reading),
-        **parts_of(reading),
+        more=more,
     )
+    record.write(line)
 
 
 def spread_of_last(state: TrainState, key: str, noise_scale: float | None) -> float | None:

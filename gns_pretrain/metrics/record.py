@@ -10,6 +10,7 @@ from typing import Any
 
 from gns_pretrain.metrics.console import ConsoleView
 from gns_pretrain.metrics.jsonl import JsonLines, read_records, truncate_after_step
+from gns_pretrain.metrics.lines import Line
 from gns_pretrain.metrics.settings import MetricsSettings
 from gns_pretrain.metrics.summary import summarize, write_summary
 from gns_pretrain.metrics.tensorboard import TensorboardView
@@ -64,158 +65,22 @@ class Record:
             tensorboard = partial(TensorboardView, run_directory, resume_step=resume_step)
             self._views.append(MayFail("TensorBoard", tensorboard, self.message))
 
-    def train(
-        self,
-        *,
-        step: int,
-        samples: int,
-        tokens: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        batch_size: int,
-        micro_batch_size: int,
-        accumulation: int,
-        step_seconds: float,
-        tokens_per_second: float,
-    ) -> None:
-        """One optimizer step.
+    def write(self, line: Line, **shown: Any) -> None:
+        """Write one line, then show it.
 
         Args:
-            step: Its number, from 1.
-            samples: Sequences consumed so far.
-            tokens: Tokens consumed so far.
-            loss: Mean negative log-likelihood per token of the step's batch, nats.
-            lr: Learning rate of the step.
-            grad_norm: Euclidean norm of the whole gradient, before clipping.
-            batch_size: Sequences of the step over all ranks.
-            micro_batch_size: Sequences of one micro-batch on one rank.
-            accumulation: Micro-batches of the step on each rank.
-            step_seconds: Wall time of the step.
-            tokens_per_second: Tokens of the step over all ranks, by step_seconds.
+            line: Any number in it that is not finite becomes null, since JSON has no infinity.
+            shown: What the views show beside it and metrics.jsonl leaves out.
         """
-        self._tell(
-            {
-                "kind": "train",
-                "step": step,
-                "samples": samples,
-                "tokens": tokens,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "batch_size": batch_size,
-                "micro_batch_size": micro_batch_size,
-                "accumulation": accumulation,
-                "step_seconds": step_seconds,
-                "tokens_per_second": tokens_per_second,
-            }
-        )
-
-    def validation(self, *, step: int, tokens: int, loss: float) -> None:
-        """An evaluation after `step` steps and `tokens` tokens; loss in nats per token."""
-        self._tell({"kind": "validation", "step": step, "tokens": tokens, "loss": loss})
-
-    def noise(
-        self,
-        *,
-        step: int,
-        geometry: str,
-        estimate: str,
-        noise: float,
-        signal: float,
-        noise_scale: float | None,
-        noise_ema: float,
-        signal_ema: float,
-        noise_scale_ema: float | None,
-        num_samples: int,
-        seconds: float,
-        **more: Any,
-    ) -> None:
-        """One measurement of the noise scale in one geometry, by one estimate.
-
-        Args:
-            step: The step whose gradients were measured.
-            geometry: Its name.
-            estimate: Its name.
-            noise: Measured noise of one sequence's gradient, in the geometry's unit.
-            signal: Measured signal, same unit.
-            noise_scale: Their quotient, sequences; None where there is no signal.
-            noise_ema: Smoothed noise.
-            signal_ema: Smoothed signal.
-            noise_scale_ema: The smoothed ones' quotient, sequences.
-            num_samples: Micro-batches over all ranks.
-            seconds: Extra wall time of the measurement.
-            more: Further numbers, placed after these.
-        """
+        if self._lines is None:
+            return
         record = {
-            "kind": "noise",
-            "step": step,
-            "geometry": geometry,
-            "estimate": estimate,
-            "noise": noise,
-            "signal": signal,
-            "noise_scale": noise_scale,
-            "noise_ema": noise_ema,
-            "signal_ema": signal_ema,
-            "noise_scale_ema": noise_scale_ema,
-            "num_samples": num_samples,
-            "seconds": seconds,
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.as_record().items()
         }
-        self._tell(record | more)
-
-    def batch_size_changed(
-        self,
-        *,
-        step: int,
-        previous: int,
-        new: int,
-        target: float | None,
-        lr_multiplier: float,
-        why: str = "",
-    ) -> None:
-        """A decision of the batch-size policy, in sequences.
-
-        Args:
-            step: The first step of the new size.
-            previous: Batch size before.
-            new: Batch size from here on.
-            target: What the policy asked for before rounding; None where the ranks alone made
-                another size necessary.
-            lr_multiplier: Factor on the scheduled learning rate from here on.
-            why: How the target became the new size, for the console.
-        """
-        record = {
-            "kind": "batch_size",
-            "step": step,
-            "from": previous,
-            "to": new,
-            "target": target,
-            "lr_multiplier": lr_multiplier,
-        }
-        self._tell(record, why=why)
-
-    def shadow_batch_size_changed(
-        self,
-        *,
-        policy: str,
-        step: int,
-        previous: int,
-        new: int,
-        target: float,
-        lr_multiplier: float,
-    ) -> None:
-        """What a policy that is not followed would have decided; likewise."""
-        self._tell(
-            {
-                "kind": "shadow",
-                "step": step,
-                "policy": policy,
-                "from": previous,
-                "to": new,
-                "target": target,
-                "lr_multiplier": lr_multiplier,
-            }
-        )
+        self._lines.write(record)
+        for view in self._views:
+            view.write(record | shown)
 
     def message(self, text: str) -> None:
         """Print one line that leaves the progress bar whole."""
@@ -244,16 +109,3 @@ class Record:
         self._views = []
         if self._lines is not None:
             self._lines.close()
-
-    def _tell(self, record: dict[str, Any], **shown: Any) -> None:
-        """Write one line, then show it; `shown` is for the views alone."""
-        if self._lines is None:
-            return
-        # JSON has no infinity: a noise scale without signal becomes null.
-        line = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self._lines.write(line)
-        for view in self._views:
-            view.write(line | shown)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gns_pretrain.distributed.collectives import mean_over_ranks
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.errors import TrainingError
+from gns_pretrain.metrics.lines import TrainLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.state import TrainState
 
@@ -81,13 +82,14 @@ class StepLog:
         for counters, loss, norm in zip(self._counters, *values, strict=True):
             raise_unless_finite(counters["step"], "loss", loss)
             raise_unless_finite(counters["step"], "gradient norm", norm)
-            self._record.train(
+            line = TrainLine(
                 **counters,
                 loss=loss,
                 grad_norm=norm,
                 step_seconds=seconds / len(self._counters),
                 tokens_per_second=tokens / seconds,
             )
+            self._record.write(line)
         self._tokens_at_last_flush = self._counters[-1]["tokens"]
         for pending in (self._counters, self._losses, self._norms):
             pending.clear()

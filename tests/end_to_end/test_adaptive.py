@@ -10,6 +10,7 @@ import pytest
 from gns_pretrain import loop
 from gns_pretrain.batch_size.controller import Controller
 from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.metrics.lines import BatchSizeLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.results.replay import main as replay
 from tests.end_to_end import commands
@@ -117,13 +118,14 @@ def die_before_the_second_change_of_the_batch() -> None:
 
 
 def die_when_the_change_has_been_told() -> None:
-    tell = Record.batch_size_changed
+    write = Record.write
 
-    def tell_and_die(self, **values):
-        tell(self, **values)
-        die()
+    def write_and_die(self, line, **shown):
+        write(self, line, **shown)
+        if isinstance(line, BatchSizeLine):
+            die()
 
-    Record.batch_size_changed = tell_and_die
+    Record.write = write_and_die
 
 
 def die_in_the_first_step_of_the_new_size() -> None:

@@ -5,6 +5,13 @@ from types import ModuleType
 import pytest
 
 from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.metrics.lines import (
+    BatchSizeLine,
+    NoiseLine,
+    ShadowLine,
+    TrainLine,
+    ValidationLine,
+)
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.settings import MetricsSettings, WandbSettings
 from gns_pretrain.metrics.summary import summarize
@@ -34,7 +41,7 @@ def open_record(directory, *, is_main=True, resume_step=0, settings=None):
 
 
 def train(record, step, *, seconds=0.5, tokens_per_second=262144.0):
-    record.train(
+    line = TrainLine(
         step=step,
         samples=64 * step,
         tokens=131072 * step,
@@ -47,6 +54,7 @@ def train(record, step, *, seconds=0.5, tokens_per_second=262144.0):
         step_seconds=seconds,
         tokens_per_second=tokens_per_second,
     )
+    record.write(line)
 
 
 def noise(record, step=100, **changed):
@@ -62,23 +70,28 @@ def noise(record, step=100, **changed):
         "num_samples": 8,
         "seconds": 0.01,
     }
-    record.noise(step=step, **(fields | changed))
+    record.write(NoiseLine(step=step, **(fields | changed)))
 
 
-def test_the_four_kinds_of_lines_are_the_documented_ones(tmp_path, capsys):
+def test_the_five_kinds_of_lines_are_the_documented_ones(tmp_path, capsys):
     record = open_record(tmp_path)
     train(record, 1)
-    record.validation(step=100, tokens=13107200, loss=4.873)
+    record.write(ValidationLine(step=100, tokens=13107200, loss=4.873))
     noise(record)
-    record.batch_size_changed(
-        step=3700, previous=64, new=96, target=118.9, lr_multiplier=1.2247, why="rounded down"
+    change = BatchSizeLine(step=3700, previous=64, new=96, target=118.9, lr_multiplier=1.2247)
+    record.write(change, why="rounded down")
+    shadow = ShadowLine(
+        step=3700, policy="staged", previous=64, new=128, target=128.0, lr_multiplier=1.4142
     )
+    record.write(shadow)
     record.close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
         TRAIN_LINE,
         '{"kind":"validation","step":100,"tokens":13107200,"loss":4.873}',
         NOISE_LINE,
         '{"kind":"batch_size","step":3700,"from":64,"to":96,"target":118.9,"lr_multiplier":1.2247}',
+        '{"kind":"shadow","step":3700,"from":64,"to":128,"target":128.0,"lr_multiplier":1.4142,'
+        '"policy":"staged"}',
     ]
     # The reason of a decision is for the eye alone.
     assert "target 118.9, rounded down; lr x1.225\n" in capsys.readouterr().out
@@ -86,7 +99,7 @@ def test_the_four_kinds_of_lines_are_the_documented_ones(tmp_path, capsys):
 
 def test_a_noise_line_takes_further_numbers_at_its_end_and_null_where_undefined(tmp_path):
     record = open_record(tmp_path)
-    noise(record, noise_scale=float("inf"), noise_scale_ema=float("nan"), spread=0.25)
+    noise(record, noise_scale=float("inf"), noise_scale_ema=float("nan"), more={"spread": 0.25})
     record.close()
     line = (tmp_path / "metrics.jsonl").read_text()
     expected = NOISE_LINE.replace('"noise_scale":4.0', '"noise_scale":null')
@@ -99,9 +112,9 @@ def test_a_process_that_is_not_main_writes_and_prints_nothing(tmp_path, capsys):
     settings = MetricsSettings(tensorboard=True, wandb=WandbSettings(enabled=True))
     record = open_record(directory, is_main=False, settings=settings)
     train(record, 1)
-    record.validation(step=1, tokens=1, loss=1.0)
+    record.write(ValidationLine(step=1, tokens=1, loss=1.0))
     noise(record)
-    record.batch_size_changed(step=1, previous=1, new=2, target=2.0, lr_multiplier=1.0)
+    record.write(BatchSizeLine(step=1, previous=1, new=2, target=2.0, lr_multiplier=1.0))
     record.message("hello")
     record.finish({})
     record.close()
@@ -113,7 +126,7 @@ def test_a_resumed_run_repeats_the_steps_after_its_checkpoint_once(tmp_path):
     record = open_record(tmp_path)
     for step in (1, 2, 3):
         train(record, step)
-    record.validation(step=2, tokens=2 * 131072, loss=4.0)
+    record.write(ValidationLine(step=2, tokens=2 * 131072, loss=4.0))
     record.close()
     before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
 
@@ -126,7 +139,7 @@ def test_a_resumed_run_repeats_the_steps_after_its_checkpoint_once(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_record(tmp_path):
     record = open_record(tmp_path)
-    record.validation(step=0, tokens=0, loss=11.0)
+    record.write(ValidationLine(step=0, tokens=0, loss=11.0))
     train(record, 1)
     record.close()
     open_record(tmp_path, resume_step=0).close()
@@ -136,12 +149,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_record(tm
 def test_the_summary_spans_the_lines_from_before_a_resume(tmp_path):
     record = open_record(tmp_path)
     train(record, 1, seconds=10.0, tokens_per_second=1.0)  # compilation
-    record.validation(step=1, tokens=131072, loss=3.5)
+    record.write(ValidationLine(step=1, tokens=131072, loss=3.5))
     record.close()
     record = open_record(tmp_path, resume_step=1)
     train(record, 2, seconds=1.0, tokens_per_second=100.0)
     train(record, 3, seconds=1.0, tokens_per_second=120.0)
-    record.validation(step=3, tokens=393216, loss=4.0)
+    record.write(ValidationLine(step=3, tokens=393216, loss=4.0))
     record.finish({"parameters": 1000})
     record.close()
     assert json.loads((tmp_path / "summary.json").read_text()) == {

@@ -1,5 +1,6 @@
 import pytest
 
+from gns_pretrain.metrics.lines import TrainLine, ValidationLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.settings import MetricsSettings
 
@@ -19,7 +20,7 @@ def open_record(directory, *, resume_step):
 
 
 def train(record, step, loss):
-    record.train(
+    line = TrainLine(
         step=step,
         samples=step,
         tokens=10 * step,
@@ -32,6 +33,7 @@ def train(record, step, loss):
         step_seconds=1.0,
         tokens_per_second=10.0,
     )
+    record.write(line)
 
 
 def points(directory, name):
@@ -44,7 +46,7 @@ def test_event_files_read_back_with_the_repeated_steps_of_a_resumed_run_once(tmp
     record = open_record(tmp_path, resume_step=0)
     for step in (1, 2, 3, 4):
         train(record, step, loss=float(step))
-    record.validation(step=2, tokens=20, loss=2.5)
+    record.write(ValidationLine(step=2, tokens=20, loss=2.5))
     record.close()
 
     record = open_record(tmp_path, resume_step=2)
@@ -60,7 +62,7 @@ def test_event_files_read_back_with_the_repeated_steps_of_a_resumed_run_once(tmp
 
 def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
     record = open_record(tmp_path, resume_step=0)
-    record.validation(step=0, tokens=0, loss=9.0)
+    record.write(ValidationLine(step=0, tokens=0, loss=9.0))
     train(record, 1, loss=1.0)
     record.close()
     record = open_record(tmp_path, resume_step=0)

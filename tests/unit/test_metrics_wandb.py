@@ -15,6 +15,7 @@ from tests.unit.run_records import configuration
 RUN = """
 import sys
 from pathlib import Path
+from gns_pretrain.metrics.lines import NoiseLine, TrainLine, ValidationLine
 from gns_pretrain.metrics.record import Record
 from gns_pretrain.metrics.settings import MetricsSettings, WandbSettings
 
@@ -28,16 +29,18 @@ record = Record(
 )
 for step in (1, 2, 3):
     if step == 2:
-        record.noise(
+        line = NoiseLine(
             step=2, geometry="manhattan", estimate="plug_in", noise=8.0, signal=2.0,
             noise_scale=4.0, noise_ema=6.0, signal_ema=2.0, noise_scale_ema=float("inf"),
             num_samples=8, seconds=0.01,
         )
-    record.train(
+        record.write(line)
+    line = TrainLine(
         step=step, samples=8 * step, tokens=100 * step, loss=5.0 - step, lr=0.5, grad_norm=1.0,
         batch_size=8, micro_batch_size=4, accumulation=2, step_seconds=1.0, tokens_per_second=100.0,
     )
-    record.validation(step=step, tokens=100 * step, loss=[4.5, 3.5, 4.0][step - 1])
+    record.write(line)
+    record.write(ValidationLine(step=step, tokens=100 * step, loss=[4.5, 3.5, 4.0][step - 1]))
 record.finish({})
 record.close()
 """

@@ -77,8 +77,8 @@ class Told:
     def __init__(self):
         self.changes = []
 
-    def batch_size_changed(self, **values):
-        self.changes.append(values)
+    def write(self, line, **shown):
+        self.changes.append(line.as_record() | shown)
 
 
 def moved(
@@ -120,12 +120,7 @@ def test_batch_that_the_ranks_cannot_take_becomes_the_next_larger_with_its_learn
     assert state.lr_multiplier == 4.5**0.5
     assert momentum == 0.9**4.5
     (change,) = changes
-    assert (change["step"], change["previous"], change["new"], change["target"]) == (
-        8,
-        26,
-        36,
-        None,
-    )
+    assert (change["step"], change["from"], change["to"], change["target"]) == (8, 26, 36, None)
     assert "26 is not feasible on 3 ranks" in change["why"]
     assert "cap" not in change["why"]
 
