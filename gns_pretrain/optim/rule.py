@@ -52,17 +52,31 @@ def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def add_gradients(momenta: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-    """m = beta m + gain g, in place: the momentum that is a sum; the gain is 1 unless tied."""
-    torch._foreach_mul_(momenta, group["momentum"])
-    torch._foreach_add_(momenta, gradients, alpha=tied_gain(group))
+def summed_momentum(
+    gradients: list[Tensor], momenta: list[Tensor], group: Group, *, nesterov: bool
+) -> list[Tensor]:
+    """The direction of a momentum that is a sum and not an average.
 
+        m = beta m + gain g;  d = gain g + beta m (Nesterov) or m
 
-def looking_ahead(gradients: list[Tensor], momenta: list[Tensor], group: Group) -> list[Tensor]:
-    """Nesterov's gain g + beta m, of the gradients' layout."""
-    if (gain := tied_gain(group)) != 1:
+    Args:
+        gradients: g, whole tensors or this rank's rows.
+        momenta: m, of the gradients' layout; updated in place.
+        group: whose momentum beta is; the gain is 1 unless it is tied to tokens (`tied_gain`).
+        nesterov: whether to look ahead.
+
+    Returns:
+        d, of the gradients' layout; without Nesterov the momenta themselves.
+    """
+    beta, gain = group["momentum"], tied_gain(group)
+    rows = local_parts(momenta)
+    torch._foreach_mul_(rows, beta)
+    torch._foreach_add_(rows, local_parts(gradients), alpha=gain)
+    if not nesterov:
+        return momenta
+    if gain != 1:
         gradients = list(torch._foreach_mul(gradients, gain))
-    return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+    return list(torch._foreach_add(gradients, momenta, alpha=beta))
 
 
 def descend(

@@ -32,6 +32,15 @@ def check_rates(prefix: str, *, lr: float, weight_decay: float) -> None:
         )
 
 
+def check_nesterov(nesterov: bool, *, momentum: float, usual: float) -> None:
+    """Refuse to look ahead along no momentum."""
+    if nesterov and momentum == 0:
+        raise InputError(
+            "optimizer.nesterov=true looks ahead along the momentum, and optimizer.momentum=0; "
+            f"use a momentum such as {usual}, or optimizer.nesterov=false"
+        )
+
+
 def check_averages(prefix: str, **values: float) -> None:
     """Refuse a coefficient of a running average that is not in [0, 1)."""
     for name, value in values.items():

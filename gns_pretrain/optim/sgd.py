@@ -7,17 +7,9 @@ from torch import Tensor, nn
 
 from gns_pretrain.distributed.collectives import joint_norm
 from gns_pretrain.distributed.shard_layout import local_parts
-from gns_pretrain.errors import InputError
 from gns_pretrain.optim.groups import decay_groups
-from gns_pretrain.optim.rule import (
-    Group,
-    Rule,
-    add_gradients,
-    descend,
-    gradients_of,
-    looking_ahead,
-)
-from gns_pretrain.optim.settings import OptimizerSettings, check_averages
+from gns_pretrain.optim.rule import Group, Rule, descend, gradients_of, summed_momentum
+from gns_pretrain.optim.settings import OptimizerSettings, check_averages, check_nesterov
 
 
 @dataclass
@@ -33,11 +25,7 @@ class SGDSettings(OptimizerSettings):
         """Check each setting by itself."""
         super().__post_init__()
         check_averages("optimizer", momentum=self.momentum)
-        if self.nesterov and self.momentum == 0:
-            raise InputError(
-                "optimizer.nesterov=true looks ahead along the momentum, and optimizer.momentum=0; "
-                "use a momentum such as 0.9, or optimizer.nesterov=false"
-            )
+        check_nesterov(self.nesterov, momentum=self.momentum, usual=0.9)
 
 
 class SGD(Rule):
@@ -92,8 +80,7 @@ class SGD(Rule):
         if group["momentum"] == 0:
             return gradients
         momenta = self.momenta(parameters)
-        add_gradients(local_parts(momenta), local_parts(gradients), group)
-        return looking_ahead(gradients, momenta, group) if self.nesterov else momenta
+        return summed_momentum(gradients, momenta, group, nesterov=self.nesterov)
 
 
 def build_sgd(model: nn.Module, settings: SGDSettings) -> SGD:

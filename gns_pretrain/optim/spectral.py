@@ -15,15 +15,13 @@ from gns_pretrain.geometry.newton_schulz import orthogonalize
 from gns_pretrain.optim.adamw import AdamWPart
 from gns_pretrain.optim.composite import Composite, with_adamw
 from gns_pretrain.optim.groups import block_matrices
-from gns_pretrain.optim.rule import (
-    Group,
-    Rule,
-    add_gradients,
-    descend,
-    gradients_of,
-    looking_ahead,
+from gns_pretrain.optim.rule import Group, Rule, descend, gradients_of, summed_momentum
+from gns_pretrain.optim.settings import (
+    OptimizerSettings,
+    check_averages,
+    check_choice,
+    check_nesterov,
 )
-from gns_pretrain.optim.settings import OptimizerSettings, check_averages, check_choice
 
 MATRIX_SIGNS = ("newton_schulz", "exact")
 COEFFICIENTS = ("muon", "polar_express")
@@ -64,11 +62,7 @@ class SpectralSettings(OptimizerSettings):
         check_choice("optimizer.precision", self.precision, PRECISIONS)
         if self.steps < 1:
             raise InputError(f"optimizer.steps={self.steps} must be at least 1; 5 is usual")
-        if self.nesterov and self.momentum == 0:
-            raise InputError(
-                "optimizer.nesterov=true looks ahead along the momentum, and optimizer.momentum=0; "
-                "use a momentum such as 0.95, or optimizer.nesterov=false"
-            )
+        check_nesterov(self.nesterov, momentum=self.momentum, usual=0.95)
 
 
 class Spectral(Rule):
@@ -136,8 +130,7 @@ class Spectral(Rule):
         if group["momentum"] == 0:
             return gradients
         momenta = local_parts(self.momenta(matrices))
-        add_gradients(momenta, gradients, group)
-        return looking_ahead(gradients, momenta, group) if self.settings.nesterov else momenta
+        return summed_momentum(gradients, momenta, group, nesterov=self.settings.nesterov)
 
     def _sign(self, batch: Tensor) -> Tensor:
         """Matrix sign of each matrix of a batch, [k, m, n]."""
