@@ -32,7 +32,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    flush_to_disk(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Give a file this content, whole or not at all."""
+    write_whole(path, lambda file: file.write(content))
 
 
 def make_folder(folder: Path, setting: str) -> None:
@@ -47,20 +52,19 @@ def make_folder(folder: Path, setting: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`content` as indented JSON, whole or not at all."""
-    data = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-    write_whole(path, lambda file: file.write(data))
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; InputError names the file if it is not one."""
+def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
+    """The JSON object in `path`; InputError names the file and the way out if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {way_out}") from error
     except ValueError as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}); restore it or prepare the folder again"
-        ) from error
+        raise InputError(f"{path} is not valid JSON ({error}); {way_out}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or prepare the folder again")
+        raise InputError(f"{path} holds no JSON object; {way_out}")
     return content
 
 
@@ -99,9 +103,9 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on disk: it lives in the folder, not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file is on disk; a rename lives in the folder, not in the file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -15,7 +15,6 @@ from gns_pretrain.build import build_run, data_fingerprint
 from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config
 from gns_pretrain.cores import threads_of_each
-from gns_pretrain.data.files import make_folder
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.distributed.checkpoint import checkpoint_folders
@@ -23,6 +22,7 @@ from gns_pretrain.distributed.collectives import barrier, from_main, gathered
 from gns_pretrain.distributed.local_ranks import leave_with_launcher, run_local_ranks
 from gns_pretrain.distributed.mesh import Place, World, joined, pick_device
 from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.files import make_folder, remove_temporaries
 from gns_pretrain.loop import train
 from gns_pretrain.place import place_from
 from gns_pretrain.rank_words import LastWords, current_words
@@ -215,6 +215,7 @@ def take_directory(
         try:
             make_folder(directory, "output_directory")
             held.enter_context(locked(directory))
+            remove_temporaries(directory)
             write_provenance(directory, as_yaml(config), fingerprint)
             note_start(directory, nodes=nodes)
         except InputError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.files import write_json
 from gns_pretrain.slurm import Job, node_name
 from gns_pretrain.starts import note_end
 
@@ -125,9 +126,7 @@ class LastWords:
     def _write(self) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._values))
-            temporary.replace(self._path)
+            write_json(self._path, self._values)
 
 
 def is_consequence(error: Exception) -> bool:

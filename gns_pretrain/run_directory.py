@@ -4,7 +4,6 @@ outputs/<run_name>/  config.yaml  run.json  starts.jsonl  metrics.jsonl  summary
 """
 
 import json
-import os
 import platform
 import secrets
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import write_bytes, write_json
 
 CONFIG, PROVENANCE, SUMMARY = "config.yaml", "run.json", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -119,7 +119,7 @@ def decides(key: str, *, policy: str) -> bool:
 def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:
     """The resolved settings, and what the run was made with; an existing record stays."""
     directory.mkdir(parents=True, exist_ok=True)
-    replace_text(directory / CONFIG, config_text)
+    write_bytes(directory / CONFIG, config_text.encode())
     if not (directory / PROVENANCE).exists():
         values = {
             "data_fingerprint": data_fingerprint,
@@ -128,7 +128,7 @@ def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -
             "torch": torch.__version__,
             "run_id": new_run_id(),
         }
-        replace_text(directory / PROVENANCE, as_json(values))
+        write_json(directory / PROVENANCE, values)
     elif "run_id" not in read_provenance(directory):
         draw_run_id(directory)
 
@@ -136,7 +136,7 @@ def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -
 def draw_run_id(directory: Path) -> str:
     """Give a run that has a record an id of its own in it."""
     run_id = new_run_id()
-    replace_text(directory / PROVENANCE, as_json(read_provenance(directory) | {"run_id": run_id}))
+    write_json(directory / PROVENANCE, read_provenance(directory) | {"run_id": run_id})
     return run_id
 
 
@@ -159,25 +159,6 @@ def read_provenance(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is missing or damaged; restore it, or use another run_name"
         ) from error
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """The text of a JSON file."""
-    return json.dumps(values, indent=1) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    values = json.loads(path.read_text())
-    assert isinstance(values, dict), path
-    return values
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new text, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def git_revision() -> str | None:

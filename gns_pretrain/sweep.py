@@ -12,8 +12,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError  # type: ignore[import-untyped]
-
 from gns_pretrain.build import shown_as
 from gns_pretrain.composition import as_dict, as_yaml, read_yaml
 from gns_pretrain.config import Config
@@ -23,6 +21,7 @@ from gns_pretrain.metrics.summary import write_summary
 from gns_pretrain.metrics.view import MayFail
 from gns_pretrain.metrics.wandb import WandbView
 from gns_pretrain.outcomes import Outcome
+from gns_pretrain.results.runs import read_summary
 from gns_pretrain.run_directory import (
     CONFIG,
     PROVENANCE,
@@ -31,7 +30,7 @@ from gns_pretrain.run_directory import (
     draw_run_id,
     flattened,
     is_finished,
-    read_json,
+    read_provenance,
 )
 
 # What a run is called; two runs that differ in nothing else are one training.
@@ -148,8 +147,8 @@ def finished_training(folder: Path) -> tuple[dict[str, Any], str] | None:
     """
     try:
         settings = training_settings(read_yaml(folder / CONFIG))
-        fingerprint = read_json(folder / PROVENANCE)["data_fingerprint"]
-    except (OSError, ValueError, LookupError, AssertionError, YAMLError):
+        fingerprint = read_provenance(folder)["data_fingerprint"]
+    except (InputError, LookupError):
         return None
     return (settings, str(fingerprint)) if is_finished(folder) else None
 
@@ -168,7 +167,7 @@ def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome
     for name in ("metrics.jsonl", PROVENANCE):
         shutil.copy2(twin / name, unfinished / name)
     (unfinished / CONFIG).write_text(as_yaml(job.config))
-    summary = read_json(twin / SUMMARY) | {"same_as": twin.name}
+    summary = read_summary(twin) | {"same_as": twin.name}
     write_summary(unfinished / SUMMARY, summary)
     run_id = draw_run_id(unfinished)
     unfinished.rename(job.directory)
@@ -191,7 +190,7 @@ def settle(job: Job, *, say: Callable[[str], None]) -> Outcome | None:
     if job.config.resume == "never":
         return None
     if is_finished(job.directory):
-        return Outcome(job.name, "skipped", "it was finished", read_json(job.directory / SUMMARY))
+        return Outcome(job.name, "skipped", "it was finished", read_summary(job.directory))
     if job.fingerprint and not job.directory.exists():
         folders = sorted(path.parent for path in job.directory.parent.glob(f"*/{SUMMARY}"))
         if twin := finished_twin(job, folders):

@@ -23,7 +23,7 @@ from gns_pretrain.cores import threads_of_each
 from gns_pretrain.launch import EXIT_FINISHED
 from gns_pretrain.metrics.jsonl import last_record
 from gns_pretrain.outcomes import Outcome
-from gns_pretrain.run_directory import SUMMARY, read_json
+from gns_pretrain.results.runs import read_summary
 from gns_pretrain.stop import EXIT_STOPPED, STOP_SIGNALS
 from gns_pretrain.sweep import Job, settle
 
@@ -164,7 +164,7 @@ def outcome(run: Running) -> Outcome:
     """What became of a run whose process has ended."""
     code = run.process.returncode
     if code == EXIT_FINISHED:
-        return Outcome(run.job.name, "finished", summary=read_json(run.job.directory / SUMMARY))
+        return Outcome(run.job.name, "finished", summary=read_summary(run.job.directory))
     if code == EXIT_STOPPED:
         fresh = run.job.config.resume == "never"
         way_on = f"run_name={run.job.name} resume=auto goes" if fresh else "the same sweep goes"

@@ -22,7 +22,6 @@ from rich.console import Console
 from gns_pretrain.cores import available_cores
 from gns_pretrain.data.corpus import is_held_out
 from gns_pretrain.data.docstrings import PACKAGES, extract, source_files
-from gns_pretrain.data.files import folder_lock, sha256_of, write_whole
 from gns_pretrain.data.shards import META_FILE, CorpusMeta, token_dtype, write_meta, write_shard
 from gns_pretrain.data.tokenization import (
     BOS_NAMES,
@@ -34,6 +33,7 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import folder_lock, sha256_of, write_bytes
 
 FORMAT = 1  # raise it when the code below makes other tokens from the same packages
 MAX_BYTES = 16_000_000  # of text
@@ -135,7 +135,7 @@ def _write_shards(folder: Path, documents: dict[str, str], settings: dict[str, A
     """Tokenizer and one shard a split; whole files go to one split or the other."""
     tokenizer = train_bpe(list(documents.values())[::BPE_EVERY], settings["vocab_size"])
     text = tokenizer.to_str()
-    write_whole(folder / TOKENIZER_FILE, lambda file: file.write(text.encode()))
+    write_bytes(folder / TOKENIZER_FILE, text.encode())
     bos_id, eos_id = tokenizer.token_to_id(BOS_NAMES[0]), tokenizer.token_to_id(EOS_NAMES[0])
     dtype = token_dtype(vocabulary_size(tokenizer))
     encoder = DocumentEncoder(tokenizer, dtype=dtype, bos_id=bos_id, eos_id=eos_id)

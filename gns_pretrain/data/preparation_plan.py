@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from gns_pretrain.data.corpus import Corpus, LocalFiles, is_held_out, parse_texts
 from gns_pretrain.data.encoding_pool import EncodingJob
-from gns_pretrain.data.files import sha256_of, write_whole
 from gns_pretrain.data.hub import HubDataset
 from gns_pretrain.data.preparation_progress import PreparationProgress
 from gns_pretrain.data.preparation_settings import PrepareSettings
@@ -27,6 +26,7 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import sha256_of, write_bytes
 
 SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
 
@@ -65,7 +65,7 @@ def place_tokenizer(
             )
             texts = islice(_training_texts(corpus, settings.validation_fraction), documents)
             text = train_bpe(texts, settings.train_bpe).to_str()
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_bytes(path, text.encode())
         progress.tokenizer_sha256 = sha256_of(path)
         progress.save(folder)
     elif not path.is_file() or sha256_of(path) != progress.tokenizer_sha256:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.data.corpus import Cursor
-from gns_pretrain.data.files import read_json, write_json
-from gns_pretrain.data.shards import PROGRESS_FILE, ShardMeta
+from gns_pretrain.data.shards import PROGRESS_FILE, WAY_OUT, ShardMeta
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import read_json, write_json
 
 
 @dataclass
@@ -53,7 +53,7 @@ class PreparationProgress:
     def load(cls, folder: Path) -> PreparationProgress:
         """Read progress.json; InputError if it, or a shard it names, is damaged."""
         path = folder / PROGRESS_FILE
-        content = read_json(path)
+        content = read_json(path, way_out=WAY_OUT)
         try:
             splits = {
                 name: SplitProgress(

@@ -15,7 +15,6 @@ import numpy as np
 
 from gns_pretrain.cores import available_cores
 from gns_pretrain.data.encoding_pool import EncodingPool
-from gns_pretrain.data.files import folder_lock, remove_temporaries
 from gns_pretrain.data.preparation_plan import (
     SPLITS,
     open_corpora,
@@ -42,6 +41,7 @@ from gns_pretrain.data.split_writer import write_split
 from gns_pretrain.data.tokenization import TOKENIZER_FILE, vocabulary_size
 from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import folder_lock, remove_temporaries
 
 
 def prepare(settings: PrepareSettings, *, show_progress: bool = True) -> dict[str, Any]:

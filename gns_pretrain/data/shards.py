@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from gns_pretrain.data.files import read_json, sha256_of, write_json, write_whole
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import read_json, sha256_of, write_json, write_whole
 
+WAY_OUT = "restore it or prepare the folder again"
 META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"  # stands in for meta.json while a folder is being prepared
 
@@ -86,7 +87,7 @@ def read_meta(folder: Path) -> CorpusMeta:
             f"{folder} is no folder of token shards ({META_FILE} is missing); "
             "make one with scripts/prepare_data.py"
         )
-    content = read_json(path)
+    content = read_json(path, way_out=WAY_OUT)
     try:
         shards = tuple(
             ShardMeta(

@@ -17,16 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from gns_pretrain.data.files import (
+from gns_pretrain.data.settings import EMBEDDED, DataSettings
+from gns_pretrain.data.shards import META_FILE, CorpusMeta, read_meta
+from gns_pretrain.errors import InputError
+from gns_pretrain.files import (
     folder_lock,
     make_folder,
     remove_temporaries,
     sha256_of,
+    write_bytes,
     write_whole,
 )
-from gns_pretrain.data.settings import EMBEDDED, DataSettings
-from gns_pretrain.data.shards import META_FILE, CorpusMeta, read_meta
-from gns_pretrain.errors import InputError
 
 CHUNK_BYTES = 2**24
 COMPILE_CACHE = "compile-cache"
@@ -115,8 +116,7 @@ def copy_files(
         seconds = time.perf_counter() - began
         say(f"staged {num_bytes / 1e9:.2f} GB from {source} to {target} in {seconds:.1f} s")
     if not (target / META_FILE).exists():
-        text = (source / META_FILE).read_bytes()
-        write_whole(target / META_FILE, lambda file: file.write(text))
+        write_bytes(target / META_FILE, (source / META_FILE).read_bytes())
 
 
 def copy_checked(source: Path, target: Path, sha256: str) -> None:

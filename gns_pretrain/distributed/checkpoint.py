@@ -33,12 +33,12 @@ from gns_pretrain.distributed.checkpoint_files import (
     prepare,
     publish,
     seal,
-    write_json,
 )
 from gns_pretrain.distributed.collectives import from_main, gathered
 from gns_pretrain.distributed.mesh import World
 from gns_pretrain.distributed.sharding import unwrapped
 from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.files import write_json
 from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
 from gns_pretrain.state import TrainState
 

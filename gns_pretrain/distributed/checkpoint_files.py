@@ -3,13 +3,12 @@
 torch.distributed.checkpoint loads a flipped byte without a word; the manifest does not.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+
+from gns_pretrain.files import flush_to_disk, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step_(\d{8,})")
@@ -82,20 +81,13 @@ def damage(folder: Path) -> str | None:
 
 def digest(path: Path) -> tuple[int, str]:
     """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), sha256
+    return path.stat().st_size, sha256_of(path)
 
 
 def owner_of(file_name: str) -> int:
     """The rank that wrote a file: `__<rank>_<n>.distcp` is torch's name, the rest is the main's."""
     match = re.fullmatch(r"__(\d+)_\d+\.distcp", file_name)
     return int(match[1]) if match else 0
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Readable JSON; floats keep every bit."""
-    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def publish(unfinished: Path, target: Path) -> None:
@@ -109,12 +101,3 @@ def publish(unfinished: Path, target: Path) -> None:
         target.rename(aside)
     unfinished.rename(target)
     flush_to_disk(target.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.files import write_bytes
 
 TAIL_BYTES = 2**16  # hold many lines
 
@@ -109,17 +110,7 @@ def truncate_after_step(path: Path, step: int) -> None:
         if _parse(path, number, line)["step"] <= step
     )
     if len(kept) != path.stat().st_size:
-        replace_file(path, kept)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content in one step: readers see the old or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        write_bytes(path, kept)
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gns_pretrain.metrics.jsonl import replace_file
+from gns_pretrain.files import write_bytes
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -41,4 +41,4 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write summary.json; it is either whole or not there."""
-    replace_file(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())

@@ -4,7 +4,6 @@ The folder holds model.safetensors and config.json; an exported one also the
 tokenizer, if there is one.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import read_json, write_json
 from gns_pretrain.model.hf_config import ExportedText, config_from_hf, hf_config, hf_names
 from gns_pretrain.model.llama import Llama
 
@@ -23,6 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+WAY_OUT = "name the folder of a Llama model, fetched or exported whole"
 
 
 def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
@@ -46,7 +47,7 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     with _appearing_whole(folder) as unfinished:
         save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-        _write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
+        write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
         # safetensors writes for its owner's eyes only; everything else follows the umask.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
         if text.tokenizer is not None:
@@ -62,7 +63,7 @@ def load_hf_folder(folder: Path) -> Llama:
     Raises:
         InputError: naming the file that is missing, damaged, or describes another architecture.
     """
-    config = config_from_hf(_read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    config = config_from_hf(read_json(folder / CONFIG_FILE, way_out=WAY_OUT), folder / CONFIG_FILE)
     with torch.device("meta"):
         model = Llama(config)
     state = _read_state(folder, hf_names(config))
@@ -95,7 +96,7 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map", {})
+        weight_map = read_json(folder / INDEX_FILE, way_out=WAY_OUT).get("weight_map", {})
         return [folder / name for name in sorted(set(weight_map.values()))]
     return [folder / WEIGHTS_FILE]
 
@@ -109,20 +110,6 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(folder: Path, text: ExportedText, vocab_size: int) -> None:
@@ -147,7 +134,7 @@ def _copy_tokenizer(folder: Path, text: ExportedText, vocab_size: int) -> None:
     for key, token_id in (("bos_token", text.bos_id), ("eos_token", text.eos_id)):
         if token_id is not None:
             settings[key] = tokenizer.id_to_token(token_id)
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 @contextmanager

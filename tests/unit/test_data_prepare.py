@@ -15,12 +15,12 @@ import pytest
 from gns_pretrain.data import hub as hub_module
 from gns_pretrain.data import prepare as prepare_module
 from gns_pretrain.data.corpus import is_held_out
-from gns_pretrain.data.files import folder_lock
 from gns_pretrain.data.preparation_settings import PrepareSettings
 from gns_pretrain.data.prepare import prepare
 from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.data.tokens import TokenSplit
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import folder_lock
 from tests.unit.data_samples import as_line, ids_of, make_texts, write_gzip, write_tokenizer
 
 ROOT = Path(__file__).parents[2]

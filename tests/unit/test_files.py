@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain.data.files import folder_lock, read_json, remove_temporaries, write_whole
 from gns_pretrain.errors import InputError
+from gns_pretrain.files import folder_lock, read_json, remove_temporaries, write_whole
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_lock_is_held_once_and_released(tmp_path):
 def test_file_that_holds_no_json_object_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=str(path)):
-        read_json(path)
+        read_json(path, way_out="restore it")
 
 
 def test_two_machines_write_one_file_beside_each_other(path, monkeypatch):

@@ -118,6 +118,15 @@ def test_launchers_signal_is_seen_by_a_rank_that_looks_later(number):
     assert signal.getsignal(number) is before
 
 
+def test_what_a_killed_start_was_writing_goes_with_the_next(tmp_path, shards):
+    half_written = tmp_path / "small" / ".summary.json.elsewhere-1.tmp"
+    half_written.parent.mkdir()
+    half_written.write_text("{")
+    with ExitStack() as held:
+        take_directory(ALONE, small_run(tmp_path, shards), tmp_path / "small", "data", held)
+    assert not half_written.exists()
+
+
 def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
     config = small_run(tmp_path, shards)
 

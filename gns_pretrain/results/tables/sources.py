@@ -17,7 +17,7 @@ from gns_pretrain.results.runs import (
 )
 from gns_pretrain.results.tables.layout import Layout
 from gns_pretrain.results.tables.statistics import LossCurve, Seeds
-from gns_pretrain.run_directory import PROVENANCE, flattened, read_json
+from gns_pretrain.run_directory import PROVENANCE, flattened, read_provenance
 
 FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
 
@@ -81,8 +81,8 @@ def runs_of_folders(paths: Iterable[Path]) -> list[TableRun]:
 
 def data_of(directory: Path) -> dict[str, str]:
     """The fingerprint of a run's data, as a setting; its path says little."""
-    path = directory / PROVENANCE
-    return {FINGERPRINT: read_json(path)["data_fingerprint"]} if path.is_file() else {}
+    known = (directory / PROVENANCE).is_file()
+    return {FINGERPRINT: read_provenance(directory)["data_fingerprint"]} if known else {}
 
 
 def loss_curve(directory: Path) -> LossCurve:
