@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.hf_config import ExportedText, hf_config, hf_names
 from gns_pretrain.model.llama import Llama
@@ -124,9 +125,13 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
 
 def _transformers_twin(model: Llama, sequence_length: int) -> Any:
     """LlamaForCausalLM with a copy of the model's weights."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
-
+    try:
+        from transformers import LlamaConfig as TheirConfig
+        from transformers import LlamaForCausalLM
+    except ImportError as error:
+        raise InputError(
+            "the comparison needs transformers; pip install 'gns-pretrain[huggingface]'"
+        ) from error
     values = hf_config(model.config, ExportedText(max_positions=sequence_length))
     for key in ("architectures", "model_type", "rope_theta", "rope_scaling"):
         del values[key]

@@ -37,15 +37,14 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     Raises:
         InputError: the folder exists, or the tokenizer does not fit the model.
     """
-    from safetensors.torch import save_file
-
+    library = weights_library()
     if folder.exists():
         raise InputError(f"--out {folder} exists already; name a new folder, or remove it first")
     state = model.state_dict()
     names = hf_names(model.config)
     tensors = {names[name]: value.contiguous() for name, value in state.items()}
     with _appearing_whole(folder) as unfinished:
-        save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        library.torch.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
         write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
         # safetensors writes for its owner's eyes only; everything else follows the umask.
@@ -94,6 +93,18 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
     return state
 
 
+def weights_library() -> Any:
+    """safetensors, which reads and writes the weights; InputError where it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise InputError(
+            "weights in Hugging Face's format need safetensors; "
+            "pip install 'gns-pretrain[huggingface]'"
+        ) from error
+    return safetensors
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE, way_out=WAY_OUT).get("weight_map", {})
@@ -102,13 +113,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
+    library = weights_library()
     try:
-        with safe_open(path, framework="pt") as file:
+        with library.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, library.SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
 
 

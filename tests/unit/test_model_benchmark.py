@@ -1,5 +1,9 @@
+import sys
+
+import pytest
 import torch
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.model.benchmark import compare_with_transformers, flops_per_token
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 
@@ -30,3 +34,11 @@ def test_both_models_compute_the_same_loss_and_are_timed():
         assert low <= row["ratio"] <= high
         assert row["tokens_per_second"] > 0
         assert row["flops_share"] is None
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[huggingface\]'"):
+        compare_with_transformers(
+            config(), batch_size=2, sequence_length=8, pairs=3, device=torch.device("cpu")
+        )

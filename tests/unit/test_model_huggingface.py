@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -174,3 +175,16 @@ def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(tmp_path):
     with pytest.raises(InputError, match=r"98 tokens.*model\.vocab_size=97"):
         export_hf_folder(random_model(), tmp_path / "out", ExportedText(64, path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+    export_hf_folder(random_model(), tmp_path / "there", TEXT)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for refused in (
+        lambda: export_hf_folder(random_model(), tmp_path / "new", TEXT),
+        lambda: load_hf_folder(tmp_path / "there"),
+    ):
+        with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[huggingface\]'"):
+            refused()
+    assert not (tmp_path / "new").exists()
