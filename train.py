@@ -6,12 +6,12 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from gns_pretrain.composition import settings_from
-from gns_pretrain.composition_errors import as_input_error
-from gns_pretrain.config import register_schemas
+from gns_pretrain.config.compose import settings_from
+from gns_pretrain.config.hydra_errors import as_input_error
+from gns_pretrain.config.schema import register_schemas
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.launch import launch, say
-from gns_pretrain.outcomes import failure_of_sweep
+from gns_pretrain.launch.sweep import failure_of_sweep
+from gns_pretrain.launch.train import launch, say
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

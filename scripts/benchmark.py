@@ -14,7 +14,7 @@ python scripts/benchmark.py all --json FILE            everything; --quick: brie
 
 import sys
 
-from gns_pretrain.benchmark.commands import main
+from benchmarks.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], about=__doc__))

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.search import searches
-from gns_pretrain.results.search_report import FORMATS
-from gns_pretrain.results.tables.sources import runs_of_folders
+from gns_pretrain.results.search import FORMATS, searches
+from gns_pretrain.results.tables.selection import runs_of_folders
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.picture import draw_runs
-from gns_pretrain.results.runs import RunRecord
+from gns_pretrain.results.figures import draw_runs
+from gns_pretrain.runs.directory import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gns_pretrain.composition import read_yaml
+from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
 from gns_pretrain.data.shards import (
@@ -24,8 +24,8 @@ from gns_pretrain.data.shards import (
 )
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.model.hf_config import ExportedText
-from gns_pretrain.run_directory import CONFIG, read_provenance
+from gns_pretrain.model.huggingface import ExportedText
+from gns_pretrain.runs.directory import CONFIG, read_provenance
 
 
 def main() -> int:
@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gns_pretrain.distributed.checkpoint import load_model
     from gns_pretrain.model.huggingface import export_hf_folder
+    from gns_pretrain.training.checkpoint import load_model
 
     model = load_model(arguments.checkpoint)
     text = _text_of_run(arguments, model.config)

@@ -16,9 +16,9 @@ import sys
 from rich.console import Console
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.tables.command import TableRequest, make_table
 from gns_pretrain.results.tables.layouts import LAYOUTS
 from gns_pretrain.results.tables.rendering import FORMATS
+from gns_pretrain.results.tables.table import TableRequest, make_table
 
 
 def main() -> int:

@@ -19,9 +19,8 @@ from rich.table import Table
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.measure_noise import Report, measure
-from gns_pretrain.measurement_request import MeasurementRequest
-from gns_pretrain.noise_scale.measurement import ESTIMATES
+from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
+from gns_pretrain.noise_scale.geometries import ESTIMATES
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS
 
 

@@ -18,8 +18,7 @@ from rich.console import Console
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.curves import AXES, Noise, grouped, read_curves
-from gns_pretrain.results.figures import draw
-from gns_pretrain.results.panels import PANELS
+from gns_pretrain.results.figures import PANELS, draw
 
 
 def main() -> int:

@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from gns_pretrain.data.preparation_settings import PrepareSettings
-from gns_pretrain.data.prepare import prepare
+from gns_pretrain.data.prepare.prepare import prepare
+from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.errors import InputError, TrainingError
 
 

@@ -18,8 +18,8 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.status import as_dicts, status_view, statuses
-from gns_pretrain.slurm import job_states
+from gns_pretrain.launch.status import as_dicts, status_view, statuses
+from gns_pretrain.system.slurm import job_states
 
 WIDTH = 160  # of a table that is not shown on a terminal
 

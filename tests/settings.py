@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.config import Config, LaunchSettings
+from gns_pretrain.config.schema import Config, LaunchSettings
 from gns_pretrain.data.settings import DataSettings
-from gns_pretrain.distributed.checkpoint import CheckpointSettings
-from gns_pretrain.evaluate import EvaluationSettings
-from gns_pretrain.metrics.settings import MetricsSettings
 from gns_pretrain.model.llama import LlamaConfig
 from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.checkpoint import CheckpointSettings
+from gns_pretrain.training.evaluate import EvaluationSettings
 
 VOCABULARY = 61
 SEQUENCE_LENGTH = 16

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
 from gns_pretrain.batch_size.policies import Policy, Position, make_policy
-from gns_pretrain.batch_size.policy_settings import PolicySettings
-from gns_pretrain.noise_scale.measurement import Measurement
+from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import (
     Averages,
     SmoothedNoiseScale,

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from gns_pretrain.cores import available_cores
-from gns_pretrain.data.corpus import is_held_out
 from gns_pretrain.data.docstrings import PACKAGES, extract, source_files
+from gns_pretrain.data.prepare.corpus import is_held_out
 from gns_pretrain.data.shards import META_FILE, CorpusMeta, token_dtype, write_meta, write_shard
 from gns_pretrain.data.tokenization import (
     BOS_NAMES,
@@ -33,7 +32,8 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
-from gns_pretrain.files import folder_lock, sha256_of, write_bytes
+from gns_pretrain.system.files import folder_lock, sha256_of, write_bytes
+from gns_pretrain.system.processes import available_cores
 
 FORMAT = 1  # raise it when the code below makes other tokens from the same packages
 MAX_BYTES = 16_000_000  # of text

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gns_pretrain.data.embedded import ensure_embedded
-from gns_pretrain.data.shards import META_FILE, read_meta
-from gns_pretrain.data.tokens import TokenSplit
+from gns_pretrain.data.shards import META_FILE, TokenSplit, read_meta
 from gns_pretrain.errors import InputError
 
 EMBEDDED = "embedded"

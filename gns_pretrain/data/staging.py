@@ -20,7 +20,7 @@ from typing import BinaryIO
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
 from gns_pretrain.data.shards import META_FILE, CorpusMeta, read_meta
 from gns_pretrain.errors import InputError
-from gns_pretrain.files import (
+from gns_pretrain.system.files import (
     folder_lock,
     make_folder,
     remove_temporaries,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.noise_scale.measurement import ESTIMATES, check_estimate
+from gns_pretrain.noise_scale.geometries import ESTIMATES, check_estimate
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices")

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.measurement import Measurement, noise_scale
+from gns_pretrain.noise_scale.geometries import Measurement, noise_scale
 
 
 @dataclass

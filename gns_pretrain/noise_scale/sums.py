@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.noise_scale.cross_fitted import (
+from gns_pretrain.noise_scale.geometries import (
+    coordinate_variance,
     euclidean_cross_totals,
+    euclidean_signal_total,
     half_means,
     manhattan_cross_total,
-    nuclear_cross_totals,
-)
-from gns_pretrain.noise_scale.estimators import (
-    coordinate_variance,
-    euclidean_signal_total,
     manhattan_noise_total,
     manhattan_signal_total,
+    nuclear_cross_totals,
     nuclear_totals,
 )
 

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.optim.adamw import AdamWPart
-from gns_pretrain.optim.composite import with_adamw
-from gns_pretrain.optim.groups import block_matrices, decay_groups
-from gns_pretrain.optim.rule import Group
-from gns_pretrain.optim.settings import OptimizerSettings, check_choice
+from gns_pretrain.optim.adamw import AdamWPart, with_adamw
+from gns_pretrain.optim.base import (
+    Group,
+    OptimizerSettings,
+    block_matrices,
+    check_choice,
+    decay_groups,
+)
 
 PARAMETERS = ("all", "block_matrices")
 

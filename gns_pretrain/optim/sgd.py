@@ -5,11 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.distributed.collectives import joint_norm
-from gns_pretrain.distributed.shard_layout import local_parts
-from gns_pretrain.optim.groups import decay_groups
-from gns_pretrain.optim.rule import Group, Rule, descend, gradients_of, summed_momentum
-from gns_pretrain.optim.settings import OptimizerSettings, check_averages, check_nesterov
+from gns_pretrain.optim.base import (
+    Group,
+    OptimizerSettings,
+    Rule,
+    check_averages,
+    check_nesterov,
+    decay_groups,
+    descend,
+    gradients_of,
+    summed_momentum,
+)
+from gns_pretrain.parallel.collectives import joint_norm
+from gns_pretrain.parallel.shard_layout import local_parts
 
 
 @dataclass

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.distributed.shard_layout import local_parts
-from gns_pretrain.optim.groups import decay_groups
-from gns_pretrain.optim.rule import Group, Rule, gradients_of
-from gns_pretrain.optim.settings import OptimizerSettings, check_averages, check_choice
+from gns_pretrain.optim.base import (
+    Group,
+    OptimizerSettings,
+    Rule,
+    check_averages,
+    check_choice,
+    decay_groups,
+    gradients_of,
+)
+from gns_pretrain.parallel.shard_layout import local_parts
 
 COMPILE = ("auto", "always", "never")
 

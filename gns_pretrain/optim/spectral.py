@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.distributed.matrix_work import MatrixWork, replica_group
-from gns_pretrain.distributed.shard_layout import local_parts
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
-from gns_pretrain.optim.adamw import AdamWPart
-from gns_pretrain.optim.composite import Composite, with_adamw
-from gns_pretrain.optim.groups import block_matrices
-from gns_pretrain.optim.rule import Group, Rule, descend, gradients_of, summed_momentum
-from gns_pretrain.optim.settings import (
+from gns_pretrain.optim.adamw import AdamWPart, Composite, with_adamw
+from gns_pretrain.optim.base import (
+    Group,
     OptimizerSettings,
+    Rule,
+    block_matrices,
     check_averages,
     check_choice,
     check_nesterov,
+    descend,
+    gradients_of,
+    summed_momentum,
 )
+from gns_pretrain.parallel.matrix_work import MatrixWork, replica_group
+from gns_pretrain.parallel.shard_layout import local_parts
 
 MATRIX_SIGNS = ("newton_schulz", "exact")
 COEFFICIENTS = ("muon", "polar_express")
@@ -154,3 +157,35 @@ def build_spectral(model: nn.Module, settings: SpectralSettings) -> Composite:
         settings.adamw,
         decay_matrices_only=settings.decay_matrices_only,
     )
+
+
+# Muon: the orthogonalised Nesterov momentum of each block matrix, AdamW for the rest.
+
+
+@dataclass
+class MuonSettings(SpectralSettings):
+    """Settings of Muon as the paper runs it (arXiv:2602.03001, Section 2.1)."""
+
+    name: str = "muon"
+    momentum: float = 0.95  # the paper searches 0.7 to 0.999
+    nesterov: bool = True
+
+
+def build_muon(model: nn.Module, settings: MuonSettings) -> Composite:
+    """Muon for a model that is already laid over ranks."""
+    return build_spectral(model, settings)
+
+
+# Stochastic spectral descent: Muon without momentum, the nuclear geometry's own step.
+
+
+@dataclass
+class SpecSGDSettings(SpectralSettings):
+    """Settings of specSGD (arXiv:2602.03001, Section 2.1): no momentum."""
+
+    name: str = "specsgd"
+
+
+def build_specsgd(model: nn.Module, settings: SpecSGDSettings) -> Composite:
+    """specSGD for a model that is already laid over ranks."""
+    return build_spectral(model, settings)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.metrics.jsonl import read_records
-from gns_pretrain.noise_scale.measurement import Measurement
+from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.tracking.jsonl import read_records
 
 # Names of one quantity, ours first, then those of the published runs.
 STEP = ("trainer/step", "_step", "Step")

@@ -11,15 +11,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
-from gns_pretrain.composition import settings_from
-from gns_pretrain.config import Config
+from gns_pretrain.config.compose import settings_from
+from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.launch import checked
-from gns_pretrain.outcomes import Outcome, note_failures, print_outcomes
-from gns_pretrain.place import place_from
-from gns_pretrain.stop import EXIT_STOPPED
-from gns_pretrain.sweep import plan_jobs
-from gns_pretrain.sweep_processes import run_jobs
+from gns_pretrain.launch.ranks import place_from
+from gns_pretrain.launch.sweep import Outcome, note_failures, plan_jobs, print_outcomes
+from gns_pretrain.launch.sweep_processes import run_jobs
+from gns_pretrain.launch.train import checked
+from gns_pretrain.system.processes import EXIT_STOPPED
 
 Composable = tuple[Sequence[str], Callable[[], Config]]
 

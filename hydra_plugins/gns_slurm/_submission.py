@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 
-from gns_pretrain.config import register_schemas
+from gns_pretrain.config.schema import register_schemas
 from gns_pretrain.errors import InputError
-from gns_pretrain.slurm import JOB_FOLDER
-from gns_pretrain.sweep import Job
+from gns_pretrain.launch.sweep import Job
+from gns_pretrain.system.slurm import JOB_FOLDER
 
 try:
     import submitit
@@ -102,7 +102,7 @@ def sbatch_settings(launcher: "SlurmSweepLauncher", folder: Path) -> dict[str, A
         ],
         "teardown": [
             "code=$?",
-            f'{python} -m gns_pretrain.requeue "$code" --at-most {at_most}',
+            f'{python} -m gns_pretrain.launch.requeue "$code" --at-most {at_most}',
             'exit "$code"',
         ],
         **launcher.sbatch,

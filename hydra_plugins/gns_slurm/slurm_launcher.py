@@ -14,13 +14,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from gns_pretrain.distributed.mesh import Place
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.launch import checked
-from gns_pretrain.outcomes import Outcome, note_failures, print_outcomes
-from gns_pretrain.slurm import job_states
-from gns_pretrain.submissions import Submission, note_submissions, queued, wait_until_ended
-from gns_pretrain.sweep import Job, plan_jobs, settle
+from gns_pretrain.launch.status import Submission, note_submissions, queued, wait_until_ended
+from gns_pretrain.launch.sweep import Job, Outcome, note_failures, plan_jobs, print_outcomes, settle
+from gns_pretrain.launch.train import checked
+from gns_pretrain.parallel.mesh import Place
+from gns_pretrain.system.slurm import job_states
 from hydra_plugins.gns_local.local_launcher import LocalLauncher
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gns_pretrain.distributed.mesh import Place
+from gns_pretrain.parallel.mesh import Place
 
 # A fork of a server that has imported torch once costs a fraction of a second; a spawn costs four.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "gns_pretrain.launch"])
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "gns_pretrain.launch.train"])
 PATIENCE_SECONDS = 240
 
 

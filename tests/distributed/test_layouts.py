@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain.distributed.mesh import ParallelSettings, Place
-from gns_pretrain.launch import launch, run_rank
-from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.launch.train import launch, run_rank
+from gns_pretrain.parallel.mesh import ParallelSettings, Place
+from gns_pretrain.tracking.jsonl import read_records
 from tests.distributed.harness import run_ranks
 from tests.settings import small_run, without_times
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from gns_pretrain.distributed.matrix_exchange import MatrixExchange, balanced_owners
-from gns_pretrain.distributed.mesh import ParallelSettings, Place, joined
-from gns_pretrain.distributed.shard_layout import ShardLayout
+from gns_pretrain.parallel.matrix_work import MatrixExchange, balanced_owners
+from gns_pretrain.parallel.mesh import ParallelSettings, Place, joined
+from gns_pretrain.parallel.shard_layout import ShardLayout
 from tests.distributed.harness import run_ranks
 
 # Fewer rows than ranks, rows that no rank count divides, a single row.

@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.distributed.mesh import ParallelSettings, Place, World, joined
-from gns_pretrain.distributed.noise_meter import NoiseMeter
-from gns_pretrain.distributed.shard_layout import local_parts
-from gns_pretrain.distributed.sharding import parallelize, unwrapped
-from gns_pretrain.distributed.tap_sums import sample_sums
-from gns_pretrain.distributed.tapped_weights import unsharded_weights
 from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
+from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.step import StepResult, accumulate_gradients, train_step
+from gns_pretrain.noise_scale.tap import sample_sums, unsharded_weights
+from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
+from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.sharding import parallelize, unwrapped
+from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
 

@@ -9,22 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: TID251
-from torch.distributed.tensor.debug import CommDebugMode  # noqa: TID251
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
-from gns_pretrain.build import OPTIMIZERS
-from gns_pretrain.distributed.checkpoint import Checkpoints
-from gns_pretrain.distributed.mesh import ParallelSettings, Place, World, joined
-from gns_pretrain.distributed.sharding import parallelize, unwrapped
+from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings
+from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.custom import CustomSettings
-from gns_pretrain.optim.muon import MuonSettings
-from gns_pretrain.optim.settings import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
-from gns_pretrain.optim.specsgd import SpecSGDSettings
-from gns_pretrain.state import TrainState
+from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
+from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
+from gns_pretrain.parallel.sharding import parallelize, unwrapped
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.state import TrainState
 from tests.distributed.harness import run_ranks
 from tests.settings import odd_model
 

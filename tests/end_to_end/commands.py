@@ -11,7 +11,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain import launch, loop
+from gns_pretrain.launch import train as launch
+from gns_pretrain.training import loop
 from tests.distributed.harness import CONTEXT
 from tests.settings import SEQUENCE_LENGTH
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain import loop
 from gns_pretrain.batch_size.controller import Controller
-from gns_pretrain.metrics.jsonl import read_records
-from gns_pretrain.metrics.lines import BatchSizeLine
-from gns_pretrain.metrics.record import Record
 from gns_pretrain.results.replay import main as replay
+from gns_pretrain.tracking.jsonl import BatchSizeLine, read_records
+from gns_pretrain.tracking.record import Record
+from gns_pretrain.training import loop
 from tests.end_to_end import commands
 from tests.settings import SEQUENCE_LENGTH, without_times
 

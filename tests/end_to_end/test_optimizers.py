@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from gns_pretrain import loop
-from gns_pretrain.distributed.mesh import ParallelSettings, Place
-from gns_pretrain.launch import run_rank
-from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.launch.train import run_rank
 from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings
-from gns_pretrain.optim.muon import MuonSettings
-from gns_pretrain.optim.settings import OptimizerSettings
+from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.signum import SignumSettings
-from gns_pretrain.optim.specsgd import SpecSGDSettings
-from gns_pretrain.optim.spectral import SpectralSettings
+from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings, SpectralSettings
+from gns_pretrain.parallel.mesh import ParallelSettings, Place
+from gns_pretrain.tracking.jsonl import read_records
+from gns_pretrain.training import loop
 from tests.distributed.harness import run_ranks
 from tests.end_to_end import commands
 from tests.settings import small_run, without_times

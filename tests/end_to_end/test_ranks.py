@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gns_pretrain import launch
-from gns_pretrain.data.order import SequenceOrder
-from gns_pretrain.data.tokens import TokenSplit
-from gns_pretrain.distributed import checkpoint, local_ranks
-from gns_pretrain.starts import read_starts
+from gns_pretrain.data.batches import SequenceOrder
+from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.launch import ranks as local_ranks
+from gns_pretrain.launch import train as launch
+from gns_pretrain.runs.history import read_starts
+from gns_pretrain.training import checkpoint
 from tests.end_to_end import commands
 from tests.settings import SEQUENCE_LENGTH, VOCABULARY
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain import loop
-from gns_pretrain.distributed import checkpoint
-from gns_pretrain.metrics.jsonl import read_records
-from gns_pretrain.run_directory import is_finished
-from gns_pretrain.starts import read_starts
+from gns_pretrain.runs.directory import is_finished
+from gns_pretrain.runs.history import read_starts
+from gns_pretrain.tracking.jsonl import read_records
+from gns_pretrain.training import checkpoint, loop
 from tests.end_to_end import commands
 from tests.settings import without_times
 

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from gns_pretrain.metrics.jsonl import read_records
+from gns_pretrain.tracking.jsonl import read_records
 from tests.end_to_end.commands import ROOT, arguments
 from tests.settings import without_times
 from tests.slurm.cluster import Cluster

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain.metrics.jsonl import read_records
-from gns_pretrain.results.status import statuses
-from gns_pretrain.run_directory import is_finished
-from gns_pretrain.slurm import job_states
-from gns_pretrain.starts import read_starts
-from gns_pretrain.submissions import read_submissions
+from gns_pretrain.launch.status import read_submissions, statuses
+from gns_pretrain.runs.directory import is_finished
+from gns_pretrain.runs.history import read_starts
+from gns_pretrain.system.slurm import job_states
+from gns_pretrain.tracking.jsonl import read_records
 from tests.end_to_end import commands
 from tests.slurm import jobs
 

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from gns_pretrain.results.tables.layout import Kind
-from gns_pretrain.results.tables.statistics import Statistic
+from gns_pretrain.results.tables.layouts import Kind, Statistic
 from gns_pretrain.results.tables.table import FilledEntry, FilledTable
 
 NO_RUN, NEVER, MARK = "no run", "-", "*"

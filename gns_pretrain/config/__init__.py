@@ -1,0 +1,1 @@
+"""Settings: the schema, its checks, what Hydra composes and how its errors read."""

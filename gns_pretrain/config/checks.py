@@ -1,0 +1,105 @@
+"""Rules between settings of different groups, ranks and data, checked before anything starts."""
+
+import torch
+
+from gns_pretrain.batch_size.feasible import FeasibleSizes
+from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.config.schema import Config
+from gns_pretrain.errors import InputError
+from gns_pretrain.parallel.mesh import shard_group_size
+
+
+def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
+    """Rules between settings and ranks; reads no file.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    kind = config.parallel.resolved_kind(num_ranks)
+    if kind == "single" and num_ranks > 1:
+        raise InputError(
+            f"parallel.kind=single is one process, but {num_ranks} were asked for; "
+            "use parallel=fsdp, ddp or hsdp, or launch.nproc_per_node=1"
+        )
+    if kind == "hsdp":
+        shard_group_size(config.parallel, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    if config.launch.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=cpu")
+    step_tokens = config.batch_size.initial * config.data.sequence_length
+    if config.token_budget < step_tokens:
+        raise InputError(
+            f"token_budget={config.token_budget} is less than one step's {step_tokens} tokens "
+            f"(batch_size.initial={config.batch_size.initial} x data.sequence_length="
+            f"{config.data.sequence_length}); raise it, or make the batch smaller"
+        )
+
+
+def feasible_sizes(config: Config, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
+    """The batch sizes that these ranks can take under one of the run's policies.
+
+    Raises:
+        InputError: the largest micro-batch is below the smallest.
+    """
+    noise_scale = config.noise_scale
+    return config.batch_size.sizes_for(
+        policy,
+        num_ranks=num_ranks,
+        micro_batch_size=config.micro_batch_size,
+        min_samples=noise_scale.min_samples if noise_scale.geometries else 1,
+    )
+
+
+def policies(config: Config) -> list[tuple[str, PolicySettings]]:
+    """The policy that is followed and the shadows, each after the prefix of its settings."""
+    shadows = enumerate(config.batch_size.shadows)
+    return [
+        ("batch_size", config.batch_size),
+        *((f"batch_size.shadows[{number}]", shadow) for number, shadow in shadows),
+    ]
+
+
+def check_batch_size(config: Config, *, num_ranks: int) -> None:
+    """Rules between the batch size's policies, the ranks and what is measured.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    measured = config.noise_scale
+    for prefix, policy in policies(config):
+        if policy.reads is not None:
+            geometry, estimate = policy.reads
+            for name, value, all_measured in (
+                ("geometries", geometry, measured.geometries),
+                ("estimates", estimate, measured.estimates),
+            ):
+                if value not in all_measured:
+                    raise InputError(
+                        f"{prefix}.policy={policy.policy} reads the {geometry} {estimate} noise "
+                        f"scale, but noise_scale.{name}=[{','.join(all_measured)}] does not "
+                        f"measure it; use noise_scale.{name}=[{','.join([*all_measured, value])}]"
+                    )
+        sizes = feasible_sizes(config, policy, num_ranks=num_ranks)
+        sizes.require(config.batch_size.initial, "batch_size.initial")
+        for name, size in policy.whole_sizes:
+            sizes.require(size, f"{prefix}.{name}")
+
+
+def check_data(config: Config, *, data_vocab_size: int, validation_sequences: int) -> None:
+    """Rules between settings and the data that is there.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < data_vocab_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size} is smaller than the {data_vocab_size} token ids of "
+            f"data.path={config.data.path}; use model.vocab_size={data_vocab_size} or null"
+        )
+    if config.evaluation.num_sequences > validation_sequences:
+        raise InputError(
+            f"evaluation.num_sequences={config.evaluation.num_sequences} is more than the "
+            f"{validation_sequences} validation sequences of data.sequence_length="
+            f"{config.data.sequence_length} in data.path={config.data.path}; use at most "
+            f"{validation_sequences}"
+        )

@@ -1,0 +1,89 @@
+"""Between what Hydra composed or a YAML file holds, and plain settings."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from gns_pretrain.config.schema import Config
+from gns_pretrain.errors import InputError
+from gns_pretrain.runs.directory import flattened
+
+
+def settings_from(node: DictConfig) -> Config:
+    """Plain dataclasses out of what Hydra composed; each checks itself as it is made.
+
+    Raises:
+        InputError: a setting breaks a rule or is still missing.
+    """
+    # Unresolved: what a setting is taken from can then be named.
+    values = flattened(cast(dict[str, Any], OmegaConf.to_container(node)))
+    missing = {key for key, value in values.items() if value == "???"}
+    for key, value in values.items():
+        source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))
+        if source and source[1] in missing:
+            raise InputError(missing_of_scale(source[1], values["scale.name"]))
+        if key in missing and not key.startswith("scale."):
+            raise InputError(f"{key} has no value; give it one, as in: {key}=...")
+    for key in missing:  # of the scale: no role of this run reads it
+        OmegaConf.update(node, key, None)
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    refuse_additions(config)
+    return config
+
+
+def missing_of_scale(number: str, scale: str) -> str:
+    """What to do about a number that an experiment needs and its scale does not have."""
+    optimizer = re.fullmatch(r"scale\.(\w+)\.\w+", number)
+    if scale == "none":
+        way_out = "choose a scale that has it, as in: scale=demo"
+    elif optimizer:
+        way_out = (
+            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
+            f"scripts/best_of_search.py tells what it found; then give {number}=..., or write it "
+            f"into conf/scale/{scale}.yaml"
+        )
+    else:
+        way_out = f"give it one, as in: {number}=..."
+    return f"{number} has no value at scale={scale}; {way_out}"
+
+
+def refuse_additions(settings: Any, prefix: str = "") -> None:
+    """Refuse what `+name=value` put beside a schema's own fields: nothing would read it."""
+    known = {field.name for field in dataclasses.fields(settings)}
+    for name, value in vars(settings).items():
+        if name not in known:
+            raise InputError(f"{prefix}{name}: there is no such setting; leave it out")
+        if dataclasses.is_dataclass(value):
+            refuse_additions(value, f"{prefix}{name}.")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Nested plain values of a YAML file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(values, dict), "no settings in it"
+    except (YAMLError, ValueError, OSError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} is damaged ({reason}); restore it, or use another run_name"
+        ) from error
+    return {str(key): value for key, value in values.items()}

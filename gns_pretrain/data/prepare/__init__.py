@@ -1,0 +1,1 @@
+"""Behind scripts/prepare_data.py: text to token shards."""

@@ -1,0 +1,1 @@
+"""From a command to the ranks that train: build, start, report failures, requeue, sweep."""

@@ -1,0 +1,142 @@
+"""The few values that ranks agree on outside the gradient's own path. One process needs none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gns_pretrain.parallel.mesh import World
+
+
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Mean of each entry over ranks; any shape, the same on every rank; in place."""
+    if world.num_ranks > 1:
+        dist.all_reduce(values)
+        values /= world.num_ranks
+    return values
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Sum of each entry over ranks; any shape; in place."""
+    if world.num_ranks > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether any rank raised its flag. Goes over the host, so the device is not waited for."""
+    if world.num_ranks == 1:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def from_main(value: Any, world: World) -> Any:
+    """The main rank's value, on every rank."""
+    if world.num_ranks == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gathered(value: Any, world: World) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world.num_ranks == 1:
+        return [value]
+    values: list[Any] = [None] * world.num_ranks
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    any_rank(False, world)
+
+
+def reduce_scatter(
+    buffer: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.Work | None]:
+    """Sum a buffer over a group and keep this rank's row; runs beside what follows.
+
+    Args:
+        buffer: [ranks of the group, width]; must live until the work is done.
+        group: None where one rank has all.
+
+    Returns:
+        The row, [width], valid once the work is waited for; and the work, None if there is none.
+    """
+    if group is None:
+        return buffer[0], None
+    row = torch.empty_like(buffer[0])
+    # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return row, scatter(row, buffer.flatten(), group=group, async_op=True)
+
+
+def start_all_gather(
+    part: Tensor, group: dist.ProcessGroup | None, num_ranks: int
+) -> Callable[[], Tensor]:
+    """Every rank's part, beside other work.
+
+    Args:
+        part: the same shape on every rank.
+        group: None where there is one rank.
+        num_ranks: of the group.
+
+    Returns:
+        To be called for the parts when they are needed: [ranks, *part.shape], in their order.
+    """
+    if group is None:
+        return lambda: part[None]
+    parts = part.new_empty(num_ranks * part.numel())
+    # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(parts, part.flatten(), group=group, async_op=True)
+
+    def arrived(part: Tensor = part) -> Tensor:  # holds the buffer until it has left
+        work.wait()
+        return parts.view(num_ranks, *part.shape)
+
+    return arrived
+
+
+def reduce_to(owner: int, tensor: Tensor, world: World) -> dist.Work | None:
+    """Sum a tensor over all ranks onto one, in place; elsewhere its content is lost."""
+    if world.num_ranks == 1:
+        return None
+    return dist.reduce(tensor, dst=owner, async_op=True)
+
+
+def clip_gradient_norm(parameters: list[torch.nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients so that their joint Euclidean norm is at most `max_norm`.
+
+    Args:
+        parameters: of any layout; those without a gradient do not count.
+        max_norm: None measures the norm and scales nothing.
+
+    Returns:
+        The norm before clipping, a 0-dim float32 tensor, the same on every rank.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = joint_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def joint_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all coordinates of whole tensors, sharded or not; the same everywhere.
+
+    A 0-dim float32 tensor.
+    """
+    # A CPU adds up in the order of memory: of 16 M coordinates float32 loses 2e-4, and each layout
+    # another share. GPUs add in trees.
+    dtype = torch.float64 if all(t.device.type == "cpu" for t in tensors) else torch.float32
+    norms = torch._foreach_norm(tensors, 2.0, dtype=dtype) if tensors else [torch.zeros(())]
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

@@ -1,0 +1,1 @@
+"""Files, processes and SLURM's environment; knows nothing of training."""

@@ -1,0 +1,205 @@
+"""The console: a progress bar on a terminal, one line an interval elsewhere. Nobody parses it."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich import console as rich_console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from gns_pretrain.tracking.settings import MetricsSettings
+
+_REFRESHES_PER_SECOND = 4  # enough for the eye; the bar shares the cores with training
+
+
+class ConsoleView:
+    """Progress bar or lines for training; lines for validation and for the batch size.
+
+    Args:
+        settings: `progress` chooses between bar and lines, `log_every` spaces the lines.
+        token_budget: Tokens at which the run ends.
+        run_directory: Named in the closing table.
+        console: Where to print; None is standard output.
+    """
+
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        *,
+        token_budget: int,
+        run_directory: Path,
+        console: rich_console.Console | None = None,
+    ) -> None:
+        always = settings.progress == "always"
+        self._console = console or rich_console.Console(
+            force_terminal=True if always else None, force_interactive=True if always else None
+        )
+        # rich alone takes FORCE_COLOR, which build servers set, for a terminal.
+        on_terminal = self._console.is_interactive and self._console.file.isatty()
+        self._shows_bar = always or (settings.progress == "auto" and on_terminal)
+        self._log_every = settings.log_every
+        self._token_budget = token_budget
+        self._run_directory = run_directory
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._bar_began = (0.0, 0)  # seconds of a monotonic clock, tokens
+        self._has_logged = False
+        self._noise_scales: dict[str, float | None] = {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Show a record; a noise scale is shown with the next training line, a shadow not."""
+        if record["kind"] == "train":
+            self._show_training(record)
+        elif record["kind"] == "noise":
+            name = f"{record['geometry']} {record['estimate']}"
+            self._noise_scales[name] = record["noise_scale_ema"]
+        elif record["kind"] == "validation":
+            self.message(self._validation_line(record))
+        elif record["kind"] == "batch_size":
+            self.message(batch_size_line(record))
+
+    def message(self, text: str) -> None:
+        """Print one line above the bar, as it is: no markup, no wrapping."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """End the bar and print the closing table."""
+        self.close()
+        for line in closing_table(summary, self._run_directory):
+            self.message(line)
+
+    def close(self) -> None:
+        """End the bar, so that the terminal is usable again; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_training(self, record: dict[str, Any]) -> None:
+        parts = self._training_parts(record)
+        if self._shows_bar:
+            self._advance_bar(record["tokens"], "  ".join(parts[1:]).removeprefix("tokens "))
+        elif not self._has_logged or record["step"] % self._log_every == 0:
+            self.message(" | ".join(parts))
+            self._has_logged = True
+
+    def _advance_bar(self, tokens: int, status: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+                refresh_per_second=_REFRESHES_PER_SECOND,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=self._token_budget, status="")
+            # Tokens before this point may be those of a run that was resumed: they took no time.
+            self._bar_began = (time.monotonic(), tokens)
+            self._bar.start()
+        began, tokens_then = self._bar_began
+        left = time_left(
+            self._token_budget - tokens,
+            tokens_done=tokens - tokens_then,
+            seconds=time.monotonic() - began,
+        )
+        self._bar.update(self._task, completed=tokens, status=f"{status}  {left}")
+
+    def _training_parts(self, record: dict[str, Any]) -> list[str]:
+        noise_scale = [f"noise scale {self._noise_scale_text()}"] if self._noise_scales else []
+        return [
+            f"step {record['step']:,}",
+            f"tokens {self._tokens_text(record['tokens'])}",
+            f"loss {record['loss']:.3f}",
+            f"lr {record['lr']:.1e}",
+            f"batch {record['batch_size']:,}",
+            *noise_scale,
+            f"{short_number(record['tokens_per_second'])} tok/s",
+        ]
+
+    def _validation_line(self, record: dict[str, Any]) -> str:
+        tokens = self._tokens_text(record["tokens"])
+        return (
+            f"step {record['step']:,} | tokens {tokens} | validation loss {_loss(record['loss'])}"
+        )
+
+    def _tokens_text(self, tokens: int) -> str:
+        percent = 100 * tokens / self._token_budget
+        return f"{short_number(tokens)}/{short_number(self._token_budget)} ({percent:.1f}%)"
+
+    def _noise_scale_text(self) -> str:
+        texts = {
+            name: "undefined" if value is None else f"{value:.1f}"
+            for name, value in self._noise_scales.items()
+        }
+        if len(texts) == 1:
+            return next(iter(texts.values()))
+        return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def batch_size_line(record: dict[str, Any]) -> str:
+    """A change of the batch size with what it was decided on."""
+    target = "" if record["target"] is None else f": target {record['target']:.1f}"
+    why = f", {record['why']}" if record.get("why") else ""
+    return (
+        f"batch size {record['from']:,} -> {record['to']:,} at step {record['step']:,}"
+        f"{target}{why}; lr x{record['lr_multiplier']:.3f}"
+    )
+
+
+def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:
+    """What a run came to, and where its record is; one line each."""
+    speed = summary["tokens_per_second"]
+    rows = {
+        "validation loss": _validation_text(summary),
+        "speed": "no steps" if speed is None else f"{short_number(speed)} tok/s (median step)",
+        "run record": str(run_directory / "metrics.jsonl"),
+        "summary": str(run_directory / "summary.json"),
+    }
+    head = (
+        f"{summary['state']}: {summary['steps']:,} steps, "
+        f"{short_number(summary['tokens'])} tokens, "
+        f"{duration(summary['seconds'])} of training"
+    )
+    return [head, *(f"  {name:<17}{value}" for name, value in rows.items())]
+
+
+def _validation_text(summary: dict[str, Any]) -> str:
+    if summary["validation_loss"] is None:
+        return "not measured"
+    return (
+        f"{_loss(summary['validation_loss'])} (lowest {_loss(summary['minimum_validation_loss'])} "
+        f"at step {summary['minimum_validation_loss_step']:,})"
+    )
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits and a unit: 999, 12.3k, 485M, 3.20B, 1.50T."""
+    units = iter(("", "k", "M", "B", "T"))
+    unit = next(units)
+    while abs(value) >= 999.5 and unit != "T":  # 999.5 would round to four digits
+        value, unit = value / 1000, next(units)
+    # "#" keeps the zeros of 3.20B, and the point of 485M, which goes.
+    digits = f"{value:#.3g}".rstrip(".") if unit else f"{value:.0f}"
+    return digits + unit
+
+
+def time_left(tokens_left: int, *, tokens_done: int, seconds: float) -> str:
+    """Hours:minutes:seconds at the mean speed so far, with everything that took time in it."""
+    if tokens_done <= 0 or seconds <= 0:
+        return "-:--:--"
+    return str(timedelta(seconds=round(max(tokens_left, 0) * seconds / tokens_done)))
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 12.3 s, 2 min 31 s, 5 h 02 min."""
+    if seconds < 59.95:  # from there one digit shows 60.0
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

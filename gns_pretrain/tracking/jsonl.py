@@ -1,0 +1,264 @@
+"""The run record on disk: one JSON object a line, written through, cut back on resume.
+
+A line is whole once its newline is there: what follows the last newline is a torn write.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.system.files import write_bytes
+
+# The lines of metrics.jsonl, a class for each kind: the only place that names their fields.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line; its fields are written in the order in which they stand here."""
+
+    kind: ClassVar[str]
+    step: int  # from 1; 0 before the first
+
+    def as_record(self) -> dict[str, Any]:
+        """The object that is written."""
+        return {"kind": self.kind, **vars(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLine(Line):
+    """One optimizer step."""
+
+    kind = "train"
+    samples: int  # sequences consumed so far
+    tokens: int  # consumed so far
+    loss: float  # mean negative log-likelihood of the step's batch, nats per token
+    lr: float
+    grad_norm: float  # Euclidean, of the whole gradient, before clipping
+    batch_size: int  # sequences over all ranks
+    micro_batch_size: int  # sequences of one micro-batch on one rank
+    accumulation: int  # micro-batches on each rank
+    step_seconds: float  # wall time
+    tokens_per_second: float  # of all ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationLine(Line):
+    """An evaluation after `step` steps."""
+
+    kind = "validation"
+    tokens: int  # consumed so far
+    loss: float  # nats per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLine(Line):
+    """One measurement of the noise scale in one geometry, by one estimate."""
+
+    kind = "noise"
+    geometry: str
+    estimate: str
+    noise: float  # of one sequence's gradient, in the geometry's unit
+    signal: float  # same unit
+    noise_scale: float | None  # their quotient, sequences; None where there is no signal
+    noise_ema: float  # smoothed, as the next
+    signal_ema: float
+    noise_scale_ema: float | None  # the smoothed ones' quotient, sequences
+    num_samples: int  # micro-batches over all ranks
+    seconds: float  # extra wall time of the measurement
+    more: dict[str, Any] = field(default_factory=dict)  # further fields, written after these
+
+    def as_record(self) -> dict[str, Any]:
+        """The object that is written."""
+        record = super().as_record()
+        more = record.pop("more")
+        return record | more
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizeLine(Line):
+    """A decision of the batch-size policy; `step` is the first of the new size."""
+
+    kind = "batch_size"
+    previous: int  # sequences; written as "from"
+    new: int  # sequences; written as "to"
+    # Sequences before rounding; None where the ranks alone made another size necessary.
+    target: float | None
+    lr_multiplier: float  # on the scheduled learning rate from here on
+
+    def as_record(self) -> dict[str, Any]:
+        """The object that is written."""
+        names = {"previous": "from", "new": "to"}
+        return {names.get(name, name): value for name, value in super().as_record().items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowLine(BatchSizeLine):
+    """What a policy that is not followed would have decided."""
+
+    kind = "shadow"
+    policy: str
+
+
+# summary.json: what a finished run comes to, taken from its own record.
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run from all its lines, also those written before it was resumed.
+
+    Args:
+        records: The lines of metrics.jsonl, in order.
+
+    Returns:
+        steps, samples (sequences) and tokens consumed; validation_loss (the last) and
+        minimum_validation_loss (nats per token) with the step and tokens of the first line that
+        has it; tokens_per_second (median over steps: compilation and evaluation do not count);
+        seconds (sum over training steps); batch_size (sequences, the last). None where no line
+        says.
+    """
+    train = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "validation"]
+    last_step = train[-1] if train else {}
+    lowest = min(validation, key=lambda record: record["loss"], default={})
+    return {
+        "steps": last_step.get("step", 0),
+        "samples": last_step.get("samples", 0),
+        "tokens": last_step.get("tokens", 0),
+        "validation_loss": validation[-1]["loss"] if validation else None,
+        "minimum_validation_loss": lowest.get("loss"),
+        "minimum_validation_loss_step": lowest.get("step"),
+        "minimum_validation_loss_tokens": lowest.get("tokens"),
+        "tokens_per_second": median(r["tokens_per_second"] for r in train) if train else None,
+        "seconds": sum(record["step_seconds"] for record in train),
+        "batch_size": last_step.get("batch_size"),
+    }
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json; it is either whole or not there."""
+    write_bytes(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+
+
+TAIL_BYTES = 2**16  # hold many lines
+
+
+class JsonLines:
+    """Appends records to a file; a record that was written survives a kill of this process.
+
+    Every record goes to the operating system at once, whole and in one call. There is no buffer
+    in this process that a kill could lose, and no second process that could interleave a line.
+
+    Args:
+        path: The file; its folder must exist. An existing file is appended to.
+
+    Raises:
+        InputError: The file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor: int | None = os.open(
+                path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+            )
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}); "
+                f"choose another run_name or mend the folder's permissions"
+            ) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record. Floats keep every bit: Python's shortest exact decimal form.
+
+        Raises:
+            TrainingError: The disk is full or gone. A torn line may stay; resuming drops it.
+        """
+        assert self._descriptor is not None, "written to after close()"
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"
+        remaining = memoryview(text.encode())
+        try:
+            # A write may be cut short by a signal or a nearly full disk; the rest follows.
+            while remaining:
+                remaining = remaining[os.write(self._descriptor, remaining) :]
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path}: the line of step {record.get('step')} could not be written "
+                f"({error.strerror}); saved checkpoints are good, mend the disk and start "
+                f"the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, in order, without a torn last line; empty where there is no file.
+
+    Raises:
+        InputError: A whole line is not a JSON object with an integer "step".
+    """
+    return [_parse(path, number, line) for number, line in enumerate(_whole_lines(path), start=1)]
+
+
+def last_record(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The last whole record (of a kind), from the end of a long file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            file.seek(-min(size, TAIL_BYTES), os.SEEK_END)
+            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn
+    except OSError:
+        return {}
+    # The tail begins in the middle of a line.
+    records = (_parse(path, -1, line) for line in reversed(lines[size > TAIL_BYTES :]))
+    return next((record for record in records if kind in (None, record.get("kind"))), {})
+
+
+def truncate_after_step(path: Path, step: int) -> None:
+    """Keep the lines whose "step" is at most `step`, byte for byte; drop a torn last line.
+
+    A resumed run repeats the steps after its checkpoint; their old lines would stand there
+    twice. The new file is written beside and renamed, so that a kill leaves one of the two.
+
+    Args:
+        path: The record; nothing happens where there is none.
+        step: The checkpoint's step; -1 keeps nothing.
+
+    Raises:
+        InputError: A whole line is not a JSON object with an integer "step".
+    """
+    if not path.exists():
+        return
+    kept = b"".join(
+        line
+        for number, line in enumerate(_whole_lines(path), start=1)
+        if _parse(path, number, line)["step"] <= step
+    )
+    if len(kept) != path.stat().st_size:
+        write_bytes(path, kept)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines that end in a newline, with it."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(
+            f"{path}, line {number} is damaged: every line must be a JSON object with a step; "
+            f"restore the file, or start over with resume=never"
+        )
+    return record

@@ -1,0 +1,115 @@
+"""Everything a run tells, in one place: the loop calls Record and formats, times and asks nothing.
+
+metrics.jsonl comes first and is the record; the console, W&B and TensorBoard are views of it.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gns_pretrain.tracking.console import ConsoleView
+from gns_pretrain.tracking.jsonl import (
+    JsonLines,
+    Line,
+    read_records,
+    summarize,
+    truncate_after_step,
+    write_summary,
+)
+from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.tracking.views import MayFail, TensorboardView, View
+from gns_pretrain.tracking.wandb import WandbView
+
+
+class Record:
+    """The record of a run and its views. Only the main process writes; elsewhere all is a no-op.
+
+    Args:
+        run_directory: Holds metrics.jsonl, summary.json and what the views write.
+        settings: Which views, and how often.
+        is_main: Whether this process is the one that writes.
+        resume_step: Step of the checkpoint the run goes on from; 0 starts a run. Lines of later
+            steps are cut from metrics.jsonl: they will be written again.
+        config: The whole configuration, for W&B.
+        token_budget: Tokens at which the run ends.
+        run_id: W&B's name of the run, from its run.json; read on the main process alone.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        settings: MetricsSettings,
+        *,
+        is_main: bool,
+        resume_step: int,
+        config: dict[str, Any],
+        token_budget: int,
+        run_id: str,
+    ) -> None:
+        self._run_directory = run_directory
+        self._path = run_directory / "metrics.jsonl"
+        self._lines: JsonLines | None = None
+        self._console: ConsoleView | None = None
+        self._views: list[View] = []
+        if not is_main:
+            return
+        run_directory.mkdir(parents=True, exist_ok=True)
+        # Without a checkpoint even a validation before the first step comes again.
+        truncate_after_step(self._path, resume_step if resume_step > 0 else -1)
+        self._lines = JsonLines(self._path)
+        self._console = ConsoleView(
+            settings, token_budget=token_budget, run_directory=run_directory
+        )
+        self._views = [self._console]
+        if settings.wandb.enabled:
+            wandb = partial(WandbView, run_directory, settings.wandb, config=config, run_id=run_id)
+            self._views.append(MayFail("W&B", wandb, self.message))
+        if settings.tensorboard:
+            tensorboard = partial(TensorboardView, run_directory, resume_step=resume_step)
+            self._views.append(MayFail("TensorBoard", tensorboard, self.message))
+
+    def write(self, line: Line, **shown: Any) -> None:
+        """Write one line, then show it.
+
+        Args:
+            line: Any number in it that is not finite becomes null, since JSON has no infinity.
+            shown: What the views show beside it and metrics.jsonl leaves out.
+        """
+        if self._lines is None:
+            return
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.as_record().items()
+        }
+        self._lines.write(record)
+        for view in self._views:
+            view.write(record | shown)
+
+    def message(self, text: str) -> None:
+        """Print one line that leaves the progress bar whole."""
+        if self._console is not None:
+            self._console.message(text)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, send it to the views and print the closing table.
+
+        Args:
+            summary: Fields added to what the record says (summary.summarize), or put in place
+                of it.
+        """
+        if self._lines is None:
+            return
+        full = {"state": "finished", **summarize(read_records(self._path)), **summary}
+        write_summary(self._run_directory / "summary.json", full)
+        # The console was opened first and comes last: the run ends with its closing table.
+        for view in reversed(self._views):
+            view.finish(full)
+
+    def close(self) -> None:
+        """End all writing, also after a failure; a second call does nothing."""
+        for view in reversed(self._views):
+            view.close()
+        self._views = []
+        if self._lines is not None:
+            self._lines.close()

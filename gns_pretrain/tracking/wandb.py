@@ -1,0 +1,165 @@
+"""A Weights & Biases view of the run record, and how its runs are read back.
+
+Nothing is kept there that metrics.jsonl lacks.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.tracking.settings import WandbSettings
+from gns_pretrain.tracking.views import axes, series
+
+# The longest wait for an answer to the login question, for the server at the start, and for the
+# upload at the end.
+_TIMEOUT_SECONDS = 60
+
+
+class WandbView:
+    """One row a step, which carries trainer/step, trainer/tokens and trainer/samples as axes.
+
+    Records of one step (training, noise scale, validation) are gathered into one row, which is
+    logged when the next step begins: whatever was measured has all three axes. W&B's own step is
+    not used, because it drops what goes backwards, and a resumed run does.
+
+    Args:
+        run_directory: W&B writes its files to `wandb/` under it.
+        settings: Project, group, tags and so on.
+        config: The whole configuration.
+        run_id: The run's own for as long as it lives: resumed, it goes on in its curves.
+    """
+
+    def __init__(
+        self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
+    ) -> None:
+        import wandb
+
+        self._row: dict[str, float] = {}
+        self._exit_code = 1  # a run that ends before finish() shows as failed
+        # The question for an account on a terminal reads this limit from the global settings only.
+        wandb.setup(settings=wandb.Settings(login_timeout=_TIMEOUT_SECONDS))
+        self._run = wandb.init(
+            dir=str(run_directory),
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            job_type=settings.job_type,
+            tags=list(settings.tags),
+            name=settings.name or run_directory.name,
+            mode=cast(Literal["online", "offline", "disabled"], settings.mode),
+            config=config,
+            id=run_id,
+            resume="allow",
+            settings=wandb.Settings(
+                quiet=True,
+                # The bar's cursor movements would garble the log that W&B takes of the console.
+                console="off" if sys.stdout.isatty() else "auto",
+                init_timeout=_TIMEOUT_SECONDS,
+                finish_timeout=_TIMEOUT_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+        self._run.define_metric("trainer/step")
+        self._run.define_metric("*", step_metric="trainer/step")
+        self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record to its step's row."""
+        if self._row and record["step"] != self._row["trainer/step"]:
+            self._log_row()
+        self._row |= axes(record) | series(record)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Put the summary under final/ and upload; gives up after a minute (TimeoutError)."""
+        self._log_row()
+        self._run.summary.update({f"final/{name}": value for name, value in summary.items()})
+        self._exit_code = 0
+        self.close()
+
+    def close(self) -> None:
+        """Log the last row and end the run; a second call does nothing."""
+        self._log_row()
+        self._run.finish(exit_code=self._exit_code)
+
+    def _log_row(self) -> None:
+        if self._row:
+            self._run.log(self._row)
+            self._row = {}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as W&B tells it.
+
+    Args:
+        name: shown in the web.
+        config: the whole configuration, nested.
+        finished: whether it has spent its token budget; a running, failed or killed one has not.
+        steps: optimizer steps; 0 unless finished.
+        remote: the run of wandb's public API.
+    """
+
+    name: str
+    config: dict[str, Any]
+    finished: bool
+    steps: int
+    remote: Any
+
+    def validation(self) -> list[tuple[int, float]]:
+        """Steps and validation losses (nats per token) of its complete history.
+
+        Raises:
+            InputError: W&B cannot be reached.
+        """
+        import wandb
+
+        keys = ["trainer/step", "val/loss"]
+        points: list[tuple[int, float]] = []
+        try:
+            for row in self.remote.scan_history(keys=keys):
+                # What a resumed run did again replaces what it did before.
+                while points and points[-1][0] >= row["trainer/step"]:
+                    points.pop()
+                points.append((row["trainer/step"], row["val/loss"]))
+        except (wandb.Error, ValueError, OSError) as error:
+            raise _unreadable(f"the history of {self.name}", error) from error
+        return points
+
+
+def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> list[TrackedRun]:
+    """The runs of a project, through W&B's public API.
+
+    Args:
+        project: entity/project, or a project of the account's default entity.
+        filters: as the API's, e.g. {"config.table": "table2"}.
+
+    Raises:
+        InputError: wandb is not installed, or the project cannot be read.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("W&B is not installed; pip install 'gns-pretrain[tracking]'") from error
+    try:
+        remote = wandb.Api(timeout=_TIMEOUT_SECONDS).runs(
+            project, filters=dict(filters or {}), per_page=200, lazy=False
+        )
+        return [_tracked(run) for run in remote]
+    except (wandb.Error, ValueError, OSError) as error:
+        raise _unreadable(f"project {project}", error) from error
+
+
+def _tracked(run: Any) -> TrackedRun:
+    steps = run.summary.get("final/steps")
+    finished = run.state == "finished" and steps is not None
+    return TrackedRun(run.name, dict(run.config), finished, int(steps or 0), run)
+
+
+def _unreadable(what: str, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return InputError(
+        f"W&B: {what} cannot be read ({reason}); check its name, the network, and `wandb login`"
+    )

@@ -1,0 +1,220 @@
+"""What each policy wants, and what a controller makes of it."""
+
+import math
+
+import pytest
+
+from gns_pretrain.batch_size.controller import lr_multiplier, make_controller
+from gns_pretrain.batch_size.feasible import FeasibleSizes
+from gns_pretrain.batch_size.policies import Position, make_policy
+from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
+
+PUBLISHED = FeasibleSizes(
+    num_ranks=8, micro_batch_size=8, micro_batch_max=16, micro_batch_step=4, min_samples=8
+)
+NO_SMOOTHING = SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
+
+
+def controller(name="it", *, smoothing=NO_SMOOTHING, **settings):
+    values = {"policy": "adaptive", "warmup_fraction": 0.0} | settings
+    return make_controller(
+        PolicySettings(**values),
+        name,
+        sizes=PUBLISHED,
+        initial_batch_size=64,
+        total_steps=1000,
+        smoothing=smoothing,
+    )
+
+
+def policy(**settings):
+    return controller(**settings).policy
+
+
+def before(step, *, samples=0, tokens=0, sequences_left=10**9):
+    return Position(step, samples, tokens, sequences_left)
+
+
+def measured(noise, signal=1.0, *, geometry="manhattan", estimate="plug_in"):
+    return Measurement(geometry, estimate, noise, signal, num_samples=8, batch_size=64)
+
+
+def noise_scale(value):
+    return SmoothedNoiseScale(value, 1.0, value)
+
+
+def decided(noise, *, batch_size=64, position=None, **settings):
+    """The decision that follows one measurement."""
+    it, averages = controller(**settings), {}
+    it.include(averages, measured(noise))
+    return it.decide(position or before(10), batch_size, averages)
+
+
+# Policies
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"theta": 0.6}, 100.0),
+        ({"theta": 1.2}, 25.0),
+        ({"target": "kappa", "kappa": 0.16}, 100.0),  # (1 - 0.6)^2
+        ({"target": "inflection"}, 256.0),  # 64 / 9
+        ({"target": "corrected_inflection"}, 64.0),  # 16 / 9
+        ({"target": "maximum_efficiency"}, 144.0),
+        ({"geometry": "nuclear", "target": "maximum_efficiency"}, 144.0),
+        ({"geometry": "euclidean", "target": "kappa", "kappa": 0.75}, 108.0),  # 3 x
+    ],
+)
+def test_adaptive_targets_of_a_noise_scale_of_36(settings, wanted):
+    assert policy(**settings).target(before(10), noise_scale(36.0)) == pytest.approx(wanted)
+
+
+def test_adaptive_decides_before_every_step_that_its_interval_divides_and_at_no_other():
+    it = policy(decide_every_steps=10)
+    steps = [step for step in range(1, 41) if it.target(before(step), noise_scale(36.0))]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_adaptive_waits_until_the_warm_up_has_been_consumed():
+    # floor(0.15 x 1000) steps of 64 sequences.
+    it = policy(warmup_fraction=0.15)
+    assert it.target(before(10, samples=150 * 64 - 1), noise_scale(36.0)) is None
+    assert it.target(before(10, samples=150 * 64), noise_scale(36.0)) is not None
+
+
+@pytest.mark.parametrize("target", ["theta", "kappa", "maximum_efficiency"])
+def test_adaptive_takes_no_decision_without_a_signal_or_a_measurement(target):
+    it = policy(target=target)
+    assert it.target(before(10), SmoothedNoiseScale(36.0, 0.0, None)) is None
+    assert it.target(before(10), None) is None
+
+
+def test_staged_sizes_begin_at_their_tokens():
+    it = policy(policy="staged", stage_tokens=[1000, 2000], stage_sizes=[96, 128])
+    found = [it.target(before(1, tokens=tokens), None) for tokens in (0, 999, 1000, 1999, 2000)]
+    assert found == [None, None, 96, 96, 128]
+
+
+def test_linear_ramp_goes_from_the_initial_size_to_its_own_over_its_tokens():
+    it = policy(policy="linear_ramp", ramp_size=264, ramp_tokens=1000)
+    found = [it.target(before(1, tokens=tokens), None) for tokens in (0, 250, 1000, 5000)]
+    assert found == [64.0, 114.0, 264.0, 264.0]
+
+
+def test_norm_test_fails_exactly_where_variance_over_batch_exceeds_eta_squared_norm_squared():
+    it, averages = controller(policy="norm_test", theta=0.5), {}
+    # Variance 32 of one sequence, squared norm 1: at B = 128 both sides are 1/4.
+    it.include(averages, measured(32.0, geometry="euclidean"))
+    assert it.decide(before(10), 96, averages).split.batch_size == 128
+    assert it.decide(before(10), 128, averages) is None
+
+
+def test_norm_test_looks_at_the_last_measurement_alone():
+    it, averages = controller(policy="norm_test", theta=1.0, smoothing=SmoothingSettings()), {}
+    for noise in (1e6, 100.0):
+        it.include(averages, measured(noise, geometry="euclidean"))
+    assert it.decide(before(10), 64, averages).target == 100.0
+
+
+def test_constant_never_decides():
+    assert decided(1e9, policy="constant") is None
+
+
+# Controller
+
+
+def test_decision_rounds_down_scales_the_learning_rate_and_says_why():
+    decision = decided(42.8, theta=0.6)
+    assert decision.target == pytest.approx(118.889, abs=1e-3)
+    assert decision.split.batch_size == 96
+    assert decision.lr_multiplier == pytest.approx(1.5**0.5)
+    assert decision.why == "rounded down to 96 = 8 ranks x 12 sequences"
+
+
+def test_rounding_up_takes_the_next_size_and_leaves_a_feasible_target_alone():
+    assert decided(42.8, theta=0.6, rounding="up").split.batch_size == 128
+    assert decided(96.0, theta=1.0, rounding="up").split.batch_size == 96
+
+
+@pytest.mark.parametrize("rounding", ["down", "up"])
+def test_batch_never_shrinks(rounding):
+    assert decided(42.8, theta=0.6, rounding=rounding, batch_size=128) is None
+
+
+@pytest.mark.parametrize("rounding", ["down", "up"])
+def test_cap_bounds_the_size_and_is_named(rounding):
+    decision = decided(1e6, cap=256, rounding=rounding)
+    assert decision.split.batch_size == 256
+    assert "batch_size.cap=256" in decision.why
+    assert decided(150.0, theta=1.0, cap=128, rounding=rounding).split.batch_size == 128
+    assert decided(1e6, cap=256, rounding=rounding, batch_size=256) is None
+
+
+@pytest.mark.parametrize("noise", [1e6, 1e308])
+def test_target_without_bound_is_held_to_what_the_budget_has_left(noise):
+    # 1e308 / 0.001^2 is infinite.
+    decision = decided(noise, theta=0.001, position=before(10, sequences_left=300))
+    assert decision.split.batch_size == 256
+    assert "what the budget has left" in decision.why
+    assert decided(noise, position=before(10, sequences_left=50)) is None
+
+
+def test_size_rounded_up_past_what_the_budget_has_left_is_rounded_down():
+    left = before(10, sequences_left=110)
+    decision = decided(100.0, theta=1.0, rounding="up", position=left)
+    assert decision.split.batch_size == 96
+    assert "what the budget has left" in decision.why
+
+
+def test_measurements_of_another_geometry_or_estimate_are_not_read():
+    it, averages = controller(), {}
+    it.include(averages, measured(100.0, geometry="euclidean"))
+    it.include(averages, measured(100.0, estimate="debiased"))
+    assert averages == {}
+
+
+def test_averages_are_kept_for_each_policy_under_its_own_name():
+    averages = {}
+    for name, decay in (("fast", 0.0), ("slow", 0.9)):
+        it = controller(name, noise_decay=decay, signal_decay=decay)
+        for noise in (10.0, 30.0):
+            it.include(averages, measured(noise))
+    assert averages["manhattan/plug_in/fast"]["noise"] == 30.0
+    slow = averages["manhattan/plug_in/slow"]
+    assert slow["noise"] == pytest.approx(0.9 * 1.0 + 0.1 * 30.0)
+    assert controller("slow").decide(before(10), 64, averages) is None  # (0.9 + 3) / 0.19 = 20.5
+
+
+def test_averages_begin_with_the_first_measurement_itself():
+    it, averages = controller(smoothing=SmoothingSettings(), theta=1.0), {}
+    it.include(averages, measured(100.0, 1.0))
+    assert it.decide(before(10), 64, averages).target == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_measurement_that_is_not_finite_changes_nothing(bad):
+    it, averages = controller(), {}
+    it.include(averages, measured(bad))
+    assert averages == {}
+    it.include(averages, measured(50.0))
+    saved = {key: dict(values) for key, values in averages.items()}
+    it.include(averages, measured(1.0, bad))
+    assert averages == saved
+
+
+def test_learning_rate_multiplier_of_a_batch_four_times_the_first():
+    assert [lr_multiplier(scaling, 256, 64) for scaling in ("sqrt", "linear", "none")] == [2, 4, 1]
+
+
+def test_first_betas_of_a_policy_are_those_of_the_noise_scale_unless_it_has_its_own():
+    smoothing = SmoothingSettings(noise_decay=0.8, signal_decay=0.7)
+    it = make_policy(
+        PolicySettings(policy="adaptive", signal_decay=0.5),
+        initial_batch_size=64,
+        total_steps=10,
+        smoothing=smoothing,
+    )
+    assert (it.source.smoothing.noise_decay, it.source.smoothing.signal_decay) == (0.8, 0.5)

@@ -1,0 +1,239 @@
+"""Every YAML file composes, passes the checks, and builds what it names."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from gns_pretrain.config.checks import feasible_sizes
+from gns_pretrain.config.compose import as_yaml, settings_from
+from gns_pretrain.config.schema import Config, register_schemas
+from gns_pretrain.errors import InputError
+from gns_pretrain.launch.build import OPTIMIZERS
+from gns_pretrain.model.llama import Llama, count_parameters
+from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.parallel.mesh import World
+from tests.settings import odd_model
+
+CONF = Path(__file__).parents[3] / "conf"
+CHOICES = sorted(
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent != CONF and path.parent.name != "sweep"
+)
+TABLES = ("table2", "table3", "table8", "table9", "theta_sensitivity")
+CELLS = sorted(f"{p.parent.name}/{p.stem}" for t in TABLES for p in CONF.glob(f"experiment/{t}/*"))
+SCALES = ("demo", "h200", "paper", "paper_1b")
+TUNED = {
+    "signsgd": ["lr"],
+    "signum": ["lr", "momentum"],
+    "adamw": ["lr", "beta1", "beta2"],
+    "specsgd": ["lr", "adamw_lr"],
+    "muon": ["lr", "momentum", "adamw_lr"],
+}
+# Stands in for what a search has not found yet; no scale has it.
+ANY_TUNING = [f"scale.{name}.{key}=0.123" for name, keys in TUNED.items() for key in keys]
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
+# Values that a user has to give.
+GIVEN = {
+    ("data", "shards"): ["data.path=somewhere"],
+    ("optimizer", "custom"): ["optimizer.class_path=torch.optim.NAdam"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    """Hydra, initialised once for all files."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> Config:
+    return settings_from(compose("train", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell_is_what_its_name_says_at_every_scale(cell):
+    table, name = cell.split("/")
+    for scale in SCALES:
+        if scale == ("paper" if table == "table3" else "paper_1b"):
+            continue  # Table 3 is the larger model's, and the other tables are not
+        config = composed(f"+experiment={cell}", f"scale={scale}", "seed=7", *ANY_TUNING)
+        assert (config.table, config.cell) == (table, name)
+        assert config.run_name == f"{table}-{name}-{scale}-seed7"
+        assert config.optimizer.lr == 0.123
+        assert config.batch_size.initial == getattr(config.scale, f"{size_of(cell)}_batch")
+        assert config.metrics.wandb.job_type == config.batch_size.policy
+        assert config.metrics.wandb.group == f"{table}/{config.optimizer.name}"
+        if is_constant(name):
+            assert config.batch_size.policy == "constant"
+            assert config.noise_scale.geometries == []
+            assert config.metrics.wandb.tags == [scale]
+        else:
+            assert config.batch_size.policy == "adaptive"
+            assert config.noise_scale.geometries == [geometry_of(name)]
+            assert config.batch_size.geometry == geometry_of(name)
+            assert config.batch_size.theta == theta_of(name)
+            assert config.batch_size.lr_scaling == ("none" if "unscaled" in name else "sqrt")
+            assert config.metrics.wandb.tags == [scale, geometry_of(name), "plug_in"]
+
+
+def is_constant(name: str) -> bool:
+    first, last = name.split("_")[0], name.split("_")[-1]
+    return first == "constant" or (first in TUNED and last in ("small", "large", "baseline"))
+
+
+def size_of(cell: str) -> str:
+    """The batch that a cell begins at; signSGD's adaptive ones of Table 2 at the large."""
+    table, name = cell.split("/")
+    if table == "table3":
+        return "large" if "baseline" in name else "small"
+    sizes = [size for size in ("small", "middle", "large") if size in name.split("_")]
+    if sizes and table != "theta_sensitivity":
+        return sizes[0]
+    return "large" if table == "table2" and "signsgd" in name else "small"
+
+
+def geometry_of(name: str) -> str:
+    if "euclidean" in name:
+        return "euclidean"
+    return "nuclear" if name.split("_")[0] in ("specsgd", "muon") else "manhattan"
+
+
+def theta_of(name: str) -> float:
+    if "euclidean" in name:
+        return 0.3
+    return {"theta_low": 0.5, "theta_high": 0.7}.get(name, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("cell", "sizes"),
+    [("signsgd_adaptive", [96, 128, 256, 384]), ("signum_adaptive", [128, 192, 256, 320])],
+)
+def test_a_batch_grows_in_the_published_steps_at_the_papers_scale(cell, sizes):
+    """What the curves of Figures 3 and 2 show, from 64 on 8 GPUs."""
+    config = composed(f"+experiment=table2/{cell}", "scale=paper", *ANY_TUNING)
+    feasible = feasible_sizes(config, config.batch_size, num_ranks=8)
+    grown = [64]
+    while len(grown) <= len(sizes):
+        grown.append(feasible.at_least(grown[-1] + 1).batch_size)
+    assert grown[1:] == sizes
+
+
+def test_measuring_more_does_not_change_what_a_cell_follows():
+    config = composed("+experiment=table2/muon_adaptive", "scale=demo", "noise_scale=all")
+    assert config.batch_size.geometry == "nuclear"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_sweep_names_every_cell_of_its_table_once(table):
+    words = [f"+sweep={table}", "scale=paper"]
+    node = compose("train", overrides=words, return_hydra_config=True)
+    assert node.hydra.mode.name == "MULTIRUN"
+    cells = [word.strip() for word in node.hydra.sweeper.params["+experiment"].split(",")]
+    assert sorted(cells) == [cell for cell in CELLS if cell.startswith(table + "/")]
+    assert node.hydra.sweeper.params["seed"] == "range(0,10)"
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_search_covers_the_papers_space(name):
+    words = [f"+sweep=tune_{name}", "scale=demo"]
+    node = compose("train", overrides=words, return_hydra_config=True)
+    params = node.hydra.sweeper.params
+    rates = params["optimizer.lr"].split(",")
+    assert rates == [*(f"{x}e-4" for x in (1, 2, 4, 6, 8)), "1e-3", "2e-3", "4e-3", "8e-3", "1e-2"]
+    for key in TUNED[name]:
+        assert f"optimizer.{key}" in params or key == "adamw_lr"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "scale.muon.lr has no value at scale=none; choose a scale that has it"),
+        (["scale=paper"], r"scale.muon.lr has no value at scale=paper; \+sweep=tune_muon"),
+    ],
+    ids=["no-scale", "not-tuned"],
+)
+def test_number_that_the_scale_lacks_is_asked_for(overrides, line):
+    with pytest.raises(InputError, match=line):
+        composed("+experiment=table2/muon_adaptive", *overrides)
+
+
+def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
+    with pytest.raises(InputError, match="use scale=paper_1b"):
+        composed("+experiment=table3/signsgd_baseline", "scale=paper")
+
+
+def give(monkeypatch, words):
+    """As if these words stood on the command line."""
+    given = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: given)
+
+
+@pytest.mark.parametrize(("cell", "named"), [("adaptive", "-micro_batch_size=1"), ("small", "")])
+def test_run_name_holds_the_micro_batch_where_it_decides_the_samples(monkeypatch, cell, named):
+    words = [f"+experiment=table2/signum_{cell}", "scale=demo", "micro_batch_size=1"]
+    give(monkeypatch, words)
+    assert composed(*words).run_name == f"table2-signum_{cell}-demo-seed0{named}"
+
+
+def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(monkeypatch):
+    words = [
+        "+experiment=table2/signum_adaptive",
+        "scale=demo",
+        "seed=3",
+        "batch_size.theta=0.5",
+        "noise_scale.estimates=[cross_fitted]",
+        "launch.threads=1",
+        "metrics=wandb",
+        "scale.signum.lr=1e-2",
+    ]
+    give(monkeypatch, words)
+    assert composed(*words, "scale.signum.momentum=0.9").run_name == (
+        "table2-signum_adaptive-demo-seed3-batch_size.theta=0.5"
+        "-noise_scale.estimates=cross_fitted-scale.signum.lr=1e-2"
+    )
+
+
+def test_default_run_composes_and_names_itself():
+    config = composed()
+    assert config.run_name == "tiny-adamw-seed0"
+    assert config.token_budget > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), CHOICES, ids=[f"{group}-{choice}" for group, choice in CHOICES]
+)
+def test_file_composes(group, choice):
+    config = composed(f"{group}={choice}", *GIVEN.get((group, choice), []))
+    assert as_yaml(config)
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "model"])
+def test_model_builds_with_the_parameters_it_says(choice):
+    shape = composed(f"model={choice}", "model.vocab_size=128256").model
+    with torch.device("meta"):
+        model = Llama(shape)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(shape).total
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "optimizer"])
+def test_optimizer_builds_over_all_parameters(choice):
+    settings = composed(f"optimizer={choice}", *GIVEN.get(("optimizer", choice), [])).optimizer
+    model = Llama(odd_model())
+    model.init_weights(seed=0)
+    optimizer = OPTIMIZERS[type(settings)](model, settings)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "noise_scale"])
+def test_noise_scale_builds_a_meter(choice):
+    settings = composed(f"noise_scale={choice}").noise_scale
+    model = Llama(odd_model())
+    assert len(NoiseMeter(model, ALONE, settings).tap.weights) == len(list(model.parameters()))

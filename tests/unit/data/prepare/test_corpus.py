@@ -1,0 +1,188 @@
+import gzip
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from gns_pretrain.data.prepare import corpus as corpus_module
+from gns_pretrain.data.prepare import corpus as hub_module
+from gns_pretrain.data.prepare.corpus import (
+    Corpus,
+    HubDataset,
+    LocalFiles,
+    find_files,
+    is_held_out,
+    parse_texts,
+)
+from gns_pretrain.errors import InputError
+from tests.unit.data_samples import as_line, make_texts, write_gzip
+
+TEXTS = make_texts(60)
+GOOD = as_line("good")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Batches of a few documents, so that cursors lie inside files."""
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(hub_module, "BATCH_BYTES", 1000)
+
+
+def gzip_files(folder: Path) -> Corpus:
+    names = ["a.json.gz", "b.json.gz"]
+    return LocalFiles(
+        [write_gzip(folder / name, part) for name, part in zip(names, halves(), strict=True)]
+    )
+
+
+def plain_files(folder: Path) -> Corpus:
+    paths = [folder / "a.jsonl", folder / "b.json"]
+    for path, part in zip(paths, halves(), strict=True):
+        # Blank lines are no documents, and the last line may lack its end.
+        path.write_bytes(b"\n".join(as_line(text) for text in part)[:-1])
+    return LocalFiles(paths)
+
+
+def parquet_files(folder: Path) -> Corpus:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    paths = [folder / "a.parquet", folder / "b.parquet"]
+    for path, part in zip(paths, halves(), strict=True):
+        table = pyarrow.table({"url": ["https://example.com"] * len(part), "text": part})
+        parquet.write_table(table, path, row_group_size=7)
+    return LocalFiles(paths)
+
+
+def hub_stream(folder: Path) -> Corpus:
+    pytest.importorskip("datasets")
+    gzip_files(folder)
+    paths = [str(folder / name) for name in ("a.json.gz", "b.json.gz")]
+    return HubDataset("json", None, "train", paths)
+
+
+def halves() -> tuple[list[str], list[str]]:
+    return TEXTS[:23], TEXTS[23:]
+
+
+SOURCES = [gzip_files, plain_files, parquet_files, hub_stream]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_documents_in_order(tmp_path, source):
+    batches = list(source(tmp_path).batches(None))
+    assert [text for batch in batches for text in parse_texts(batch)] == TEXTS
+    assert all(0 <= a.fraction <= b.fraction <= 1 for a, b in pairwise(batches))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_reading_goes_on_from_any_cursor(tmp_path, source):
+    corpus = source(tmp_path)
+    batches = list(corpus.batches(None))
+    assert len(batches) > 6
+    for k, batch in enumerate(batches):
+        assert [same.records for same in corpus.batches(batch.cursor)] == [
+            other.records for other in batches[k:]
+        ]
+
+
+def test_files_are_sorted_and_named_once(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.parquet"):
+        (tmp_path / name).write_bytes(GOOD)
+    found = find_files(
+        [f"{tmp_path}/*.jsonl", f"{tmp_path}/a*", f"{tmp_path}/c.parquet"], "--train"
+    )
+    assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
+
+
+@pytest.mark.parametrize("pattern", ["missing*.jsonl", "text.txt", "empty.jsonl"])
+def test_pattern_without_text_files_is_named(tmp_path, pattern):
+    (tmp_path / "text.txt").write_bytes(GOOD)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match=f"--train=.*{pattern[:4]}"):
+        find_files([str(tmp_path / pattern)], "--train")
+
+
+def test_held_out_part_is_a_fraction_that_depends_on_the_text_alone():
+    texts = make_texts(2000, seed=5)
+    chosen = [is_held_out(text, 0.1) for text in texts]
+    # Binomial(2000, 0.1): standard deviation 13.4.
+    assert abs(sum(chosen) - 200) < 5 * 13.4
+    assert [is_held_out(text, 0.1) for text in reversed(texts)] == chosen[::-1]
+    assert not any(is_held_out(text, 0.0) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "bad \xff"}\n', "line 3: not UTF-8"),
+        (b'{"text": "\\ud800"}\n', "line 3: not UTF-8"),
+        (b'{"text": "cut sh', "line 3: not JSON"),
+        (b'{"txt": "misnamed"}\n', "line 3: no `text`"),
+        (b'{"text": null}\n', "line 3: no `text`"),
+        (b"[1]\n", "line 3: no `text`"),
+    ],
+)
+def test_bad_record_is_named_with_its_line(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(GOOD * 2 + line)
+    with pytest.raises(InputError, match=rf"bad\.jsonl, {message}"):
+        [parse_texts(batch) for batch in LocalFiles([path]).batches(None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.jsonl", b""),
+        ("empty.json.gz", b""),
+        ("nothing.json.gz", gzip.compress(b"", mtime=0)),
+        ("cut.json.gz", gzip.compress(GOOD * 500)[:-20]),
+        ("other.json.gz", GOOD),
+        ("cut.parquet", b"PAR1"),
+    ],
+)
+def test_empty_or_damaged_file_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is (empty|truncated|no whole)"):
+        list(LocalFiles([path]).batches(None))
+
+
+def test_parquet_without_text_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"txt": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has no column `text`"):
+        list(LocalFiles([tmp_path / "a.parquet"]).batches(None))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(GOOD * 500)[:-20], gzip.compress(GOOD + b'{"text": bad}\n')],
+    ids=["truncated", "not JSON"],
+)
+def test_file_that_a_stream_cannot_read_is_named(tmp_path, content):
+    pytest.importorskip("datasets")
+    good, bad = write_gzip(tmp_path / "a.json.gz", TEXTS), tmp_path / "b.json.gz"
+    bad.write_bytes(content)
+    stream = HubDataset("json", None, "train", [str(good), str(bad)])
+    with pytest.raises(InputError, match=r"b\.json\.gz"):
+        list(stream.batches(None))
+
+
+def test_columns_beside_the_text_may_differ_between_splits(tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b'{"text": "bare"}\n{"text": "odd", "timestamp": "noon"}\n')
+    texts = [
+        parse_texts(batch) for batch in HubDataset("json", None, "x", [str(path)]).batches(None)
+    ]
+    assert texts == [["good", "bare", "odd"]]
+
+
+def test_split_that_a_data_set_lacks_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    write_gzip(tmp_path / "train.json.gz", TEXTS)
+    with pytest.raises(InputError, match=r"validation cannot be opened .*Bad split: validation"):
+        HubDataset(str(tmp_path), None, "validation")

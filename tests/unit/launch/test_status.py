@@ -1,0 +1,124 @@
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.launch.status import Submission, as_dicts, note_submissions, status_view, statuses
+from gns_pretrain.runs.history import note, note_end
+
+NOW = 2_000_000_000.0
+
+
+def make_run(folder: Path, *, steps: int = 3, job: str | None = None) -> Path:
+    """A run of `steps` steps of 100 tokens, of 1,000, at 10 tokens per second."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("token_budget: 1000\n")
+    note(folder, {"event": "start", "slurm": {"job": job, "starts": 0} if job else None})
+    lines = [
+        {
+            "kind": "train",
+            "step": step,
+            "tokens": 100 * step,
+            "loss": 5.0 - step,
+            "batch_size": 8,
+            "tokens_per_second": 10.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+    lines.append({"kind": "validation", "step": steps, "tokens": 100 * steps, "loss": 9.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in folder.iterdir():
+        os.utime(path, (NOW - 60, NOW - 60))
+    return folder
+
+
+def only(path: Path, queue: dict[str, str] | None = None):
+    (status,) = statuses(path, queue or {}, now=NOW)
+    return status
+
+
+def hold(run: Path, *, beat: float) -> None:
+    """A process holds the run; its last beat is `beat` seconds ago."""
+    (run / ".lock").write_text("process 5 on n1\n")
+    os.utime(run / ".lock", (NOW - beat, NOW - beat))
+
+
+def test_running_run_tells_its_numbers_and_when_it_will_end(tmp_path):
+    run = make_run(tmp_path / "a")
+    hold(run, beat=3)
+    status = only(tmp_path)
+    assert (status.state, status.step, status.tokens, status.loss) == ("running", 3, 300, 2.0)
+    assert status.heartbeat == NOW - 3
+    assert status.end == NOW + 70  # 700 tokens at 10 per second
+
+
+def test_holder_that_has_gone_silent_has_failed(tmp_path):
+    hold(make_run(tmp_path / "a"), beat=3600)
+    status = only(tmp_path)
+    assert (status.state, status.error, status.end) == ("failed", "killed", None)
+
+
+def test_saved_run_is_preempted_until_it_runs_again(tmp_path):
+    run = make_run(tmp_path / "a", job="12")
+    note_end(run, "stopped")
+    assert only(tmp_path).state == "preempted"
+    assert only(tmp_path, {"12": "PENDING"}).state == "preempted"
+    assert only(tmp_path, {"12": "RUNNING"}).state == "running"
+
+
+def test_failed_run_tells_why_and_waits_where_it_was_requeued(tmp_path):
+    run = make_run(tmp_path / "a", job="12")
+    note_end(run, "failed", "rank 1 (process 7 on n1): KeyError: 'x'")
+    assert only(tmp_path).error.endswith("KeyError: 'x'")
+    assert only(tmp_path, {"12": "PENDING"}).state == "pending"
+
+
+def test_view_has_a_row_a_run_and_a_line_a_failure(tmp_path):
+    hold(make_run(tmp_path / "alive"), beat=3)
+    note_end(make_run(tmp_path / "gone"), "failed", "rank 1: KeyError: 'x'")
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_view(statuses(tmp_path, {}, now=NOW), now=NOW))
+    text = console.export_text()
+    assert "1 failed, 1 running" in text
+    row = next(line for line in text.splitlines() if "alive" in line)
+    for cell in ("running", "300 (30%)", "2.0000", "3.0 s ago"):
+        assert cell in row
+    assert "gone: rank 1: KeyError: 'x'" in text
+
+
+def test_finished_run_is_finished_whatever_the_queue_says(tmp_path):
+    run = make_run(tmp_path / "a", job="12")
+    (run / "summary.json").write_text('{"state": "finished"}')
+    assert only(tmp_path, {"12": "RUNNING"}).state == "finished"
+
+
+def test_submitted_run_without_a_folder_is_pending(tmp_path):
+    note_submissions(tmp_path / "logs" / "slurm", [Submission(tmp_path / "b", "12_3")])
+    assert as_dicts(statuses(tmp_path, {"12_3": "PENDING"}))[0]["state"] == "pending"
+    assert statuses(tmp_path, {}) == []  # it has left the queue and nothing is there
+
+
+def test_of_a_job_whose_queue_is_silent_nothing_is_claimed(tmp_path):
+    make_run(tmp_path / "a", job="12")
+    hold(make_run(tmp_path / "alive", job="14"), beat=3)
+    make_run(tmp_path / "local")
+    note_submissions(tmp_path / "logs" / "slurm", [Submission(tmp_path / "b", "13")])
+    runs = statuses(tmp_path, None, now=NOW)
+    assert {run.name: run.state for run in runs} == {
+        "a": "unknown",
+        "alive": "running",
+        "b": "unknown",
+        "local": "failed",
+    }
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_view(runs, now=NOW))
+    assert "unknown: squeue does not answer; look again" in console.export_text()
+
+
+def test_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        statuses(tmp_path / "nowhere", {})

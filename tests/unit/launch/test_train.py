@@ -1,0 +1,163 @@
+import errno
+import os
+import signal
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from gns_pretrain.config.compose import as_yaml
+from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.launch import train as launch
+from gns_pretrain.launch.ranks import place_from, signals_noted
+from gns_pretrain.launch.train import check_directory, say, take_directory
+from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, shard_group_size
+from gns_pretrain.system import processes as cores
+from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_of_each
+from gns_pretrain.system.slurm import first_host
+from tests.settings import small_run
+
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
+
+
+def test_nothing_set_means_nobody_has_started_ranks():
+    assert place_from({}) is None
+    assert place_from({"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_batch_shell_of_a_job_is_no_rank_of_it():
+    batch_shell = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert place_from(batch_shell) is None
+
+
+def test_torchrun_variables_give_the_place():
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert place_from(environment) == Place(5, 8, 1, 4, "env://")
+
+
+def test_torchrun_inside_slurm_counts_as_torchrun():
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
+    assert place_from(environment) == Place(0, 2, 0, 2, "env://")
+
+
+def srun(**more: str) -> dict[str, str]:
+    return {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "4321",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+    } | more
+
+
+def test_srun_ranks_meet_on_the_first_node_at_a_port_of_the_job():
+    assert place_from(srun()) == Place(9, 16, 1, 8, "tcp://gpu07:24321")
+
+
+def test_srun_meeting_point_can_be_set():
+    place = place_from(srun(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"))
+    assert place is not None
+    assert place.rendezvous == "tcp://127.0.0.1:29500"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],login", "gpu03"), ("a-b[1,4]", "a-b1")],
+)
+def test_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_hsdp_shards_within_a_node_by_default():
+    hsdp = ParallelSettings(kind="hsdp")
+    assert shard_group_size(hsdp, num_ranks=16, ranks_per_node=8) == 8
+    assert shard_group_size(hsdp, num_ranks=4, ranks_per_node=4) == 2
+
+
+def test_hsdp_group_that_does_not_divide_the_ranks_is_refused():
+    settings = ParallelSettings(kind="hsdp", shard_size=3)
+    with pytest.raises(InputError, match=r"parallel.shard_size=3 .* divisor of 4"):
+        shard_group_size(settings, num_ranks=4, ranks_per_node=4)
+
+
+def test_auto_layout_is_single_alone_and_fsdp_in_company():
+    assert ParallelSettings().resolved_kind(1) == "single"
+    assert ParallelSettings().resolved_kind(2) == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("rank", "on_all_ranks", "told"),
+    [
+        (0, True, "error: the cause\n"),
+        (1, True, ""),
+        (0, False, "error: rank 0: the cause\n"),
+        (1, False, "error: rank 1: the cause\n"),
+    ],
+)
+def test_error_is_told_once_by_a_rank_that_met_it(rank, on_all_ranks, told, capsys):
+    error = InputError("the cause", on_all_ranks=on_all_ranks)
+    assert say(error, Place(rank=rank, num_ranks=2)) == 2
+    assert capsys.readouterr().err == told
+
+
+def test_rank_that_is_alone_is_not_named(capsys):
+    assert say(TrainingError("the cause"), Place()) == 3
+    assert capsys.readouterr().err == "error: the cause\n"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_launchers_signal_is_seen_by_a_rank_that_looks_later(number):
+    before = signal.getsignal(number)
+    with signals_noted() as asked:
+        stop = StopRequest(asked)
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_killed_start_was_writing_goes_with_the_next(tmp_path, shards):
+    half_written = tmp_path / "small" / ".summary.json.elsewhere-1.tmp"
+    half_written.parent.mkdir()
+    half_written.write_text("{")
+    with ExitStack() as held:
+        take_directory(ALONE, small_run(tmp_path, shards), tmp_path / "small", "data", held)
+    assert not half_written.exists()
+
+
+def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
+    config = small_run(tmp_path, shards)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "outputs/small/config.yaml")
+
+    monkeypatch.setattr(launch, "write_provenance", full)
+    told = r"^outputs/small/config.yaml could not be written \(No space left on device\); make room"
+    with ExitStack() as held, pytest.raises(TrainingError, match=told):
+        take_directory(ALONE, config, tmp_path / "small", "data", held)
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1", "\0"])
+def test_damaged_settings_of_a_run_are_named(text, tmp_path, shards):
+    config = small_run(tmp_path, shards)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    check_directory(tmp_path, config, "data")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged \(.*\); restore it, or use"):
+        check_directory(tmp_path, config, "data")
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "threads"),
+    [({}, 2, 4), ({}, 16, 1), ({"OMP_NUM_THREADS": "3"}, 2, 3), ({"OMP_NUM_THREADS": "5,2"}, 2, 5)],
+)
+def test_threads_are_those_asked_for_or_a_share_of_the_jobs_cores(
+    environment, processes, threads, monkeypatch
+):
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 128)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert threads_of_each(processes) == threads

@@ -1,0 +1,105 @@
+"""scripts/export_hf.py: which tokenizer comes along, and where nothing can be written."""
+
+import json
+import runpy
+import shutil
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from gns_pretrain.config.compose import as_yaml
+from gns_pretrain.data.settings import open_splits
+from gns_pretrain.launch.build import data_fingerprint
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.optim.adamw import build_adamw
+from gns_pretrain.parallel.mesh import World
+from gns_pretrain.runs.directory import write_provenance
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.state import TrainState
+from tests.settings import VOCABULARY, odd_model, small_run
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "export_hf.py"
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
+
+
+def give_tokenizer(folder: Path, word: str) -> Path:
+    """Put a tokenizer of that word beside the shards, and into their meta.json."""
+    path = folder / "tokenizer.json"
+    vocabulary = {f"{word}{i}": i for i in range(VOCABULARY)}
+    Tokenizer(models.WordLevel(vocabulary, f"{word}0")).save(str(path))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta |= {"tokenizer": path.name, "tokenizer_sha256": sha256(path.read_bytes()).hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path, shards) -> Path:
+    folder = shutil.copytree(shards, tmp_path / "data")
+    give_tokenizer(folder, "own")
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path, data) -> Path:
+    """A checkpoint in its run's folder."""
+    config = small_run(tmp_path, data)
+    write_provenance(tmp_path / "run", as_yaml(config), data_fingerprint(open_splits(config.data)))
+    model = Llama(odd_model())
+    model.init_weights(0)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
+    state = TrainState(batch_size=8, micro_batch_size=2, step=1)
+    return checkpoints.save(model, build_adamw(model, config.optimizer), state)
+
+
+def export(saved: Path, out: Path, monkeypatch, *more: str) -> int:
+    words = ["export_hf.py", "--checkpoint", str(saved), "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def replace_data(data: Path) -> None:
+    """Prepare the folder anew: other tokens, and another tokenizer of the same size."""
+    meta = json.loads((data / "meta.json").read_text())
+    meta["shards"] = meta["shards"][1:]
+    (data / "meta.json").write_text(json.dumps(meta))
+    give_tokenizer(data, "other")
+
+
+def test_tokenizer_of_the_runs_data_comes_along(saved, data, tmp_path, monkeypatch):
+    assert export(saved, tmp_path / "out", monkeypatch) == 0
+    assert "own7" in (tmp_path / "out" / "tokenizer.json").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_tokenizer_of_other_data_at_the_same_path_is_refused(
+    saved, data, tmp_path, monkeypatch, capsys
+):
+    kept = shutil.copy(data / "tokenizer.json", tmp_path / "kept.json")
+    replace_data(data)
+    assert export(saved, tmp_path / "out", monkeypatch) == 2
+    assert "no longer holds the data of this run; name its tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert export(saved, tmp_path / "out", monkeypatch, "--tokenizer", str(kept)) == 0
+    assert "own7" in (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+def test_tokenizer_that_was_exchanged_alone_is_refused(saved, data, tmp_path, monkeypatch, capsys):
+    (data / "tokenizer.json").write_text("{}")
+    assert export(saved, tmp_path / "out", monkeypatch) == 2
+    assert "does not match tokenizer_sha256" in capsys.readouterr().err
+
+
+def test_folder_that_cannot_be_made_is_named(saved, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert export(saved, tmp_path / "file" / "out", monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out {tmp_path}/file/out cannot be written (")
+    assert error.count("\n") == 1

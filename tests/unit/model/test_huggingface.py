@@ -1,0 +1,189 @@
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.model.huggingface import ExportedText, export_hf_folder, load_hf_folder
+from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
+
+VOCABULARY = 97
+TEXT = ExportedText(max_positions=64)
+
+
+def random_model(**changes):
+    values = {"dim": 48, "num_layers": 2, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 80}
+    model = Llama(LlamaConfig(name="test", vocab_size=VOCABULARY, **(values | changes)))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():  # larger than at the start, so that mistakes show
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def tokens():
+    return torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(2))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens())
+
+
+def tokenizer_file(folder, size):
+    path = folder / "tokenizer.json"
+    Tokenizer(models.WordLevel({f"word{i}": i for i in range(size)}, "word0")).save(str(path))
+    return path
+
+
+@pytest.fixture
+def exported(tmp_path):
+    export_hf_folder(random_model(), tmp_path / "out", TEXT)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [6, 2])
+def test_transformers_computes_our_logits_from_an_exported_folder(
+    tmp_path, tied, scaled, num_kv_heads
+):
+    from transformers import LlamaForCausalLM
+
+    model = random_model(
+        tie_embeddings=tied,
+        num_kv_heads=num_kv_heads,
+        # 32 tokens, so that 64 positions reach all three of its bands.
+        rope_scaling=RopeScaling(enabled=scaled, original_sequence_length=32),
+    )
+    export_hf_folder(model, tmp_path / "out", TEXT)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        their_logits = theirs(tokens()).logits
+    torch.testing.assert_close(their_logits, logits(model), rtol=0.0, atol=1e-5)
+    assert their_logits.std() > 1.0  # so that 1e-5 says something
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_model_comes_back_bit_for_bit(tmp_path, tied):
+    model = random_model(
+        tie_embeddings=tied,
+        num_kv_heads=3,
+        rope_scaling=RopeScaling(enabled=True, factor=32.0),
+    )
+    export_hf_folder(model, tmp_path / "test", TEXT)
+    back = load_hf_folder(tmp_path / "test")
+    assert back.config == model.config
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_a_model_that_transformers_saved_in_several_files_is_read(exported, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(exported)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(load_hf_folder(tmp_path / "sharded")), logits(random_model()))
+
+
+def test_a_config_in_the_older_form_is_read(exported):
+    values = json.loads((exported / "config.json").read_text())
+    del values["rope_parameters"]
+    values["rope_theta"] = 10_000.0
+    values["rope_scaling"] = {
+        "type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    }
+    (exported / "config.json").write_text(json.dumps(values))
+    config = load_hf_folder(exported).config
+    assert config.rope_theta == 10_000.0
+    assert config.rope_scaling == RopeScaling(True, 32.0, 1.0, 4.0, 4096)
+
+
+def test_bfloat16_weights_are_read_as_float32(exported, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(exported, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
+    weight = load_hf_folder(tmp_path / "half").embedding.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, random_model().embedding.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "mistral"),
+        ("attention_bias", True),
+        ("hidden_act", "gelu"),
+        ("head_dim", 16),
+        ("num_hidden_layers", 1),
+        ("num_hidden_layers", 3),
+        ("intermediate_size", 81),
+        ("rope_parameters", {"rope_type": "yarn"}),
+    ],
+)
+def test_another_architecture_is_refused(exported, key, value):
+    values = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(values | {key: value}))
+    with pytest.raises(InputError, match=str(exported)):
+        load_hf_folder(exported)
+
+
+def test_a_cut_off_file_is_named(exported):
+    weights = exported / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_hf_folder(exported)
+
+
+def test_a_missing_file_is_named(exported):
+    (exported / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_hf_folder(exported)
+
+
+def test_an_existing_folder_is_not_written_into(exported):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(InputError, match="exists"):
+        export_hf_folder(random_model(num_layers=1), exported, TEXT)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = tokenizer_file(tmp_path, VOCABULARY)
+    export_hf_folder(random_model(), tmp_path / "out", ExportedText(64, path, bos_id=3, eos_id=5))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (3, 5)
+    assert tokenizer.model_max_length == 64
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["bos_token_id"], values["eos_token_id"]) == (3, 5)
+
+
+def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    path = tokenizer_file(tmp_path, VOCABULARY + 1)
+    with pytest.raises(InputError, match=r"98 tokens.*model\.vocab_size=97"):
+        export_hf_folder(random_model(), tmp_path / "out", ExportedText(64, path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+    export_hf_folder(random_model(), tmp_path / "there", TEXT)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for refused in (
+        lambda: export_hf_folder(random_model(), tmp_path / "new", TEXT),
+        lambda: load_hf_folder(tmp_path / "there"),
+    ):
+        with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[huggingface\]'"):
+            refused()
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,115 @@
+"""Averages of noise and signal: Eq. 23, signs, skipped measurements and saving."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.noise_scale.smoothing import Averages, SmoothingSettings, include, smoothed
+
+
+def measurement(noise: float, signal: float, estimate: str = "plug_in") -> Measurement:
+    return Measurement("manhattan", estimate, noise, signal, num_samples=8, batch_size=64)
+
+
+def average(
+    measurements: list[Measurement], settings: SmoothingSettings, averages: Averages | None = None
+) -> Averages:
+    averages = averages or Averages()
+    for each in measurements:
+        averages = include(averages, each, settings)
+    return averages
+
+
+def test_averages_by_hand() -> None:
+    settings = SmoothingSettings(noise_decay=0.5, signal_decay=0.75, bias_corrected=False)
+    averages = average([measurement(8.0, 16.0), measurement(4.0, 8.0)], settings)
+    # Noise: 0.5 * 8 = 4, then 2 + 2 = 4. Signal: 0.25 * 16 = 4, then 3 + 2 = 5.
+    result = smoothed(averages, "plug_in", settings)
+    assert (result.noise, result.signal, result.noise_scale) == (4.0, 5.0, 0.8)
+
+
+def test_the_first_average_is_the_first_measurement_when_bias_corrected() -> None:
+    settings = SmoothingSettings(noise_decay=0.9, signal_decay=0.99)
+    result = smoothed(average([measurement(8.0, 16.0)], settings), "plug_in", settings)
+    assert result.noise == pytest.approx(8.0, rel=1e-14)
+    assert result.signal == pytest.approx(16.0, rel=1e-13)
+
+
+def test_with_one_decay_the_noise_scale_does_not_depend_on_the_start() -> None:
+    measurements = [measurement(8.0, 16.0), measurement(4.0, 9.0), measurement(5.0, 3.0)]
+    scales = []
+    for bias_corrected in (True, False):
+        settings = SmoothingSettings(bias_corrected=bias_corrected)
+        scales.append(smoothed(average(measurements, settings), "plug_in", settings).noise_scale)
+    assert scales[0] == pytest.approx(scales[1], rel=1e-14)
+
+
+def test_noise_and_signal_are_averaged_before_the_ratio_is_taken() -> None:
+    settings = SmoothingSettings(noise_decay=0.5, signal_decay=0.5, bias_corrected=False)
+    averages = average([measurement(8.0, 2.0), measurement(2.0, 4.0)], settings)
+    # (2 + 1) / (0.5 + 2) = 1.2; the average of the ratios 4 and 0.5 would be 1.25.
+    assert smoothed(averages, "plug_in", settings).noise_scale == pytest.approx(1.2)
+
+
+def test_a_cross_fitted_signal_is_averaged_with_its_sign_and_then_squared() -> None:
+    settings = SmoothingSettings(noise_decay=0.5, signal_decay=0.5, bias_corrected=False)
+    # s = 6 and s = -2, so M = s |s| = 36 and -4; the average of s is 3 / 2 - 1 = 0.5.
+    averages = average(
+        [measurement(8.0, 36.0, "cross_fitted"), measurement(8.0, -4.0, "cross_fitted")], settings
+    )
+    result = smoothed(averages, "cross_fitted", settings)
+    assert result.signal == pytest.approx(0.25)
+    assert result.noise_scale == pytest.approx(6.0 / 0.25)
+
+
+def test_cross_fitted_averages_of_pure_noise_are_not_biased_up() -> None:
+    settings = SmoothingSettings(noise_decay=0.0, signal_decay=0.999)
+    draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).tolist()
+    measurements = [measurement(1.0, s * abs(s), "cross_fitted") for s in draws]
+    averages = average(measurements, settings)
+    # Standard deviation of such an average: sqrt((1 - beta) / (1 + beta)) = 0.022; the mean of
+    # max(s, 0), which clamping each would give, is 0.40.
+    assert abs(averages.signal) < 4 * 0.0224
+
+
+@pytest.mark.parametrize("estimate", ["debiased", "cross_fitted"])
+def test_a_negative_average_is_clamped_and_decides_nothing(estimate: str) -> None:
+    settings = SmoothingSettings()
+    averages = average([measurement(8.0, -4.0, estimate)], settings)
+    result = smoothed(averages, estimate, settings)
+    assert result.signal == 0.0
+    assert result.noise_scale is None
+    assert averages.signal < 0.0  # kept: the next measurement may outweigh it
+
+
+def test_a_skipped_measurement_changes_nothing() -> None:
+    settings = SmoothingSettings()
+    averages = average([measurement(8.0, 16.0)], settings)
+    for bad in (measurement(math.nan, 1.0), measurement(1.0, math.inf)):
+        assert include(averages, bad, settings) == averages
+
+
+def test_before_any_measurement_there_is_no_noise_scale() -> None:
+    assert smoothed(Averages(), "plug_in", SmoothingSettings()).noise_scale is None
+
+
+def test_averages_survive_a_json_file_exactly() -> None:
+    settings = SmoothingSettings()
+    first, second = measurement(1 / 3, 1 / 7), measurement(2 / 3, 5 / 7)
+    saved = json.loads(json.dumps(dataclasses.asdict(average([first], settings))))
+    assert all(isinstance(value, float) for value in saved.values())
+    resumed = average([second], settings, Averages(**saved))
+    assert resumed == average([first, second], settings)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_decays_outside_the_unit_interval_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match=r"noise_scale\.smoothing\.noise_decay=.* below 1"):
+        SmoothingSettings(noise_decay=value)
+    with pytest.raises(InputError, match=r"noise_scale\.smoothing\.signal_decay=.* below 1"):
+        SmoothingSettings(signal_decay=value)

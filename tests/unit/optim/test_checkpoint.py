@@ -1,0 +1,67 @@
+"""Every rule goes on bit for bit from a checkpoint, those without state too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gns_pretrain.launch.build import OPTIMIZERS
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.optim.base import OptimizerSettings, remember_peaks, tie_to_tokens
+from gns_pretrain.optim.custom import CustomSettings
+from gns_pretrain.optim.sgd import SGDSettings
+from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
+from gns_pretrain.parallel.mesh import World
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.state import TrainState
+from tests.settings import odd_model
+
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
+SETTINGS: dict[str, OptimizerSettings] = {
+    "sgd": SGDSettings(),
+    "sgd_momentum": SGDSettings(momentum=0.9),
+    "signsgd": SignumSettings(momentum=0.0),
+    "signum": SignumSettings(),
+    "adamw": AdamWSettings(),
+    "specsgd": SpecSGDSettings(),
+    "muon": MuonSettings(),
+    "nadam": CustomSettings(class_path="torch.optim.NAdam"),
+}
+
+
+def built(settings: OptimizerSettings) -> tuple[Llama, torch.optim.Optimizer]:
+    model = Llama(odd_model())
+    model.init_weights(seed=0)
+    optimizer = OPTIMIZERS[type(settings)](model, settings)
+    remember_peaks(optimizer)
+    tie_to_tokens(optimizer, 8)
+    return model, optimizer
+
+
+def stepped(model: Llama, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    tokens = torch.arange(17).view(1, 17)
+    for _ in range(steps):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_saved_and_loaded_it_goes_on_bit_for_bit(name: str, tmp_path: Path):
+    model, optimizer = built(SETTINGS[name])
+    stepped(model, optimizer, 2)
+    state = TrainState(batch_size=8, micro_batch_size=2, step=2)
+    checkpoints = Checkpoints(tmp_path, keep=1, world=ALONE)
+    checkpoints.save(model, optimizer, state)
+    twin, other = built(SETTINGS[name])
+    assert checkpoints.load_latest(twin, other) == (state, [])
+    for group, loaded in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {
+            k: v for k, v in loaded.items() if k != "params"
+        }
+    stepped(model, optimizer, 2)
+    stepped(twin, other, 2)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

@@ -1,0 +1,104 @@
+"""Half-lives in tokens stay when the batch grows."""
+
+import math
+
+import pytest
+import torch
+
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.optim.base import retie, tie_to_tokens, tied_average, tied_weight_decay
+from gns_pretrain.optim.sgd import SGD
+from gns_pretrain.optim.spectral import MuonSettings, build_muon
+from tests.settings import odd_model
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.0, 3.0])
+def test_average_forgets_half_after_the_same_number_of_sequences(growth):
+    # At B_0 = 8 and beta = 0.9 half is forgotten after 8 ln 2 / -ln 0.9 = 52.6 sequences.
+    beta = tied_average(0.9, growth)
+    assert 8 * growth * math.log(2) / -math.log(beta) == pytest.approx(52.6, abs=0.05)
+
+
+def test_average_over_one_step_stays_one():
+    assert tied_average(0.0, 4.0) == 0.0
+
+
+def test_decay_times_rate_grows_as_the_batch():
+    # Four times the batch: with lr x 2 the decay doubles, with lr x 1 it is four times as large.
+    assert tied_weight_decay(0.1, 4.0, 2.0) == pytest.approx(0.2)
+    assert tied_weight_decay(0.1, 4.0, 1.0) == pytest.approx(0.4)
+
+
+def muon() -> torch.optim.Optimizer:
+    model = Llama(odd_model())
+    model.init_weights(seed=0)
+    return build_muon(model, MuonSettings(momentum=0.9, weight_decay=0.1))
+
+
+def test_tied_groups_follow_the_batch_there_and_back():
+    optimizer = muon()
+    tie_to_tokens(optimizer, 16)
+    matrices, rest, norms = optimizer.param_groups
+    retie(optimizer, 32, lr_multiplier=math.sqrt(2))
+    assert matrices["momentum"] == pytest.approx(0.81)
+    assert rest["betas"] == pytest.approx((0.81, 0.9025))
+    assert matrices["weight_decay"] == pytest.approx(0.1 * math.sqrt(2))
+    assert norms["weight_decay"] == 0.0
+    retie(optimizer, 16)
+    assert (matrices["momentum"], rest["betas"]) == (0.9, (0.9, 0.95))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_that_is_a_sum_settles_at_the_same_length_whatever_the_batch(nesterov):
+    # m = 0.9 m + g settles at 10 g; with beta = 0.9^4 alone it would settle at 2.9 g.
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SGD([{"params": [weight]}], lr=1.0, momentum=0.9, nesterov=nesterov)
+    tie_to_tokens(optimizer, 16)
+
+    def moved_by_a_step() -> float:
+        before = weight.item()
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        return before - weight.item()
+
+    lengths = []
+    for batch_size, steps in ((16, 300), (64, 1), (64, 100)):
+        retie(optimizer, batch_size)
+        lengths.append([moved_by_a_step() for _ in range(steps)][-1])
+    assert lengths == pytest.approx([10.0, 10.0, 10.0], rel=1e-3)
+
+
+def test_tied_sum_at_its_first_batch_size_takes_the_very_steps_of_an_untied_one():
+    ends = []
+    for tied in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(7))
+        optimizer = SGD([{"params": [weight]}], lr=0.1, momentum=0.9, nesterov=True)
+        if tied:
+            tie_to_tokens(optimizer, 16)
+            retie(optimizer, 16)
+        for step in range(5):
+            weight.grad = torch.arange(7.0) / (step + 3)
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_matrix_rule_weighs_gradients_as_the_tied_sum_does():
+    optimizer = muon()
+    tie_to_tokens(optimizer, 16)
+    retie(optimizer, 32)
+    (matrices, *_), rule = optimizer.param_groups, optimizer.parts[0]
+    for matrix in matrices["params"]:
+        matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    # gain (1 - 0.81) / (1 - 0.9) = 1.9 on the first gradient of ones.
+    momentum = rule.state[matrices["params"][0]]["momentum_buffer"]
+    torch.testing.assert_close(momentum, torch.full_like(momentum, 1.9))
+
+
+def test_untied_groups_stay_as_they_are():
+    optimizer = muon()
+    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    retie(optimizer, 999)
+    after = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert after == before

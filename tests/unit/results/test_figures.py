@@ -1,0 +1,320 @@
+"""Curves of runs and of published files, their bands over seeds, and the files drawn of them."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.results.curves import (
+    MOST_POINTS,
+    Curve,
+    grouped,
+    over_seeds,
+    read_curves,
+    seed_in_name,
+    thinned,
+    without_seed,
+)
+from gns_pretrain.results.figures import PANELS, draw, short_count
+from tests.unit.run_records import write_curve, write_run
+
+ROOT = Path(__file__).parents[3]
+REFERENCE = Path(os.environ.get("GNS_REFERENCE", ROOT.parent / "shared" / "reference"))
+
+
+def curve(*points):
+    return Curve.through([(float(x), float(y)) for x, y in points])
+
+
+def write_lines(directory, lines):
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two steps with two noise scales, the second of which its policy reads."""
+    directory = write_run(tmp_path, "table2", "signum_adaptive", [(1, 5.0)], finished=False)
+    noise = {"kind": "noise", "step": 2, "estimate": "plug_in"}
+    train = {"kind": "train", "loss": 6.0, "lr": 0.5, "batch_size": 16}
+    lines = [
+        train | {"step": 1, "tokens": 100},
+        {"kind": "validation", "step": 1, "tokens": 100, "loss": 5.0},
+        noise | {"geometry": "euclidean", "noise_scale_ema": 7.0},
+        noise | {"geometry": "manhattan", "noise_scale_ema": 9.0},
+        train | {"step": 2, "tokens": 300, "batch_size": 32},
+        {"kind": "validation", "step": 2, "tokens": 300, "loss": None},
+    ]
+    write_lines(directory, lines)
+    return directory
+
+
+# ---- reading
+
+
+def test_a_record_gives_its_curves_over_steps_or_tokens(run):
+    over_steps, over_tokens = read_curves(run), read_curves(run, axis="tokens")
+    assert over_steps["loss"].x.tolist() == [1.0]
+    assert over_steps["batch_size"].y.tolist() == [16.0, 32.0]
+    assert over_tokens["batch_size"].x.tolist() == [100.0, 300.0]
+    # A noise line has no tokens of its own.
+    assert over_tokens["noise_scale"].x.tolist() == [300.0]
+
+
+def test_the_noise_scale_is_that_of_the_policy_unless_another_is_named(run):
+    assert read_curves(run)["noise_scale"].y.tolist() == [9.0]
+    other = read_curves(run, noise=("euclidean", "plug_in"))
+    assert other["noise_scale"].y.tolist() == [7.0]
+    assert "noise_scale" not in read_curves(run, noise=("nuclear", "plug_in"))
+
+
+def test_a_published_curve_gives_what_it_has(tmp_path):
+    path = write_curve(tmp_path / "a.csv", [(1, 9.0), (5, 4.0)], batch_size=[64, 96], noise=["", 8])
+    curves = read_curves(path)
+    assert sorted(curves) == ["batch_size", "loss", "noise_scale"]
+    assert curves["noise_scale"].x.tolist() == [5.0]
+    with pytest.raises(InputError, match="n_tokens_seen"):
+        read_curves(path, axis="tokens")
+
+
+def test_what_a_resumed_run_did_again_replaces_what_it_did_before():
+    resumed = curve((1, 9), (2, 8), (3, 7), (2, 6), (4, 5))
+    assert resumed.x.tolist() == [1.0, 2.0, 4.0]
+    assert resumed.y.tolist() == [9.0, 6.0, 5.0]
+
+
+def test_names_lose_their_seed_and_nothing_else():
+    names = {
+        "table2-signum-adaptive-demo-seed3": "table2-signum-adaptive-demo",
+        "table2-signum-demo-seed12-optimizer.lr=0.01": "table2-signum-demo-optimizer.lr=0.01",
+        "signsgd_160m/seed_4.csv": "signsgd_160m",
+        "figure1/gns_l1.csv": "gns_l1",
+        "reseeded-run": "reseeded-run",
+    }
+    assert {name: without_seed(Path(name)) for name in names} == names
+    assert [seed_in_name(Path(name)) for name in names] == [3, 12, 4, None, None]
+
+
+def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_path):
+    for folder, seed in (("one", 2), ("one", 10), ("two", 1)):
+        write_curve(tmp_path / folder / f"a_seed_{seed}.csv", [(1, 9.0)])
+    lone = write_curve(tmp_path / "b=c.csv", [(1, 9.0)])
+    one, two = tmp_path / "one", tmp_path / "two"
+    groups = grouped([str(one), str(two), str(lone)])
+    assert {label: [path.name for path in paths] for label, paths in groups.items()} == {
+        "one/a": ["a_seed_2.csv", "a_seed_10.csv"],
+        "two/a": ["a_seed_1.csv"],
+        "b=c": ["b=c.csv"],
+    }
+    labelled = grouped([f"B = 64={one}", f"B = 64={two}"])
+    assert {label: len(paths) for label, paths in labelled.items()} == {"B = 64": 3}
+    assert len(grouped([f"a={one}", f"a={one}"])["a"]) == 2
+    swept = write_curve(tmp_path / "theta=3" / "run-lr=1.csv", [(1, 9.0)])
+    assert grouped([f"B = 64={swept}"]) == {"B = 64": [swept]}
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        grouped(["a=missing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds neither"):
+        grouped([str(tmp_path / "empty")])
+
+
+# ---- bands
+
+
+def test_seeds_become_mean_and_sample_deviation_on_a_common_grid():
+    # Evaluated at 0, 10, 20 and at 5, 15: known to both from 5 to 15.
+    band = over_seeds([curve((0, 0), (10, 10), (20, 20)), curve((5, 7), (15, 17))])
+    assert band.x.tolist() == [5.0, 10.0, 15.0]
+    assert band.mean.tolist() == [6.0, 11.0, 16.0]
+    np.testing.assert_allclose(band.deviation, np.sqrt(2.0))
+
+
+def test_seeds_without_a_common_range_are_refused():
+    with pytest.raises(InputError, match="begins at 9, after another's end at 5"):
+        over_seeds([curve((1, 2), (5, 1)), curve((9, 2), (12, 1))])
+
+
+def test_a_perplexity_is_interpolated_as_a_loss_and_averaged_as_itself():
+    # In the middle the loss is 2 in one and 4 in the other.
+    band = over_seeds([curve((0, 1), (1, 4), (2, 4)), curve((0, 1), (2, 3))], transform=np.exp)
+    np.testing.assert_allclose(band.mean[1], (np.exp(4) + np.exp(2)) / 2)
+
+
+def test_a_batch_size_stays_until_it_changes():
+    band = over_seeds([curve((0, 64), (10, 128)), curve((0, 64), (4, 64), (10, 64))], stepwise=True)
+    assert band.x.tolist() == [0.0, 4.0, 10.0]
+    assert band.mean.tolist() == [64.0, 64.0, 96.0]
+
+
+def test_a_single_run_is_drawn_through_its_own_points():
+    band = over_seeds([curve((3, 1), (4, 2))], transform=np.exp)
+    assert band.x.tolist() == [3.0, 4.0]
+    assert band.deviation is None
+
+
+def test_long_lines_keep_their_ends_and_lose_points_evenly():
+    x = np.arange(100_000.0)
+    kept, _ = thinned(x, x)
+    assert len(kept) == MOST_POINTS
+    assert (kept[0], kept[-1]) == (0.0, 99_999.0)
+    assert np.diff(kept).max() < 52  # 100,000 / 2,000, rounded
+
+
+# ---- files
+
+
+def figure_size(path):
+    """Width and height in the head of a PNG."""
+    head = path.read_bytes()[:24]
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
+def test_a_figure_is_saved_as_png_and_pdf(tmp_path, run):
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / "a.png", tmp_path / "a.pdf"]
+    published = write_curve(tmp_path / "a.csv", [(1, 9.0), (5, 4.0)], batch_size=[64, 96])
+    drawn = draw({"ours": [read_curves(run)] * 2, "theirs": [read_curves(published)]}, paths)
+    assert drawn == ["perplexity", "batch_size", "noise_scale", "lr"]
+    assert figure_size(paths[0]) > (1000, 900)
+    assert paths[1].read_bytes().startswith(b"%PDF")
+
+
+def test_every_panel_shows_what_it_names_with_a_unit(run, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw({"mine": [read_curves(run)]}, [tmp_path / "a.png"], panels=list(PANELS))
+    shown = {axes.get_ylabel(): axes for axes in figures[0].axes if axes.get_visible()}
+    assert set(shown) == {panel.label for panel in PANELS.values()}
+    perplexity = shown["validation perplexity"]
+    assert perplexity.get_yscale() == "log"
+    assert perplexity.lines[0].get_ydata().tolist() == pytest.approx([np.exp(5.0)])
+    assert shown["batch size (sequences)"].lines[0].get_drawstyle() == "steps-post"
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["mine"]
+    monkeypatch.undo()
+    pyplot.close(figures[0])
+
+
+def test_a_band_is_drawn_for_seeds_and_lines_for_each_of_them_when_asked(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    seeds = [{"loss": curve((1, 5), (9, loss))} for loss in (3, 4)]
+    draw({"a": seeds}, [tmp_path / "a.png"])
+    draw({"a": seeds}, [tmp_path / "a.png"], each_seed=True)
+    counts = [(len(figure.axes[0].lines), len(figure.axes[0].collections)) for figure in figures]
+    assert counts == [(1, 1), (2, 0)]
+    monkeypatch.undo()
+    for figure in figures:
+        pyplot.close(figure)
+
+
+def test_the_axis_of_a_loss_fits_what_comes_after_the_first_steps(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    # Over 100 steps, of which the first 15 % reach a loss of 3; the last is 2.
+    runs = {"a": [{"loss": curve((0, 12), (10, 8), (15, 3), (100, 2))}]}
+    draw(runs, [tmp_path / "a.png"], panels=["loss"])
+    draw(runs, [tmp_path / "a.png"], panels=["loss"], focus=0.0)
+    (low, high), (_, highest) = (figure.axes[0].get_ylim() for figure in figures)
+    assert 1.8 < low < 2.0
+    assert 3.0 < high < 3.2
+    assert highest > 12.0
+    monkeypatch.undo()
+    for figure in figures:
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_the_legend_stays_within_the_figure_however_long_the_names(number, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    runs = {
+        f"table2-signum_adaptive-demo-batch_size.theta={n}": [{"loss": curve((1, 2), (2, 1))}]
+        for n in range(number)
+    }
+    draw(runs, [tmp_path / "a.png"], panels=["loss"])
+    (figure,) = figures
+    legend = figure.legends[-1].get_window_extent()
+    assert len(figure.legends) == 1
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+    monkeypatch.undo()
+    pyplot.close(figure)
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, run):
+    pytest.importorskip("matplotlib")
+    groups = {"mine": [{"lr": curve((1, 2))}]}
+    with pytest.raises(InputError, match="none of the runs has the panel loss; they have lr"):
+        draw(groups, [tmp_path / "a.png"], panels=["loss"])
+    with pytest.raises(InputError, match="there is no panel speed; use some of perplexity"):
+        draw(groups, [tmp_path / "a.png"], panels=["speed"])
+    with pytest.raises(InputError, match="nothing to draw"):
+        draw({"mine": [{}]}, [tmp_path / "a.png"])
+    with pytest.raises(InputError, match=r"a.word cannot be written"):
+        draw(groups, [tmp_path / "a.word"])
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[figures\]'"):
+        draw({"mine": [{"lr": curve((1, 2))}]}, [tmp_path / "a.png"], panels=["lr"])
+
+
+def test_counts_on_an_axis_are_short():
+    assert [short_count(value) for value in (0, 500, 2500, 1e6, 3.2e9)] == [
+        "0",
+        "500",
+        "2.5k",
+        "1M",
+        "3.2B",
+    ]
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit code and output of the command."""
+    monkeypatch.setattr(sys, "argv", ["plot_runs.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "scripts" / "plot_runs.py"), run_name="__main__")
+    return exit_.value.code, capsys.readouterr()
+
+
+def test_the_command_draws_runs_and_published_curves_side_by_side(
+    run, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    published = write_curve(tmp_path / "a.csv", [(1, 9.0), (5, 4.0)], tokens=[64, 96])
+    out = tmp_path / "a.png"
+    code, printed = call(
+        monkeypatch, capsys, run, f"them={published}", "--x=tokens", f"--out={out}", "--json"
+    )
+    assert code == 0
+    assert json.loads(printed.out) == {
+        "out": [str(out)],
+        "panels": ["perplexity", "batch_size", "noise_scale", "lr"],
+        "runs": {"table2-signum_adaptive-demo": [str(run)], "them": [str(published)]},
+    }
+    assert out.is_file()
+    code, printed = call(monkeypatch, capsys, tmp_path / "missing", f"--out={out}")
+    assert code == 2
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_the_papers_figures_are_drawn_from_the_published_files(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    if not REFERENCE.is_dir():
+        pytest.skip("needs the published curves; GNS_REFERENCE names their folder")
+    panels = {"figure1": 3, "figure2": 1, "signsgd_160m": 4}
+    for folder, count in panels.items():
+        out = tmp_path / f"{folder}.pdf"
+        code, printed = call(monkeypatch, capsys, REFERENCE / folder, f"--out={out}", "--json")
+        assert code == 0
+        assert len(json.loads(printed.out)["panels"]) == count

@@ -1,0 +1,35 @@
+import json
+
+from gns_pretrain.runs.history import begun_here, note, note_end, note_start, read_starts, told
+
+
+def test_start_tells_the_environment_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("SLURM_JWT", "secret")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    note_start(tmp_path, nodes=["n1", "n1", "n2"])
+    (start,) = read_starts(tmp_path)
+    assert (start["ranks"], start["nodes"]) == (3, ["n1", "n2"])
+    assert start["environment"]["NCCL_DEBUG"] == "WARN"
+    assert "secret" not in json.dumps(start)
+
+
+def test_only_what_changes_speed_or_numbers_is_told():
+    assert told({"OMP_NUM_THREADS": "1", "HOME": "/root"}) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_torn_line_is_left_out(tmp_path):
+    note_end(tmp_path, "stopped")
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"event": "sta')
+    assert [event["event"] for event in read_starts(tmp_path)] == ["end"]
+
+
+def test_requeued_job_finds_the_fresh_folder_it_has_begun(tmp_path, monkeypatch):
+    for name, job in (("run", "11"), ("run-2", "12")):
+        (tmp_path / name).mkdir()
+        note(tmp_path / name, {"event": "start", "slurm": {"job": job, "starts": 0}})
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert begun_here(tmp_path / "run") is None  # its first start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert begun_here(tmp_path / "run") == tmp_path / "run-2"

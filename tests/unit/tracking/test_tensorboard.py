@@ -1,0 +1,71 @@
+import pytest
+
+from gns_pretrain.tracking.jsonl import TrainLine, ValidationLine
+from gns_pretrain.tracking.record import Record
+from gns_pretrain.tracking.settings import MetricsSettings
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+def open_record(directory, *, resume_step):
+    return Record(
+        directory,
+        MetricsSettings(tensorboard=True, progress="never"),
+        is_main=True,
+        resume_step=resume_step,
+        config={},
+        token_budget=1000,
+        run_id="tensorboard",
+    )
+
+
+def train(record, step, loss):
+    line = TrainLine(
+        step=step,
+        samples=step,
+        tokens=10 * step,
+        loss=loss,
+        lr=0.5,
+        grad_norm=1.0,
+        batch_size=1,
+        micro_batch_size=1,
+        accumulation=1,
+        step_seconds=1.0,
+        tokens_per_second=10.0,
+    )
+    record.write(line)
+
+
+def points(directory, name):
+    events = event_accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_event_files_read_back_with_the_repeated_steps_of_a_resumed_run_once(tmp_path):
+    record = open_record(tmp_path, resume_step=0)
+    for step in (1, 2, 3, 4):
+        train(record, step, loss=float(step))
+    record.write(ValidationLine(step=2, tokens=20, loss=2.5))
+    record.close()
+
+    record = open_record(tmp_path, resume_step=2)
+    for step in (3, 4, 5):
+        train(record, step, loss=10.0 * step)
+    record.finish({})
+    record.close()
+
+    assert points(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
+    assert points(tmp_path, "val/loss") == [(2, 2.5)]
+    assert points(tmp_path, "train/lr") == [(step, 0.5) for step in range(1, 6)]
+
+
+def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
+    record = open_record(tmp_path, resume_step=0)
+    record.write(ValidationLine(step=0, tokens=0, loss=9.0))
+    train(record, 1, loss=1.0)
+    record.close()
+    record = open_record(tmp_path, resume_step=0)
+    train(record, 1, loss=3.0)
+    record.close()
+    assert points(tmp_path, "train/loss") == [(1, 3)]

@@ -1,0 +1,161 @@
+"""Measuring leaves no memory behind, and other ranks take over the batch of a state."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor
+
+from gns_pretrain.batch_size import BatchSizeSettings
+from gns_pretrain.launch.build import controllers
+from gns_pretrain.launch.train import launch
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim.base import tie_to_tokens
+from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training import loop
+from gns_pretrain.training.loop import fit_to_ranks
+from gns_pretrain.training.state import TrainState
+from tests.settings import SEQUENCE_LENGTH, small_run
+
+EVERY = 4
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors of this process, each storage once, less the sequences read ahead."""
+    storages = {}
+    for thing in gc.get_objects():
+        # torch.compile elsewhere in this process leaves tensors without memory behind.
+        if issubclass(type(thing), FakeTensor):
+            continue
+        if issubclass(type(thing), torch.Tensor) and thing.dtype != torch.int64:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("geometry", ["manhattan", "nuclear"])
+def test_memory_stays_what_it_was_after_the_first_measurement(
+    geometry, tmp_path, shards, monkeypatch
+):
+    seen = {}
+    take = loop.one_step
+
+    def take_and_weigh(run, log):
+        readings = take(run, log)
+        log.flush()
+        gc.collect()
+        seen[run.state.step] = live_bytes()
+        return readings
+
+    monkeypatch.setattr(loop, "one_step", take_and_weigh)
+    config = small_run(
+        tmp_path,
+        shards,
+        micro_batch_size=1,
+        noise_scale=NoiseScaleSettings(geometries=[geometry], every_steps=EVERY),
+        # The batch grows by accumulation: the micro-batch keeps its size.
+        batch_size=BatchSizeSettings(
+            initial=8,
+            policy="linear_ramp",
+            ramp_size=32,
+            ramp_tokens=15 * 8 * SEQUENCE_LENGTH,
+        ),
+        metrics=MetricsSettings(log_every=1, progress="never"),
+    )
+    assert launch(config) == 0
+    measured = [seen[step] for step in sorted(seen) if step == 1 or step % EVERY == 0]
+    assert len(measured) >= 3
+    assert set(measured) == {measured[0]}
+    assert max(seen.values()) == measured[0]
+
+
+class Told:
+    """A record that keeps what it is told."""
+
+    def __init__(self):
+        self.changes = []
+
+    def write(self, line, **shown):
+        self.changes.append(line.as_record() | shown)
+
+
+def moved(
+    batch_size: int, *, num_ranks: int, cap: int | None = None
+) -> tuple[TrainState, list[dict], float]:
+    """A state of 8 sequences at first, taken over by other ranks in the middle of its run.
+
+    Its optimizer is tied to tokens with a momentum of 0.9, whose new value comes last.
+    """
+    config = small_run(
+        Path("outputs"),
+        Path("data"),
+        micro_batch_size=2,
+        batch_size=BatchSizeSettings(initial=8, policy="adaptive", micro_batch_max=4, cap=cap),
+        noise_scale=NoiseScaleSettings(geometries=["manhattan"], min_samples=4),
+    )
+    state = TrainState(batch_size, micro_batch_size=99, step=7, lr_multiplier=7.0)
+    record = Told()
+    optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
+    tie_to_tokens(optimizer, 8)
+    (controller,) = controllers(config, num_ranks=num_ranks)
+    fit_to_ranks(state, controller, optimizer, record)
+    return state, record.changes, optimizer.param_groups[0]["momentum"]
+
+
+@pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(1, 4), (2, 4), (4, 4), (8, 2)])
+def test_batch_that_the_ranks_can_take_is_kept(num_ranks, micro_batch_size):
+    state, changes, momentum = moved(16, num_ranks=num_ranks)
+    assert (state.batch_size, state.micro_batch_size) == (16, micro_batch_size)
+    assert state.lr_multiplier == 7.0
+    assert changes == []
+    assert momentum == 0.9  # as the checkpoint had it
+
+
+def test_batch_that_the_ranks_cannot_take_becomes_the_next_larger_with_its_learning_rate():
+    # 3 ranks take 2 micro-batches each, of 2 to 4 sequences: 12, 18, 24, then 36.
+    state, changes, momentum = moved(26, num_ranks=3)
+    assert (state.batch_size, state.micro_batch_size) == (36, 4)
+    assert state.lr_multiplier == 4.5**0.5
+    assert momentum == 0.9**4.5
+    (change,) = changes
+    assert (change["step"], change["from"], change["to"], change["target"]) == (8, 26, 36, None)
+    assert "26 is not feasible on 3 ranks" in change["why"]
+    assert "cap" not in change["why"]
+
+
+@pytest.mark.parametrize(("cap", "told"), [(32, ", above batch_size.cap=32"), (36, "")])
+def test_batch_that_other_ranks_take_past_its_cap_says_so(cap, told):
+    state, (change,), _ = moved(26, num_ranks=3, cap=cap)
+    assert state.batch_size == 36
+    assert change["why"].endswith(
+        f"the next larger size, 36 = 3 ranks x 4 sequences x 3 micro-batches{told}"
+    )
+
+
+def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
+    tmp_path, shards, monkeypatch
+):
+    betas = {}
+    take = loop.one_step
+
+    def take_and_look(run, log):
+        betas[run.state.batch_size] = run.optimizer.param_groups[0]["momentum"]
+        return take(run, log)
+
+    monkeypatch.setattr(loop, "one_step", take_and_look)
+    config = small_run(
+        tmp_path,
+        shards,
+        steps=6,
+        optimizer=SignumSettings(momentum=0.95, tie_to_tokens=True),
+        batch_size=BatchSizeSettings(
+            initial=8,
+            policy="staged",
+            stage_tokens=[2 * 8 * SEQUENCE_LENGTH],
+            stage_sizes=[24],
+        ),
+    )
+    assert launch(config) == 0
+    assert betas == {8: 0.95, 24: 0.95**3}
