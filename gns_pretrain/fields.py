@@ -1,0 +1,169 @@
+"""Settings whose bounds stand beside their fields, and command lines made of the same classes.
+
+    @dataclass
+    class SmoothingSettings(Settings):
+        section: ClassVar[str] = "noise_scale.smoothing"
+
+        noise_decay: Annotated[float, within(0, 1, hint="the paper uses 0.9")] = 0.9  # beta^N
+
+`Annotated` is invisible to OmegaConf and to mypy, so the same class is the schema that Hydra
+composes against, what the code reads and, through `add_options`, a script's command line.
+"""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+from gns_pretrain.errors import InputError
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A rule for one field: what has to hold, how a refusal says so, and a hint."""
+
+    holds: Callable[[Any], bool]
+    text: str
+    hint: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class About:
+    """What a field means, for `--help`."""
+
+    text: str
+
+
+def at_least(bound: float, unit: str = "", *, hint: str = "") -> Bound:
+    """A number, or each number of a list, that is not below `bound`."""
+    text = f"must be at least {bound} {unit}".rstrip()
+    return Bound(lambda value: all(v >= bound for v in _each(value)), text, hint)
+
+
+def positive(*, hint: str = "") -> Bound:
+    """A number above 0 that is finite."""
+    return Bound(lambda value: 0.0 < value < math.inf, "must be positive and finite", hint)
+
+
+def within(low: float, high: float, *, hint: str = "", exclusive: bool = False) -> Bound:
+    """A number of [low, high), or of (low, high) where `exclusive`."""
+    if exclusive:
+        text = f"must lie between {low} and {high} (exclusive)"
+        return Bound(lambda value: low < value < high, text, hint)
+    return Bound(
+        lambda value: low <= value < high, f"must be at least {low} and below {high}", hint
+    )
+
+
+def one_of(*choices: str, hint: str = "") -> Bound:
+    """A name, or each name of a list, that is one of `choices`."""
+    known = f"is not known; use one of {', '.join(choices)}"
+    return Bound(lambda value: all(v in choices for v in _each(value)), known, hint, choices)
+
+
+class Settings:
+    """Base of a settings dataclass: checks its fields' bounds as it is made.
+
+    A subclass that defines `__post_init__` calls this one's first.
+    """
+
+    section: ClassVar[str] = ""  # dotted path in a run's configuration; "--" for a command line
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        check_bounds(self, self.section)
+
+
+def check_bounds(settings: Any, section: str) -> None:
+    """Check every field against the bounds in its annotation; None is left to the field's type.
+
+    Args:
+        settings: an instance of a dataclass.
+        section: dotted path of `settings`, which an error puts before the field's name.
+
+    Raises:
+        InputError: the first field outside its bounds: setting, value, rule and hint in one line.
+    """
+    cls: type = type(settings)
+    for name, notes in _notes(cls).items():
+        value = getattr(settings, name)
+        for bound in (note for note in notes if isinstance(note, Bound)):
+            if value is not None and not bound.holds(value):
+                hint = f"; {bound.hint}" if bound.hint else ""
+                shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+                raise InputError(f"{setting_name(section, name)}={shown} {bound.text}{hint}")
+
+
+def setting_name(section: str, name: str) -> str:
+    """A field as the user types it: `data.path`, or `--data-path` on a command line."""
+    if section == "--":
+        return "--" + name.replace("_", "-")
+    return f"{section}.{name}" if section else name
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, *, skip: Iterable[str] = ()) -> None:
+    """Give a parser one option for each field of a settings dataclass.
+
+    Fields without a default are required; lists take several words; `bool` gets a `--no-` form.
+    Options that are not typed stay out of the namespace, so a default has one home: the class.
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        notes = _notes(cls).get(field.name, ())
+        about = next((note.text for note in notes if isinstance(note, About)), "")
+        bound = next((note for note in notes if isinstance(note, Bound) and note.choices), None)
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if isinstance(field.default, int | float | str):
+            about += f" (default: {field.default})"
+        parser.add_argument(
+            setting_name("--", field.name),
+            help=about.replace("%", "%%"),
+            required=required,
+            default=argparse.SUPPRESS,
+            **_reading(hints[field.name]),
+            **({"metavar": "{" + ",".join(bound.choices) + "}"} if bound else {}),
+        )
+
+
+def from_options(cls: type[S], options: argparse.Namespace) -> S:
+    """The settings that a parsed command line gives; other entries of it are left alone."""
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is list:
+        return {"nargs": "+", "type": typing.get_args(hint)[0]}
+    return {"type": hint}
+
+
+def _each(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+@cache
+def _notes(cls: type) -> dict[str, tuple[Any, ...]]:
+    """What `Annotated` says of each field, bases included."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: hint.__metadata__
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is typing.Annotated
+    }

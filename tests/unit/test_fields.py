@@ -1,0 +1,86 @@
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import pytest
+from omegaconf import OmegaConf
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import (
+    About,
+    Settings,
+    add_options,
+    at_least,
+    from_options,
+    one_of,
+    positive,
+    within,
+)
+
+
+@dataclass
+class Sample(Settings):
+    section: ClassVar[str] = "part.sample"
+
+    steps: Annotated[int, at_least(1, "step", hint="the paper uses 100")] = 100
+    rate: Annotated[float | None, positive()] = None
+    share: Annotated[float, within(0, 1, exclusive=True)] = 0.5
+    kinds: Annotated[list[str], one_of("a", "b")] = field(default_factory=list)
+
+
+@dataclass
+class Options(Settings):
+    section: ClassVar[str] = "--"
+
+    out: Annotated[str, About("folder, 100 % of it")]
+    max_steps: Annotated[int, at_least(1), About("of training")] = 3
+    files: Annotated[list[str], About("to read")] = field(default_factory=list)
+    bos: bool = True
+    limit: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"steps": 0},
+            "part.sample.steps=0 must be at least 1 step; the paper uses 100",
+        ),
+        ({"rate": math.inf}, "part.sample.rate=inf must be positive and finite"),
+        ({"rate": math.nan}, "part.sample.rate=nan must be positive and finite"),
+        ({"share": 1.0}, "part.sample.share=1.0 must lie between 0 and 1 (exclusive)"),
+        ({"kinds": ["a", "c"]}, "part.sample.kinds=[a, c] is not known; use one of a, b"),
+    ],
+)
+def test_value_outside_its_bounds_is_one_line_with_setting_value_rule_and_hint(values, line):
+    with pytest.raises(InputError) as error:
+        Sample(**values)
+    assert str(error.value) == line
+
+
+def test_omegaconf_composes_against_an_annotated_class_and_checks_it():
+    node = OmegaConf.structured(Sample)
+    node.rate = 0.1
+    assert OmegaConf.to_object(node) == Sample(rate=0.1)
+    node.steps = -1
+    with pytest.raises(InputError, match=r"part\.sample.steps=-1"):
+        OmegaConf.to_object(node)
+
+
+def parsed(*words: str) -> Options:
+    parser = argparse.ArgumentParser()
+    add_options(parser, Options)
+    assert "of training (default: 3)" in parser.format_help()
+    return from_options(Options, parser.parse_args(words))
+
+
+def test_command_line_of_a_class_reads_numbers_lists_flags_and_leaves_defaults_to_it():
+    assert parsed("--out", "x") == Options("x")
+    words = ("--out", "x", "--max-steps", "1_000", "--files", "a", "b", "--no-bos", "--limit", "2")
+    assert parsed(*words) == Options("x", 1000, ["a", "b"], False, 2.0)
+
+
+def test_command_line_names_the_option_that_is_outside_its_bounds():
+    with pytest.raises(InputError, match=r"^--max-steps=0 must be at least 1$"):
+        parsed("--out", "x", "--max-steps", "0")
