@@ -23,7 +23,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import folder_lock
 from tests.unit.data_samples import as_line, ids_of, make_texts, write_gzip, write_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 TRAIN, VALIDATION = make_texts(400, seed=1), make_texts(30, seed=2)
 
 
