@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +21,6 @@ from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
-from gns_pretrain.system.processes import StopRequest
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
@@ -34,7 +33,7 @@ MIB = 2**20
 
 
 class MemoryWatch:
-    """Stands where a run looks for a request to stop after each step: notes memory, then stops it.
+    """Records memory after each step of a run, as its `should_stop`, and stops it in the end.
 
     Args:
         steps: after which the run is to stop.
@@ -47,9 +46,8 @@ class MemoryWatch:
         self.resident: list[int] = []  # bytes after each step
         self.allocated: list[int] = []  # on the GPU
 
-    @property
-    def requested(self) -> bool:
-        """Whether the run has taken its steps."""
+    def __call__(self) -> bool:
+        """Record memory; return whether the run has taken its steps."""
         self.resident.append(resident_bytes())
         if self.device.type == "cuda":
             self.allocated.append(torch.cuda.memory_allocated(self.device))
@@ -92,7 +90,7 @@ def trained(config: Config, world: World, directory: Path, watch: MemoryWatch) -
     """Run until the watch stops it; the last batch size."""
     run = build_run(config, world, directory)
     try:
-        train(run, cast(StopRequest, watch))
+        train(run, watch)
     finally:
         run.batches.close()
         run.record.close()

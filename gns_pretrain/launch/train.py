@@ -188,7 +188,7 @@ def run_in(
         run = build_run(config, world, directory, run_id=run_id)
         held.callback(run.record.close)
         held.callback(run.batches.close)
-        finished = train(run, stop)
+        finished = train(run, lambda: stop.requested)
     if world.is_main:
         note_end(directory, "finished" if finished else "stopped")
     if finished:

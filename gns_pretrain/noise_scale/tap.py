@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.model.llama import Kind, parameter_kinds
@@ -208,11 +209,12 @@ class GradientTap:
     def _see(self, index: int, gradient: Tensor) -> None:
         """The hook: keep a sample's gradient until its block is complete, then reduce the block."""
         started = time.perf_counter()
-        block = self.weights[index].block
-        arrived = self.waiting.setdefault(block, {})
-        arrived[index] = gradient
-        if len(arrived) == len(self._blocks[block]):
-            self._reduce(self.waiting.pop(block))
+        with record_function("measurement"):  # within "backward", where autograd calls the hook
+            block = self.weights[index].block
+            arrived = self.waiting.setdefault(block, {})
+            arrived[index] = gradient
+            if len(arrived) == len(self._blocks[block]):
+                self._reduce(self.waiting.pop(block))
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """A whole training run on one screen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.base import retie, set_learning_rate
 from gns_pretrain.parallel.collectives import any_rank
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.system.processes import StopRequest
 from gns_pretrain.tracking.jsonl import BatchSizeLine, ShadowLine, ValidationLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.training.checkpoint import Checkpoints
@@ -146,21 +146,32 @@ class Run:
     shadows: list[Controller]  # policies that are logged and not followed
 
 
-def train(run: Run, stop: StopRequest) -> bool:
-    """Train until the token budget is reached or somebody asks to stop.
+def train(
+    run: Run,
+    should_stop: Callable[[], bool],
+    *,
+    step: "Callable[[Run, StepLog], list[Reading]] | None" = None,
+) -> bool:
+    """Train until the token budget is reached or a rank is asked to stop.
+
+    Args:
+        run: built.
+        should_stop: asked once after every step, on each rank; one True stops all of them.
+        step: takes one optimizer step; None is `one_step`.
 
     Returns:
         Whether the run is finished; False after a stop, when it is saved and can be resumed.
     """
     settings, state, world = run.settings, run.state, run.world
     log = StepLog(run.record, world)
+    take_step = step or one_step
     stopping = False
     while state.tokens < settings.token_budget and not stopping:
         tokens_before = state.tokens
         choose_batch_size(run, log)
-        readings = one_step(run, log)
+        readings = take_step(run, log)
         done = state.tokens >= settings.token_budget
-        stopping = any_rank(stop.requested, world)
+        stopping = any_rank(should_stop(), world)
         evaluating = (
             state.step == 1
             or done
