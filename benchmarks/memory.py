@@ -20,7 +20,7 @@ from gns_pretrain.launch.build import build_run
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
@@ -72,7 +72,7 @@ def measure_memory(model: LlamaConfig, *, steps: int, device: torch.device) -> d
         data.mkdir()
         write_random_tokens(data, model.known_vocab_size, {"train": 2**17, "validation": 2**10})
         config = run_settings(model, Path(folder), data, steps)
-        with redirect_stdout(silence), joined(Place(), ParallelSettings(), device) as world:
+        with redirect_stdout(silence), joined(RankInfo(), ParallelSettings(), device) as world:
             last_batch = trained(config, world, Path(folder) / "run", watch)
     return {
         "measured": "memory",

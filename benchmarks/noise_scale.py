@@ -16,7 +16,7 @@ from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
 from gns_pretrain.parallel.collectives import barrier
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined, pick_device
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.step import train_step
 
@@ -51,11 +51,13 @@ def measure_cost(
     """
     arguments = (config, settings, micro_batch_size, accumulation, sequence_length, pairs)
     if num_ranks == 1:
-        ratios, plain, seconds = timed_pairs(Place(), *arguments)
+        ratios, plain, seconds = timed_pairs(RankInfo(), *arguments)
     else:
         with tempfile.TemporaryDirectory() as folder:
             meeting = f"file://{Path(folder) / 'meeting'}"
-            places = [Place(rank, num_ranks, rank, num_ranks, meeting) for rank in range(num_ranks)]
+            places = [
+                RankInfo(rank, num_ranks, rank, num_ranks, meeting) for rank in range(num_ranks)
+            ]
             with multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
                 results = pool.starmap(timed_pairs, [(place, *arguments) for place in places])
         ratios, plain, seconds = results[0]
@@ -80,7 +82,7 @@ def measure_cost(
 
 
 def timed_pairs(
-    place: Place,
+    place: RankInfo,
     config: LlamaConfig,
     settings: NoiseScaleSettings,
     micro_batch_size: int,

@@ -25,7 +25,7 @@ from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.sums import SampleSums
 from gns_pretrain.noise_scale.tap import sample_sums
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined, pick_device
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.checkpoint import load_model
 from gns_pretrain.training.step import accumulate_gradients
@@ -178,7 +178,7 @@ def measure(request: MeasurementRequest) -> Report | None:
         nuclear_parameters=request.nuclear_parameters,
         square_root=request.square_root,
     )
-    place = place_from(os.environ) or Place()
+    place = place_from(os.environ) or RankInfo()
     rounds = rounds_of(request, place.num_ranks)
     split = TokenSplit.open(request.data, "validation")
     check_length(request, split)

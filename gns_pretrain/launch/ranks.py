@@ -24,7 +24,7 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from gns_pretrain.parallel.mesh import Place
+from gns_pretrain.parallel.mesh import RankInfo
 from gns_pretrain.system.processes import STOP_SIGNALS
 from gns_pretrain.system.slurm import first_host
 
@@ -118,11 +118,11 @@ def start_server_without_signals() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def place_from(environment: Mapping[str, str]) -> Place | None:
+def place_from(environment: Mapping[str, str]) -> RankInfo | None:
     """Where the launcher has put this process; None if nobody has."""
     if "RANK" in environment:
         ranks = int(environment["WORLD_SIZE"])
-        return Place(
+        return RankInfo(
             rank=int(environment["RANK"]),
             num_ranks=ranks,
             local_rank=int(environment.get("LOCAL_RANK", "0")),
@@ -135,14 +135,14 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
-def place_in_step(environment: Mapping[str, str]) -> Place:
+def place_in_step(environment: Mapping[str, str]) -> RankInfo:
     """One task of a SLURM step; the ranks meet on its first node, at a port of the job."""
     host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
     # Below the ports that Linux gives to whoever asks for any (32768 and up).
     port = environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 12000
     per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     ranks = int(environment["SLURM_STEP_NUM_TASKS"])
-    return Place(
+    return RankInfo(
         rank=int(environment["SLURM_PROCID"]),
         num_ranks=ranks,
         local_rank=int(environment["SLURM_LOCALID"]),

@@ -21,7 +21,7 @@ from gns_pretrain.launch.build import build_run, data_fingerprint
 from gns_pretrain.launch.crash_report import LastWords, current_words
 from gns_pretrain.launch.ranks import leave_with_launcher, place_from, run_local_ranks
 from gns_pretrain.parallel.collectives import barrier, from_main, gathered
-from gns_pretrain.parallel.mesh import Place, World, joined, pick_device
+from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
 from gns_pretrain.runs.directory import (
     CHECKPOINTS,
     CONFIG,
@@ -57,10 +57,10 @@ def launch(config: Config) -> int:
     directory, fingerprint = checked(config, place)
     if place is None and config.launch.nproc_per_node > 1:
         return start_ranks(config, directory, fingerprint, config.launch.nproc_per_node)
-    return run_rank(config, directory, fingerprint, place or Place())
+    return run_rank(config, directory, fingerprint, place or RankInfo())
 
 
-def checked(config: Config, place: Place | None) -> tuple[Path, str]:
+def checked(config: Config, place: RankInfo | None) -> tuple[Path, str]:
     """The run's folder and its data's fingerprint, once every rule is found kept.
 
     Raises:
@@ -135,7 +135,7 @@ def run_rank(
     config: Config,
     directory: Path,
     fingerprint: str,
-    place: Place,
+    place: RankInfo,
     stop: StopRequest | None = None,
 ) -> int:
     """Train on one rank, from joining the others to the last line; gives the exit code."""
@@ -229,7 +229,7 @@ def take_directory(
         raise problem
 
 
-def say(error: InputError | TrainingError, place: Place | None = None) -> int:
+def say(error: InputError | TrainingError, place: RankInfo | None = None) -> int:
     """Print an error that people can act on, and give the exit code for it.
 
     Args:

@@ -47,8 +47,8 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one process stands among those that were started."""
+class RankInfo:
+    """Rank, size and rendezvous of one process of a run, before it joins the others."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -120,7 +120,7 @@ _LEFT: list[dist.ProcessGroup | None] = []
 
 
 @contextmanager
-def joined(place: Place, settings: ParallelSettings, device: torch.device) -> Iterator[World]:
+def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) -> Iterator[World]:
     """Join the other ranks for the length of the block; a single process joins nobody."""
     kind = settings.resolved_kind(place.num_ranks)
     if device.type == "cuda":
@@ -147,7 +147,7 @@ def joined(place: Place, settings: ParallelSettings, device: torch.device) -> It
         dist.destroy_process_group()
 
 
-def start_process_group(place: Place, device: torch.device, timeout: timedelta) -> None:
+def start_process_group(place: RankInfo, device: torch.device, timeout: timedelta) -> None:
     """Rendezvous with the other ranks; gloo stands beside NCCL for what lives on the host."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.num_ranks == 1:

@@ -18,7 +18,7 @@ from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.status import Submission, note_submissions, queued, wait_until_ended
 from gns_pretrain.launch.sweep import Job, Outcome, note_failures, plan_jobs, print_outcomes, settle
 from gns_pretrain.launch.train import checked
-from gns_pretrain.parallel.mesh import Place
+from gns_pretrain.parallel.mesh import RankInfo
 from gns_pretrain.system.slurm import job_states
 from hydra_plugins.gns_local.local_launcher import LocalLauncher
 
@@ -65,7 +65,7 @@ class SlurmSweepLauncher(LocalLauncher):
         """Check all runs, submit those that need it, and say what became of each."""
         runs = self.runs_of(job_overrides)
         ranks = self.nodes * self.tasks_per_node
-        first_rank = Place(num_ranks=ranks, ranks_per_node=self.tasks_per_node)
+        first_rank = RankInfo(num_ranks=ranks, ranks_per_node=self.tasks_per_node)
         jobs = plan_jobs(runs, inspect=partial(checked, place=first_rank if ranks > 1 else None))
         console = Console()
         outcomes = self.submit(jobs, console)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gns_pretrain.parallel.mesh import Place
+from gns_pretrain.parallel.mesh import RankInfo
 
 # A fork of a server that has imported torch once costs a fraction of a second; a spawn costs four.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,7 +36,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *argum
     processes, pipes = [], []
     for rank in range(num_ranks):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        place = Place(rank, num_ranks, rank, num_ranks, f"file://{meeting}")
+        place = RankInfo(rank, num_ranks, rank, num_ranks, f"file://{meeting}")
         process = CONTEXT.Process(target=call, args=(theirs, function, place, arguments))
         process.start()
         theirs.close()
@@ -50,7 +50,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *argum
             process.join()
 
 
-def call(pipe: Connection, function: Callable[..., Any], place: Place, arguments: tuple) -> None:
+def call(pipe: Connection, function: Callable[..., Any], place: RankInfo, arguments: tuple) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     try:

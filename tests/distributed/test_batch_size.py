@@ -10,7 +10,7 @@ from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.schema import Config
 from gns_pretrain.launch.train import run_rank
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.parallel.mesh import ParallelSettings, Place
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo
 from gns_pretrain.tracking.jsonl import read_records
 from tests.distributed.harness import run_ranks
 from tests.settings import small_run, without_times
@@ -31,7 +31,7 @@ def staged_run(folder: Path, data: Path, kind: str, **changes: Any) -> Config:
     )
 
 
-def train(place: Place, config: Config, stop_after: int | None) -> int:
+def train(place: RankInfo, config: Config, stop_after: int | None) -> int:
     """A rank of the run; asked to stop when it has written the checkpoint of a step."""
     if stop_after is not None:
         from gns_pretrain.training import loop

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gns_pretrain.launch.train import launch, run_rank
-from gns_pretrain.parallel.mesh import ParallelSettings, Place
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo
 from gns_pretrain.tracking.jsonl import read_records
 from tests.distributed.harness import run_ranks
 from tests.settings import small_run, without_times
@@ -18,14 +18,14 @@ def losses(folder: Path, kind: str) -> list[tuple[str, int, float]]:
     return [(r["kind"], r["step"], r["loss"]) for r in records]
 
 
-def train_each(place: Place, kinds: tuple[str, ...], folder: Path, data: Path) -> list[int]:
+def train_each(place: RankInfo, kinds: tuple[str, ...], folder: Path, data: Path) -> list[int]:
     """One rank's part of a run of each layout, one after the other."""
     codes = []
     for kind in kinds:
         config = small_run(
             folder, data, run_name=f"small-{kind}", parallel=ParallelSettings(kind=kind)
         )
-        here = Place(
+        here = RankInfo(
             place.rank,
             place.num_ranks,
             place.local_rank,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gns_pretrain.parallel.matrix_work import MatrixExchange, balanced_owners
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, joined
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.parallel.shard_layout import ShardLayout
 from tests.distributed.harness import run_ranks
 
@@ -15,7 +15,7 @@ def whole_matrices() -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def there_and_back(place: Place) -> list[int]:
+def there_and_back(place: RankInfo) -> list[int]:
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         layout = ShardLayout.of(world)
         whole = whole_matrices()

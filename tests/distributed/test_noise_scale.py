@@ -14,7 +14,7 @@ from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import sample_sums, unsharded_weights
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.shard_layout import local_parts
 from gns_pretrain.parallel.sharding import parallelize, unwrapped
 from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
@@ -59,7 +59,7 @@ class Case:
     compiled: bool = False
     trainable: tuple[str, ...] = ()  # endings of the blocks' names that train; none names all
 
-    def train_step(self, place: Place, settings: NoiseScaleSettings | None, **changes: Any):
+    def train_step(self, place: RankInfo, settings: NoiseScaleSettings | None, **changes: Any):
         """One step of plain SGD on this rank's samples; its result and the rows it leaves."""
         with joined(place, ParallelSettings(kind=self.kind), torch.device("cpu")) as world:
             model = self.laid(world, **changes)
@@ -106,18 +106,18 @@ def values_of(result: StepResult) -> Values:
     }
 
 
-def measured(place: Place, case: Case, **changes: Any) -> Values:
+def measured(place: RankInfo, case: Case, **changes: Any) -> Values:
     return values_of(case.train_step(place, ALL, **changes)[0])
 
 
-def measured_on_each(place: Place, cases: list[Case]) -> list[Values]:
+def measured_on_each(place: RankInfo, cases: list[Case]) -> list[Values]:
     return [
         measured(replace(place, rendezvous=f"{place.rendezvous}-{i}"), case)
         for i, case in enumerate(cases)
     ]
 
 
-def has_the_same_bits(place: Place, case: Case) -> bool:
+def has_the_same_bits(place: RankInfo, case: Case) -> bool:
     """Whether a measured step and one that is not leave the same norm and weights."""
     (result, weights), (plain, plain_weights) = (
         case.train_step(
@@ -131,7 +131,7 @@ def has_the_same_bits(place: Place, case: Case) -> bool:
     )
 
 
-def on_layouts(place: Place) -> tuple[list[Values], list[bool]]:
+def on_layouts(place: RankInfo) -> tuple[list[Values], list[bool]]:
     """All that is asked of this many ranks, in one start of them."""
     cases = [Case(kind) for kind in LAYOUTS]
     if place.num_ranks == 4:
@@ -223,7 +223,7 @@ def reference() -> Values:
 
 
 def test_one_process_equals_the_dense_reference(reference):
-    assert_equal(measured(Place(), Case("single")), reference, "one process")
+    assert_equal(measured(RankInfo(), Case("single")), reference, "one process")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -245,7 +245,7 @@ def test_measured_step_trains_with_the_same_bits_on_every_layout(on_ranks):
 
 
 def test_replica_that_owns_no_matrix_takes_part(on_ranks):
-    alone = measured(Place(), replace(TWO_MATRICES, kind="single"))
+    alone = measured(RankInfo(), replace(TWO_MATRICES, kind="single"))
     for rank, (each, _) in enumerate(on_ranks):
         for found in each[len(LAYOUTS) :]:
             assert_equal(found, alone, f"hsdp with two matrices, rank {rank}")
@@ -255,22 +255,22 @@ def test_halves_that_lack_tokens_equal_the_dense_reference_where_ranks_round(tmp
     # Rounding gave coordinates that one half did not touch a sign: off by up to 28 %.
     cases = [Case(kind, ROUNDED) for kind in ("ddp", "fsdp")]
     expected = dense_reference(ROUNDED)
-    assert_equal(measured(Place(), Case("single", ROUNDED)), expected, "one process")
+    assert_equal(measured(RankInfo(), Case("single", ROUNDED)), expected, "one process")
     for found in run_ranks(3, measured_on_each, tmp_path, cases)[0]:
         assert_equal(found, expected, "3 ranks")
 
 
 def test_tied_embeddings_are_one_weight():
-    found = measured(Place(), Case("single"), tie_embeddings=True)
+    found = measured(RankInfo(), Case("single"), tie_embeddings=True)
     assert_equal(found, dense_reference(tie_embeddings=True), "one process, tied")
 
 
 def test_activation_checkpointing_shows_each_gradient_once(reference):
-    found = measured(Place(), Case("single"), activation_checkpointing=True)
+    found = measured(RankInfo(), Case("single"), activation_checkpointing=True)
     assert_equal(found, reference, "one process, checkpointed")
 
 
-def memory_of_a_measurement(place: Place) -> tuple[list[int], list[int], int]:
+def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]:
     """Elements of sharded squares and signed sums, of Grams by weight, and of all weights."""
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
@@ -300,7 +300,7 @@ def test_sums_stay_sharded_and_every_gram_has_one_owner(tmp_path):
         assert len(grams) <= -(-matrices // num_ranks)
 
 
-def unsharded_objects(place: Place) -> bool:
+def unsharded_objects(place: RankInfo) -> bool:
     """Whether FSDP2 shows autograd the same tensors after it has sharded and gathered again."""
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)

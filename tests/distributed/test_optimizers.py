@@ -20,7 +20,7 @@ from gns_pretrain.optim.custom import CustomSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, joined
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.sharding import parallelize, unwrapped
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.state import TrainState
@@ -126,7 +126,7 @@ def laid_like_weights(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def train_each(place: Place, folder: Path) -> dict[tuple[str, str, str], float]:
+def train_each(place: RankInfo, folder: Path) -> dict[tuple[str, str, str], float]:
     """One rank's part: every rule on every layout, and from the two ranks' FSDP checkpoints."""
     found: dict[tuple[str, str, str], float] = {}
     for kind in KINDS[place.num_ranks]:

@@ -14,7 +14,7 @@ from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings, SpectralSettings
-from gns_pretrain.parallel.mesh import ParallelSettings, Place
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import loop
 from tests.distributed.harness import run_ranks
@@ -61,7 +61,7 @@ def test_rule_trains_and_goes_on_bit_for_bit_after_a_kill(rule, tmp_path, shards
     assert lines(folders[1] / "small") == lines(folders[0] / "small")
 
 
-def trained(place: Place, folder: Path, data: Path, rule: str, name: str) -> int:
+def trained(place: RankInfo, folder: Path, data: Path, rule: str, name: str) -> int:
     """One rank's part of a run of two sharded ranks; returns its exit code."""
     config = small_run(
         folder,
@@ -75,7 +75,7 @@ def trained(place: Place, folder: Path, data: Path, rule: str, name: str) -> int
     return run_rank(config, folder / name, "data", here)
 
 
-def killed(place: Place, folder: Path, data: Path, rule: str) -> None:
+def killed(place: RankInfo, folder: Path, data: Path, rule: str) -> None:
     """Every rank dies, by SIGKILL, as it begins its next step after KILLED_AFTER."""
     end_at(KILLED_AFTER, lambda: os.kill(os.getpid(), signal.SIGKILL))
     trained(place, folder, data, rule, f"killed-{rule}")
@@ -99,7 +99,7 @@ def start_over_is_a_failure() -> None:
     raise AssertionError("more steps than were lost: the run did not go on from its checkpoint")
 
 
-def whole_and_resumed(place: Place, folder: Path, data: Path) -> None:
+def whole_and_resumed(place: RankInfo, folder: Path, data: Path) -> None:
     """Every rule without a break, and what was killed of it from where it was saved."""
     train_step = loop.train_step
     for rule in RULES:

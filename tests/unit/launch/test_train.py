@@ -11,7 +11,7 @@ from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import train as launch
 from gns_pretrain.launch.ranks import place_from, signals_noted
 from gns_pretrain.launch.train import check_directory, say, take_directory
-from gns_pretrain.parallel.mesh import ParallelSettings, Place, World, shard_group_size
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, shard_group_size
 from gns_pretrain.system import processes as cores
 from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_of_each
 from gns_pretrain.system.slurm import first_host
@@ -32,12 +32,12 @@ def test_batch_shell_of_a_job_is_no_rank_of_it():
 
 def test_torchrun_variables_give_the_place():
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert place_from(environment) == Place(5, 8, 1, 4, "env://")
+    assert place_from(environment) == RankInfo(5, 8, 1, 4, "env://")
 
 
 def test_torchrun_inside_slurm_counts_as_torchrun():
     environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
-    assert place_from(environment) == Place(0, 2, 0, 2, "env://")
+    assert place_from(environment) == RankInfo(0, 2, 0, 2, "env://")
 
 
 def srun(**more: str) -> dict[str, str]:
@@ -52,7 +52,7 @@ def srun(**more: str) -> dict[str, str]:
 
 
 def test_srun_ranks_meet_on_the_first_node_at_a_port_of_the_job():
-    assert place_from(srun()) == Place(9, 16, 1, 8, "tcp://gpu07:24321")
+    assert place_from(srun()) == RankInfo(9, 16, 1, 8, "tcp://gpu07:24321")
 
 
 def test_srun_meeting_point_can_be_set():
@@ -97,12 +97,12 @@ def test_auto_layout_is_single_alone_and_fsdp_in_company():
 )
 def test_error_is_told_once_by_a_rank_that_met_it(rank, on_all_ranks, told, capsys):
     error = InputError("the cause", on_all_ranks=on_all_ranks)
-    assert say(error, Place(rank=rank, num_ranks=2)) == 2
+    assert say(error, RankInfo(rank=rank, num_ranks=2)) == 2
     assert capsys.readouterr().err == told
 
 
 def test_rank_that_is_alone_is_not_named(capsys):
-    assert say(TrainingError("the cause"), Place()) == 3
+    assert say(TrainingError("the cause"), RankInfo()) == 3
     assert capsys.readouterr().err == "error: the cause\n"
 
 
