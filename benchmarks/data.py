@@ -20,7 +20,7 @@ from gns_pretrain.data.embedded import gather_documents
 from gns_pretrain.data.prepare.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.writer import SplitPlan, SplitProgress, write_split
-from gns_pretrain.data.shards import CorpusMeta, TokenSplit, token_dtype, write_meta, write_shard
+from gns_pretrain.data.shards import CorpusMeta, TokenShards, token_dtype, write_meta, write_shard
 from gns_pretrain.data.tokenization import train_bpe, vocabulary_size
 from gns_pretrain.system.processes import available_cores
 
@@ -45,7 +45,7 @@ def measure_reading(
         seconds: how long to read.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        split = TokenSplit.open(folder or _write_random_shards(Path(temporary)), "train")
+        split = TokenShards.open(folder or _write_random_shards(Path(temporary)), "train")
         device = torch.device("cpu")
         batches = Batches(split, sequence_length=sequence_length, seed=0, device=device)
         began = time.perf_counter()
@@ -54,8 +54,6 @@ def measure_reading(
                 (step - 1) * batch_size,
                 batch_size=batch_size,
                 micro_batch_size=micro_batch_size,
-                rank=0,
-                num_ranks=1,
             ):
                 pass
             elapsed = time.perf_counter() - began

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.data.batches import Batches
-from gns_pretrain.data.shards import CorpusMeta, TokenSplit, token_dtype, write_meta, write_shard
+from gns_pretrain.data.shards import CorpusMeta, TokenShards, token_dtype, write_meta, write_shard
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.config import LlamaConfig
@@ -134,8 +134,6 @@ class Training:
             cursor,
             batch_size=workload.batch_size,
             micro_batch_size=workload.micro_batch_size,
-            rank=0,
-            num_ranks=1,
         )
 
     def step(
@@ -164,7 +162,7 @@ def training(
         write_random_tokens(
             Path(folder), workload.model.known_vocab_size, {"train": max(tokens, 2 * length)}
         )
-        split = TokenSplit.open(Path(folder), "train")
+        split = TokenShards.open(Path(folder), "train")
         batches = Batches(split, sequence_length=length, seed=0, device=device)
         try:
             yield Training(workload, device, batches, geometries)

@@ -5,8 +5,6 @@ sequences at positions [cursor, cursor + B) of the run's order; its micro-batch 
 contiguous block of them, whichever rank computes it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 
 # The order in which an epoch visits its sequences: a seeded permutation that costs no memory.
 #
@@ -72,42 +70,42 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class _Request(NamedTuple):
-    """One rank's part of one step; sizes in sequences."""
+    """One step; sizes in sequences over all ranks."""
 
     cursor: int
     batch_size: int
     micro_batch_size: int
-    rank: int
-    num_ranks: int
-
-    def positions(self) -> np.ndarray:
-        """Positions in the run's order, int64 [micro-batches of this rank, micro_batch_size]."""
-        step = np.arange(self.cursor, self.cursor + self.batch_size, dtype=np.int64)
-        return step.reshape(-1, self.micro_batch_size)[self.rank :: self.num_ranks]
-
-    def next_step(self) -> _Request:
-        return self._replace(cursor=self.cursor + self.batch_size)
 
 
 class Batches:
-    """The training sequences of a split, in a seeded order, epoch after epoch.
+    """One rank's part of the training sequences, in a seeded order, epoch after epoch.
 
     Holds no position of its own: the caller passes the cursor, so that a checkpoint is one integer.
     While a step is computed, a thread reads the next one, guessing that the sizes stay the same; a
     wrong guess is thrown away.
     """
 
-    def __init__(self, split: TokenSplit, *, sequence_length: int, seed: int, device: torch.device):
-        self._split = split
+    def __init__(
+        self,
+        tokens: TokenShards,
+        *,
+        sequence_length: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
+        self._tokens = tokens
         self._sequence_length = sequence_length
-        self._num_sequences = split.num_sequences(sequence_length)
+        self._num_sequences = tokens.num_sequences(sequence_length)
         self._order = SequenceOrder(self._num_sequences, seed)
         self._device = device
+        self._rank, self._num_ranks = rank, num_ranks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[_Request, Future[Tensor]] | None = None
 
     def micro_batches(
-        self, cursor: int, *, batch_size: int, micro_batch_size: int, rank: int, num_ranks: int
+        self, cursor: int, *, batch_size: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
         """This rank's micro-batches of a step, each int64 [micro_batch_size, L + 1] on the device.
 
@@ -118,9 +116,11 @@ class Batches:
             batch_size: sequences of the step over all ranks, a multiple of micro_batch_size.
         """
         assert batch_size % micro_batch_size == 0, (batch_size, micro_batch_size)
-        request = _Request(cursor, batch_size, micro_batch_size, rank, num_ranks)
-        step = self._take(request)
-        self._ahead = (request.next_step(), self._reader.submit(self._read, request.next_step()))
+        request = _Request(cursor, batch_size, micro_batch_size)
+        guess = self._ahead
+        step = guess[1].result() if guess and guess[0] == request else self._read(request)
+        following = request._replace(cursor=cursor + batch_size)
+        self._ahead = (following, self._reader.submit(self._read, following))
         return (micro_batch.to(self._device, non_blocking=True) for micro_batch in step)
 
     def epoch(self, cursor: int) -> int:
@@ -132,15 +132,10 @@ class Batches:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
 
-    def _take(self, request: _Request) -> Tensor:
-        guess, self._ahead = self._ahead, None
-        if guess is not None and guess[0] == request:
-            return guess[1].result()
-        return self._read(request)
-
     def _read(self, request: _Request) -> Tensor:
         """int64 [micro-batches, micro_batch_size, L + 1] on the CPU, pinned for a GPU."""
-        positions = request.positions()
+        positions = np.arange(request.cursor, request.cursor + request.batch_size, dtype=np.int64)
+        positions = positions.reshape(-1, request.micro_batch_size)[self._rank :: self._num_ranks]
         step = torch.empty(
             (*positions.shape, self._sequence_length + 1),
             dtype=torch.int64,
@@ -149,15 +144,15 @@ class Batches:
         sequences = self._order(positions.ravel()).reshape(positions.shape)
         # One micro-batch at a time, so that the check of its ids finds it in the cache.
         for indices, out in zip(sequences, step.numpy(), strict=True):
-            self._split.read_sequences(indices, self._sequence_length, out)
+            self._tokens.read_sequences(indices, self._sequence_length, out)
         return step
 
 
-def read_in_order(split: TokenSplit, sequence_length: int, start: int, stop: int) -> Tensor:
+def read_in_order(tokens: TokenShards, sequence_length: int, start: int, stop: int) -> Tensor:
     """Sequences [start, stop) of a split in file order, int64 [stop - start, L + 1], on the CPU.
 
     For evaluation, which reads the same first sequences each time.
     """
     out = torch.empty((stop - start, sequence_length + 1), dtype=torch.int64)
-    split.read_sequences(np.arange(start, stop, dtype=np.int64), sequence_length, out.numpy())
+    tokens.read_sequences(np.arange(start, stop, dtype=np.int64), sequence_length, out.numpy())
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gns_pretrain.data.embedded import ensure_embedded
-from gns_pretrain.data.shards import META_FILE, TokenSplit, read_meta
+from gns_pretrain.data.shards import META_FILE, TokenShards, read_meta
 from gns_pretrain.errors import InputError
 
 EMBEDDED = "embedded"
@@ -37,7 +37,7 @@ class DataSettings:
             )
 
 
-def open_splits(settings: DataSettings) -> tuple[TokenSplit, TokenSplit]:
+def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:
     """The training and the validation split; the embedded text is made if it is not there.
 
     Raises:
@@ -59,7 +59,7 @@ def open_splits(settings: DataSettings) -> tuple[TokenSplit, TokenSplit]:
     )
 
 
-def _open_split(folder: Path, setting: str, split: str, settings: DataSettings) -> TokenSplit:
+def _open_split(folder: Path, setting: str, split: str, settings: DataSettings) -> TokenShards:
     meta = read_meta(folder)
     shards = meta.of_split(split)
     if not shards:
@@ -71,7 +71,7 @@ def _open_split(folder: Path, setting: str, split: str, settings: DataSettings) 
     if verify is None:
         num_bytes = sum(shard.tokens for shard in shards) * np.dtype(meta.dtype).itemsize
         verify = num_bytes < VERIFY_BELOW_BYTES
-    opened = TokenSplit.open(folder, split, verify=verify)
+    opened = TokenShards.open(folder, split, verify=verify)
     if opened.num_sequences(settings.sequence_length) < 1:
         raise InputError(
             f"data.sequence_length={settings.sequence_length} must be below the "

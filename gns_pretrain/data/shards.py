@@ -178,7 +178,7 @@ def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool)
 # Sequences of tokens from one split of a folder of shards, by memory map.
 
 
-class TokenSplit:
+class TokenShards:
     """One split over its shards, memory-mapped and read-only.
 
     Attributes:
@@ -201,7 +201,7 @@ class TokenSplit:
         self.fingerprint = meta.fingerprint(split)
 
     @classmethod
-    def open(cls, folder: Path, split: str, *, verify: bool = False) -> TokenSplit:
+    def open(cls, folder: Path, split: str, *, verify: bool = False) -> TokenShards:
         """Map a split; InputError names the file that is missing, truncated or altered."""
         meta = read_meta(folder)
         check_tokenizer(folder, meta)

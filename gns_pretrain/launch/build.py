@@ -14,7 +14,7 @@ from gns_pretrain.config.compose import as_dict
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
-from gns_pretrain.data.shards import TokenSplit, joint_fingerprint
+from gns_pretrain.data.shards import TokenShards, joint_fingerprint
 from gns_pretrain.data.staging import staged
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def data_fingerprint(splits: tuple[TokenSplit, TokenSplit]) -> str:
+def data_fingerprint(splits: tuple[TokenShards, TokenShards]) -> str:
     """One hash for the training and validation data."""
     return joint_fingerprint(split.fingerprint for split in splits)
 
@@ -132,7 +132,12 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
             total_steps=initial_total_steps(config),
         ),
         batches=Batches(
-            training, sequence_length=sequence_length, seed=config.seed, device=world.device
+            training,
+            sequence_length=sequence_length,
+            seed=config.seed,
+            device=world.device,
+            rank=world.rank,
+            num_ranks=world.num_ranks,
         ),
         validation_sequences=read_in_order(
             validation, sequence_length, 0, config.evaluation.num_sequences

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.data.batches import read_in_order
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.train import place_from
 from gns_pretrain.model.huggingface import load_hf_folder
@@ -75,7 +75,7 @@ def rounds_of(request: MeasurementRequest, num_ranks: int) -> int:
     return request.num_sequences // unit
 
 
-def check_length(request: MeasurementRequest, split: TokenSplit) -> None:
+def check_length(request: MeasurementRequest, split: TokenShards) -> None:
     """Refuse a batch that is longer than the validation split."""
     available = split.num_sequences(request.sequence_length)
     if request.num_sequences > available:
@@ -180,7 +180,7 @@ def measure(request: MeasurementRequest) -> Report | None:
     )
     place = place_from(os.environ) or RankInfo()
     rounds = rounds_of(request, place.num_ranks)
-    split = TokenSplit.open(request.data, "validation")
+    split = TokenShards.open(request.data, "validation")
     check_length(request, split)
     model = load_any(request.checkpoint)
     if model.config.known_vocab_size < split.vocab_size:
@@ -209,7 +209,7 @@ def load_any(checkpoint: Path) -> Llama:
 def estimate(
     model: nn.Module,
     meter: NoiseMeter,
-    split: TokenSplit,
+    split: TokenShards,
     request: MeasurementRequest,
     rounds: int,
 ) -> list[Estimated]:
@@ -240,7 +240,7 @@ def check_finite(readings: list[Reading], request: MeasurementRequest) -> None:
 
 
 def samples_of(
-    split: TokenSplit, request: MeasurementRequest, rounds: int, world: World
+    split: TokenShards, request: MeasurementRequest, rounds: int, world: World
 ) -> Iterator[Tensor]:
     """This rank's micro-batches: sample j goes to rank j % num_ranks, as in training."""
     for index in range(rounds):

@@ -236,8 +236,6 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
             state.samples,
             batch_size=state.batch_size,
             micro_batch_size=state.micro_batch_size,
-            rank=world.rank,
-            num_ranks=world.num_ranks,
         ),
         accumulation=accumulation,
         max_gradient_norm=run.settings.max_gradient_norm,

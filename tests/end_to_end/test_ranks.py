@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gns_pretrain.data.batches import SequenceOrder
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.launch import ranks as local_ranks
 from gns_pretrain.launch import train as launch
 from gns_pretrain.runs.history import read_starts
@@ -28,7 +28,7 @@ TWO_RANKS = ("launch.nproc_per_node=2", "parallel=fsdp", "seed=0")
 def with_bad_token(shards: Path, folder: Path, position: int) -> Path:
     """The shards, with an id past the vocabulary inside the run's sequence at a position."""
     shutil.copytree(shards, folder)
-    split = TokenSplit.open(folder, "train")
+    split = TokenShards.open(folder, "train")
     order = SequenceOrder(split.num_sequences(SEQUENCE_LENGTH), seed=0)
     token = int(order(np.array([position]))[0]) * SEQUENCE_LENGTH + SEQUENCE_LENGTH // 2
     meta = json.loads((folder / "meta.json").read_text())

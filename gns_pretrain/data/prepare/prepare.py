@@ -47,7 +47,7 @@ from gns_pretrain.data.shards import (
     META_FILE,
     PROGRESS_FILE,
     CorpusMeta,
-    TokenSplit,
+    TokenShards,
     open_shard,
     read_meta,
     token_dtype,
@@ -307,7 +307,7 @@ def _check_finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     meta = read_meta(folder)
     refuse_other_settings(meta.settings, identity, folder)
     for split in SPLITS:
-        TokenSplit.open(folder, split)
+        TokenShards.open(folder, split)
     (folder / PROGRESS_FILE).unlink(missing_ok=True)  # a kill just after meta.json leaves it
     return _describe(folder, meta, "already prepared", tokens_written=0, seconds=0.0)
 

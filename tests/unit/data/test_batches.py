@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gns_pretrain.data.batches import Batches, SequenceOrder, read_in_order
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from tests.conftest import write_shards
 
@@ -14,15 +14,15 @@ NUM_SEQUENCES = 20
 SEED = 11
 
 
-def write_split(folder: Path, vocab_size: int = 81) -> TokenSplit:
+def write_split(folder: Path, vocab_size: int = 81) -> TokenShards:
     """Token k is k: 20 sequences of 4 tokens and the last target, in two shards."""
     tokens = np.arange(NUM_SEQUENCES * LENGTH + 1, dtype=np.uint16)
     write_shards(folder, {"train": [tokens[:33], tokens[33:]]}, vocab_size)
-    return TokenSplit.open(folder, "train")
+    return TokenShards.open(folder, "train")
 
 
 @pytest.fixture
-def split(tmp_path) -> TokenSplit:
+def split(tmp_path) -> TokenShards:
     return write_split(tmp_path / "shards")
 
 
@@ -33,19 +33,14 @@ def batches(split):
     batches.close()
 
 
-def open_batches(split: TokenSplit) -> Batches:
-    return Batches(split, sequence_length=LENGTH, seed=SEED, device=torch.device("cpu"))
+def open_batches(split: TokenShards, **ranks: int) -> Batches:
+    device = torch.device("cpu")
+    return Batches(split, sequence_length=LENGTH, seed=SEED, device=device, **ranks)
 
 
-def take(batches, cursor, batch_size, micro_batch_size, rank=0, num_ranks=1) -> list[torch.Tensor]:
+def take(batches, cursor, batch_size, micro_batch_size) -> list[torch.Tensor]:
     return list(
-        batches.micro_batches(
-            cursor,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
+        batches.micro_batches(cursor, batch_size=batch_size, micro_batch_size=micro_batch_size)
     )
 
 
@@ -66,11 +61,11 @@ def test_step_takes_the_next_sequences_of_the_order_across_epochs(batches):
 def test_ranks_share_the_micro_batches_of_one_process(split, batches, num_ranks):
     alone = take(batches, 7, 12, 2)
     for rank in range(num_ranks):
-        other = open_batches(split)
-        mine = take(other, 7, 12, 2, rank, num_ranks)
+        other = open_batches(split, rank=rank, num_ranks=num_ranks)
+        part = take(other, 7, 12, 2)
         other.close()
-        assert len(mine) == 6 // num_ranks
-        for micro_batch, same in zip(mine, alone[rank::num_ranks], strict=True):
+        assert len(part) == 6 // num_ranks
+        for micro_batch, same in zip(part, alone[rank::num_ranks], strict=True):
             torch.testing.assert_close(micro_batch, same)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from gns_pretrain.data import docstrings, embedded
 from gns_pretrain.data.docstrings import docstrings_of
 from gns_pretrain.data.embedded import ensure_embedded
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 def texts_of(folder: Path, split: str) -> list[str]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    opened = TokenSplit.open(folder, split, verify=True)
+    opened = TokenShards.open(folder, split, verify=True)
     return tokenizer.decode(
         opened.read(0, opened.num_tokens).tolist(), skip_special_tokens=False
     ).split("<|begin_of_text|>")[1:]

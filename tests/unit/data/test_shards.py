@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gns_pretrain.data.shards import TokenSplit, read_meta
+from gns_pretrain.data.shards import TokenShards, read_meta
 from gns_pretrain.errors import InputError
 from tests.conftest import write_shards
 
@@ -24,12 +24,12 @@ def edit_meta(folder: Path, **changes) -> None:
 
 def test_sequences_run_over_shard_boundaries(folder):
     out = np.empty((3, 5), dtype=np.int64)
-    TokenSplit.open(folder, "train").read_sequences(np.array([1, 0, 1]), 4, out)
+    TokenShards.open(folder, "train").read_sequences(np.array([1, 0, 1]), 4, out)
     assert out.tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
 
 
 def test_read_returns_any_range(folder):
-    split = TokenSplit.open(folder, "train")
+    split = TokenShards.open(folder, "train")
     for start in range(12):
         for stop in range(start + 1, 13):
             assert split.read(start, stop).tolist() == list(range(start, stop))
@@ -39,14 +39,14 @@ def test_read_returns_any_range(folder):
 @pytest.mark.parametrize(("length", "sequences"), [(11, 1), (12, 0), (5, 2), (6, 1), (1, 11)])
 def test_last_sequence_needs_a_target(folder, length, sequences):
     # 12 tokens: 11 have a successor.
-    assert TokenSplit.open(folder, "train").num_sequences(length) == sequences
+    assert TokenShards.open(folder, "train").num_sequences(length) == sequences
 
 
 def test_fingerprint_follows_the_tokens_not_the_folder(folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     other = write_shards(tmp_path / "other", {"train": [np.arange(1, 13, dtype=np.uint16)]}, 100)
     here, there, different = (
-        TokenSplit.open(path, "train").fingerprint for path in (folder, moved, other)
+        TokenShards.open(path, "train").fingerprint for path in (folder, moved, other)
     )
     assert here == there != different
 
@@ -81,7 +81,7 @@ def shorten(folder: Path) -> None:
 def test_damaged_shard_is_named(folder, damage):
     damage(folder)
     with pytest.raises(InputError, match=r"train-00000\.npy"):
-        TokenSplit.open(folder, "train")
+        TokenShards.open(folder, "train")
 
 
 def test_altered_shard_is_found_by_its_hash_alone(folder):
@@ -89,19 +89,19 @@ def test_altered_shard_is_found_by_its_hash_alone(folder):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    TokenSplit.open(folder, "train")
+    TokenShards.open(folder, "train")
     with pytest.raises(InputError, match=r"train-00002\.npy was altered"):
-        TokenSplit.open(folder, "train", verify=True)
+        TokenShards.open(folder, "train", verify=True)
 
 
 def test_missing_split_is_named_with_those_there_are(folder):
     with pytest.raises(InputError, match=r"no split 'validation' \(it has: train\)"):
-        TokenSplit.open(folder, "validation")
+        TokenShards.open(folder, "validation")
 
 
 def test_token_past_the_vocabulary_is_named_with_its_shard_and_place(folder):
     edit_meta(folder, vocab_size=9)
-    split = TokenSplit.open(folder, "train")
+    split = TokenShards.open(folder, "train")
     out = np.empty((1, 4), dtype=np.int64)
     split.read_sequences(np.array([1]), 3, out)
     # Sequence 2 holds the tokens 6 to 9; token 9 is the fourth of the third shard.
@@ -146,9 +146,9 @@ def test_tokenizer_other_than_that_of_the_shards_is_refused(folder):
     digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # sha256 of "a"
     edit_meta(folder, tokenizer="tokenizer.json", tokenizer_sha256=digest)
     with pytest.raises(InputError, match=r"tokenizer\.json is missing"):
-        TokenSplit.open(folder, "train")
+        TokenShards.open(folder, "train")
     (folder / "tokenizer.json").write_text("b")
     with pytest.raises(InputError, match=r"tokenizer\.json does not match"):
-        TokenSplit.open(folder, "train")
+        TokenShards.open(folder, "train")
     (folder / "tokenizer.json").write_text("a")
-    TokenSplit.open(folder, "train")
+    TokenShards.open(folder, "train")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gns_pretrain.data.batches import read_in_order
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
 from gns_pretrain.model.llama import Llama
@@ -59,7 +59,7 @@ def manhattan(gradients: torch.Tensor) -> float:
 
 
 def sample_gradients(model: Llama, shards: Path) -> torch.Tensor:
-    sequences = read_in_order(TokenSplit.open(shards, "validation"), SEQUENCE_LENGTH, 0, SEQUENCES)
+    sequences = read_in_order(TokenShards.open(shards, "validation"), SEQUENCE_LENGTH, 0, SEQUENCES)
     rows = []
     for batch in sequences.split(SEQUENCES // SAMPLES):
         model.zero_grad()

@@ -17,7 +17,7 @@ from gns_pretrain.data.prepare import prepare as prepare_module
 from gns_pretrain.data.prepare.corpus import is_held_out
 from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
-from gns_pretrain.data.shards import TokenSplit
+from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import folder_lock
@@ -55,7 +55,7 @@ def run(settings: PrepareSettings) -> dict:
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:
-    opened = TokenSplit.open(folder, split, verify=True)
+    opened = TokenShards.open(folder, split, verify=True)
     return opened.read(0, opened.num_tokens).tolist()
 
 
