@@ -10,7 +10,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.directory import flattened
+from gns_pretrain.runs.identity import flatten
 
 
 def settings_from(node: DictConfig) -> Config:
@@ -20,7 +20,7 @@ def settings_from(node: DictConfig) -> Config:
         InputError: a setting breaks a rule or is still missing.
     """
     # Unresolved: what a setting is taken from can then be named.
-    values = flattened(cast(dict[str, Any], OmegaConf.to_container(node)))
+    values = flatten(cast(dict[str, Any], OmegaConf.to_container(node)))
     missing = {key for key, value in values.items() if value == "???"}
     for key, value in values.items():
         source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))

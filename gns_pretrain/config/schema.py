@@ -24,7 +24,7 @@ from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
-from gns_pretrain.runs.directory import decides
+from gns_pretrain.runs.identity import changes_run_name
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
@@ -197,7 +197,7 @@ def overridden(policy: str) -> str:
         word
         for word in words
         if (key := word.split("=")[0]) not in named
-        and (key.startswith("scale.") or decides(key, policy=policy))
+        and (key.startswith("scale.") or changes_run_name(key, policy=policy))
     )
     return "".join("-" + re.sub(r"[^A-Za-z0-9._=,+-]", "", word) for word in own)
 

@@ -6,9 +6,9 @@ over its record.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.config.compose import as_dict, as_yaml, read_yaml
+from gns_pretrain.config.compose import as_dict, as_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.build import shown_as
@@ -24,12 +24,16 @@ from gns_pretrain.runs.directory import (
     CONFIG,
     PROVENANCE,
     SUMMARY,
-    decides,
     draw_run_id,
-    flattened,
     is_finished,
-    read_provenance,
     read_summary,
+)
+from gns_pretrain.runs.identity import (
+    FINGERPRINT,
+    differing_settings,
+    flatten,
+    same_training,
+    settings_of_run,
 )
 from gns_pretrain.tracking.jsonl import read_records, write_summary
 from gns_pretrain.tracking.views import MayFail
@@ -106,9 +110,6 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-# What a run is called; two runs that differ in nothing else are one training.
-NAMES = ("run_name", "table", "cell")
-CONSTANT_READS = ("batch_size.policy", "batch_size.initial", "batch_size.shadows")
 SHOWN_PROBLEMS = 5
 
 
@@ -132,6 +133,11 @@ class Job:
     def name(self) -> str:
         """The folder's name."""
         return self.directory.name
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All settings by dotted names, and the data's fingerprint."""
+        return flatten(as_dict(self.config)) | {FINGERPRINT: self.fingerprint}
 
 
 def plan_jobs(
@@ -173,57 +179,42 @@ def plan_jobs(
 
 
 def refuse_collision(known: Job, job: Job) -> None:
-    """Refuse two runs that differ in what they compute and share a folder."""
-    one, other = training_settings(known.config), training_settings(job.config)
-    if differing := sorted(
-        key for key in one.keys() | other.keys() if one.get(key) != other.get(key)
-    ):
-        raise InputError(
-            f"run_name={known.name} is the name of two runs that differ in {', '.join(differing)}; "
-            f"let run_name hold it, as in: 'run_name={known.name}-${{{differing[0]}}}'"
-        )
-
-
-def training_settings(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is computed, by their dotted names."""
-    values = flattened(as_dict(config) if isinstance(config, Config) else config)
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in NAMES
-        and decides(key, policy=values["batch_size.policy"])
-        and not is_unread(key, values)
-    }
-
-
-def is_unread(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a run has this setting without using it, as a constant batch has theta."""
-    if key.startswith("batch_size."):
-        return values["batch_size.policy"] == "constant" and key not in CONSTANT_READS
-    if key.startswith("noise_scale.") and key != "noise_scale.geometries":
-        return not values["noise_scale.geometries"]
-    return False
+    """Refuse two runs that differ in anything and share a folder: only one of them would run."""
+    differing = differing_settings(known.settings, job.settings)
+    if not differing:
+        return
+    name, value = differing[0], job.settings.get(differing[0])
+    hint = f"let run_name hold it, as in: 'run_name={known.name}-${{{name}}}'"
+    if name == FINGERPRINT or "/" in str(value):
+        hint = "start each by a command of its own, with a run_name of its own"
+    raise InputError(
+        f"run_name={known.name} is the name of two runs that differ in {', '.join(differing)}; "
+        f"{hint}"
+    )
 
 
 def finished_twin(job: Job, folders: Iterable[Path]) -> Path | None:
     """A finished run whose training is this one's under another name, on the same data."""
-    wanted = (training_settings(job.config), job.fingerprint)
     others = (folder for folder in folders if folder != job.directory)
-    return next((folder for folder in others if finished_training(folder) == wanted), None)
+    wanted = job.settings
+    return next(
+        (
+            folder
+            for folder in others
+            if (found := finished_run(folder)) and same_training(found, wanted)
+        ),
+        None,
+    )
 
 
 @cache  # a finished run changes no more, and a sweep asks for it once a job
-def finished_training(folder: Path) -> tuple[dict[str, Any], str] | None:
-    """What a finished run was trained with: its settings, and its data's fingerprint.
-
-    None for a folder that is not a finished run of this program's; it is nobody's twin.
-    """
+def finished_run(folder: Path) -> dict[str, Any] | None:
+    """The settings of a finished run; None for a folder that is not one of this program's."""
     try:
-        settings = training_settings(read_yaml(folder / CONFIG))
-        fingerprint = read_provenance(folder)["data_fingerprint"]
-    except (InputError, LookupError):
+        settings = settings_of_run(folder)
+    except InputError:
         return None
-    return (settings, str(fingerprint)) if is_finished(folder) else None
+    return settings if is_finished(folder) and FINGERPRINT in settings else None
 
 
 def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome:

@@ -28,10 +28,10 @@ from gns_pretrain.runs.directory import (
     fresh,
     is_finished,
     read_provenance,
-    refuse_another_run,
     write_provenance,
 )
 from gns_pretrain.runs.history import begun_here, note_end, note_start
+from gns_pretrain.runs.identity import refuse_another_run
 from gns_pretrain.runs.lock import locked
 from gns_pretrain.system.files import make_folder, remove_temporaries
 from gns_pretrain.system.processes import EXIT_STOPPED, StopRequest, threads_of_each

@@ -13,10 +13,9 @@ from rich.table import Table
 from gns_pretrain.config.schema import ScaleSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.tables.selection import TableRun
-from gns_pretrain.runs.directory import is_free
+from gns_pretrain.runs.identity import Purpose, decides
 
 SEARCH = "tune"  # the runs' setting `table`
-NOT_SEARCHED = ("run_name", "seed")
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(
         name
         for name in names
-        if name not in NOT_SEARCHED
-        and not is_free(name)
+        if any(decides(name, settings, Purpose.CURVE) for settings in runs)
         and any(settings.get(name) != runs[0].get(name) for settings in runs)
     )
 

@@ -22,29 +22,6 @@ from gns_pretrain.tracking.jsonl import read_records
 CONFIG, PROVENANCE, SUMMARY = "config.yaml", "run.json", "summary.json"
 CHECKPOINTS = "checkpoints"
 
-# Settings that may change between a run and its resumption: they say where and how it runs, and
-# what it tells, not what it computes.
-FREE_TO_CHANGE = (
-    "launch",
-    "parallel",
-    "metrics",
-    "checkpoint",
-    "compile",
-    "resume",
-    "output_directory",
-    "micro_batch_size",
-    "batch_size.micro_batch_max",
-    "batch_size.micro_batch_step",
-    "model.activation_checkpointing",
-    "data.path",  # the data itself is compared by its fingerprint
-    "data.stage_to",
-    "data.verify",
-    "scale",  # what a run takes from it stands in its own settings
-)
-# Of these, what decides which samples a measurement has and which batch sizes there are. A run may
-# be resumed with others; one that begins with others is another run, unless its batch is constant.
-SAMPLED = ("micro_batch_size", "batch_size.micro_batch_max", "batch_size.micro_batch_step")
-
 
 def is_finished(directory: Path) -> bool:
     """Whether the run in this folder has reached its budget."""
@@ -63,61 +40,6 @@ def fresh(directory: Path) -> Path:
     while (candidate := directory.with_name(f"{directory.name}-{number}")).exists():
         number += 1
     return candidate
-
-
-def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flattened(value, name + ".")
-        else:
-            flat[name] = value
-    return flat
-
-
-def refuse_another_run(
-    directory: Path, *, before: dict[str, Any], now: dict[str, Any], data_fingerprint: str
-) -> None:
-    """Refuse to go on with a run under settings or data that are not its own.
-
-    Args:
-        directory: the run's folder.
-        before: the settings it was started with, nested.
-        now: those of this start.
-        data_fingerprint: of the training and validation data of this start.
-
-    Raises:
-        InputError: naming the first settings that differ, or the data.
-    """
-    old, new = flattened(before), flattened(now)
-    changed = [
-        f"{key} was {old.get(key)} and is now {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not is_free(key)
-    ]
-    way_out = "use another run_name, or resume=never to start over in a fresh folder"
-    if changed:
-        shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
-        raise InputError(f"{directory} holds a run with other settings: {shown}; {way_out}")
-    if (directory / PROVENANCE).exists():
-        known = read_provenance(directory)["data_fingerprint"]
-        if known != data_fingerprint:
-            raise InputError(
-                f"{directory} holds a run on other data: data.path={new.get('data.path')} has "
-                f"fingerprint {data_fingerprint[:12]}, the run's had {known[:12]}; {way_out}"
-            )
-
-
-def is_free(key: str) -> bool:
-    """Whether a setting may change when a run is resumed."""
-    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-
-
-def decides(key: str, *, policy: str) -> bool:
-    """Whether a setting decides what a run under this batch-size policy computes."""
-    return not is_free(key) or (key in SAMPLED and policy != "constant")
 
 
 def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:

@@ -19,21 +19,19 @@ from gns_pretrain.results.curves import (
     seed_in_name,
 )
 from gns_pretrain.results.tables.layouts import Layout, LossCurve, Seeds
-from gns_pretrain.runs.directory import (
-    PROVENANCE,
-    RunRecord,
+from gns_pretrain.runs.directory import RunRecord, read_summary, run_directories
+from gns_pretrain.runs.identity import (
+    FINGERPRINT,
+    Purpose,
     decides,
-    flattened,
-    read_provenance,
-    read_settings,
-    read_summary,
-    run_directories,
+    deciding_settings,
+    differing_settings,
+    flatten,
+    settings_of_run,
 )
 from gns_pretrain.tracking.wandb import TrackedRun, tracked_runs
 
 # Runs of a table: from run directories, from a W&B project, from published curves.
-
-FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
 
 
 @dataclass(frozen=True)
@@ -85,18 +83,12 @@ def runs_of_folders(paths: Iterable[Path]) -> list[TableRun]:
     return [
         TableRun(
             name=str(directory),
-            settings=flattened(read_settings(directory)) | data_of(directory),
+            settings=settings_of_run(directory),
             finished=read_summary(directory).get("state") == "finished",
             read=partial(loss_curve, directory),
         )
         for directory in directories.values()
     ]
-
-
-def data_of(directory: Path) -> dict[str, str]:
-    """The fingerprint of a run's data, as a setting; its path says little."""
-    known = (directory / PROVENANCE).is_file()
-    return {FINGERPRINT: read_provenance(directory)["data_fingerprint"]} if known else {}
 
 
 def loss_curve(directory: Path) -> LossCurve:
@@ -118,7 +110,7 @@ def runs_of_project(project: str, table: str) -> list[TableRun]:
 def _of_project(run: TrackedRun) -> TableRun:
     return TableRun(
         name=run.name,
-        settings=flattened(run.config),
+        settings=flatten(run.config),
         finished=run.finished,
         read=lambda: _loss_curve(run.validation(), run.steps, run.name),
     )
@@ -175,10 +167,6 @@ def _loss_curve(evaluations: list[tuple[int, float]], total_steps: int, name: st
 
 
 Conditions = Mapping[str, str]  # dotted setting: value as it is typed
-# What tells two runs of a cell apart although they are the same but for the seed.
-OWN = ("run_name", "seed", "table", "cell", "batch_size.shadows")
-# What a constant batch reads of the groups that measure and choose it.
-CONSTANT_READS = ("batch_size.policy", "batch_size.initial")
 # In these all cells of a table agree; else its numbers could not be compared.
 COMMON = (
     FINGERPRINT,
@@ -265,7 +253,7 @@ def _of_scale(
 def _where(runs: list[TableRun], conditions: Conditions) -> list[TableRun]:
     """Runs with the settings asked for; a run that does not read a setting may have any."""
     for key, text in conditions.items():
-        readers = [run for run in runs if key in run.settings and not _is_unread(key, run.settings)]
+        readers = [run for run in runs if key in run.settings and _reads(key, run.settings)]
         if not any(key in run.settings for run in runs):
             known = {name for run in runs for name in run.settings}
             near = difflib.get_close_matches(key, known, n=1)
@@ -292,27 +280,15 @@ def _matches(value: Any, text: str) -> bool:
         return False
 
 
-def _is_unread(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a run with a constant batch has this setting without using it.
-
-    Measuring leaves the training bits unchanged, so what it measures does not count either.
-    """
-    return (
-        settings.get("batch_size.policy") == "constant"
-        and key.startswith(("batch_size.", "noise_scale."))
-        and key not in CONSTANT_READS
-    )
+def _reads(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run uses this setting: a constant batch has a theta, and does not read it."""
+    grouped = key.startswith(("batch_size.", "noise_scale."))
+    return not grouped or decides(key, settings, Purpose.CURVE)
 
 
 def what_counts(run: TableRun) -> dict[str, Any]:
     """Settings that make it another run, the seed aside."""
-    return {
-        key: value
-        for key, value in run.settings.items()
-        if key not in OWN
-        and decides(key, policy=run.settings.get("batch_size.policy", "constant"))
-        and not _is_unread(key, run.settings)
-    }
+    return deciding_settings(run.settings, Purpose.CURVE)
 
 
 def what_is_common(run: TableRun) -> dict[str, Any]:
@@ -337,8 +313,7 @@ def refuse_differences(runs: Sequence[TableRun], settings_of: Any, what: str) ->
     """
     for run in runs[1:]:
         first, other = settings_of(runs[0]), settings_of(run)
-        keys = [key for key in (first | other) if first.get(key) != other.get(key)]
-        if keys:
+        if keys := differing_settings(first, other):
             shown = [f"{key}: {first.get(key)} and {other.get(key)}" for key in keys[:SHOWN]]
             more = ["..."] if len(keys) > SHOWN else []
             raise InputError(

@@ -16,7 +16,6 @@ from gns_pretrain.config.schema import register_schemas
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.build import controllers
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.runs.directory import is_free
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.views import axes, series
@@ -86,12 +85,6 @@ def test_constant_batch_needs_no_samples_and_keeps_its_micro_batch():
 def test_measurement_interval_and_samples_have_their_least(setting):
     with pytest.raises(InputError, match=f"noise_scale.{next(iter(setting))}=. must be at least"):
         NoiseScaleSettings(**setting)
-
-
-def test_growth_of_the_micro_batch_may_change_on_other_ranks_and_the_policy_not():
-    assert is_free("batch_size.micro_batch_max")
-    assert is_free("batch_size.micro_batch_step")
-    assert not is_free("batch_size.theta")
 
 
 # YAML files

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from rich.console import Console
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config, LaunchSettings
+from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.sweep import Job, Outcome, plan_jobs, print_outcomes, settle
 from gns_pretrain.launch.sweep_processes import (
@@ -153,16 +155,27 @@ def test_a_fresh_start_takes_over_no_record(tmp_path):
     assert settle(job, say=print) is None
 
 
-@pytest.mark.parametrize("policy", ["constant", "adaptive"])
-def test_micro_batches_tell_runs_apart_where_samples_decide(tmp_path, policy):
-    sizes = BatchSizeSettings(initial=8, policy=policy)
-    one = make(tmp_path, "a", batch_size=sizes, micro_batch_size=1)
-    other = make(tmp_path, "a", batch_size=sizes, micro_batch_size=2)
-    if policy == "constant":
-        assert len(planned(one, other)) == 1
-    else:
-        with pytest.raises(InputError, match="two runs that differ in micro_batch_size"):
-            planned(one, other)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("micro_batch_size", (1, 2)), ("compile", ("always", "never")), ("seed", (0, 1))],
+)
+def test_no_run_of_a_sweep_is_dropped_because_its_folder_is_anothers(tmp_path, name, values):
+    runs = [make(tmp_path, "a", **{name: value}) for value in values]
+    with pytest.raises(InputError, match=rf"differ in {name}; let run_name .*a-\$\{{{name}\}}"):
+        planned(*runs)
+
+
+def test_sweep_over_data_does_not_train_the_first_alone(tmp_path):
+    runs = [
+        replace(make(tmp_path, "a"), data=DataSettings(path=path, sequence_length=16))
+        for path in ("data/one", "data/other")
+    ]
+    told = r"run_name=a is the name of two runs that differ in data.path, data_fingerprint; start"
+    with pytest.raises(InputError, match=told):
+        plan_jobs(
+            [((), lambda config=config: config) for config in runs],
+            inspect=lambda config: (tmp_path / "a", config.data.path),
+        )
 
 
 def test_a_failure_is_told_from_the_attempts_own_words(tmp_path):

@@ -1,0 +1,163 @@
+"""What makes two runs the same: one table of settings for resuming, sweeps, tables and searches.
+
+Settings are a flat mapping of dotted names, with the fingerprint of the data as one of them: the
+same tokens may lie under another `data.path`. What counts depends on the purpose:
+
+                                            resume   record   curve
+    run_name, table, cell                   yes      no       no
+    seed                                    yes      yes      no
+    EXECUTION: where and how a run runs     no       no       no
+    SAMPLES: micro-batches                  no       (1)      (2)
+    batch_size.shadows                      yes      yes      no
+    other batch_size.* of a constant batch  yes      no       no      policy and initial aside
+    noise_scale.*                           yes      (3)      (2)
+    all others, the data's fingerprint      yes      yes      yes
+
+(1) where something is measured or the batch size is not constant: micro-batches are the samples.
+(2) where the batch size is not constant; measuring by itself leaves the training bits unchanged.
+(3) where something is measured; noise_scale.geometries, which says so, always.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.runs.directory import PROVENANCE, read_provenance, read_settings
+
+FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
+NAMES = ("run_name", "table", "cell")
+EXECUTION = (
+    "launch",
+    "parallel",
+    "metrics",
+    "checkpoint",
+    "compile",
+    "resume",
+    "output_directory",
+    "model.activation_checkpointing",
+    "data.path",  # the data itself is compared by its fingerprint
+    "data.stage_to",
+    "data.verify",
+    "scale",  # what a run takes from it stands in its own settings
+)
+SAMPLES = ("micro_batch_size", "batch_size.micro_batch_max", "batch_size.micro_batch_step")
+READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
+SHOWN = 3  # settings, of all that differ, in an error
+
+
+class Purpose(Enum):
+    """What two runs are compared for."""
+
+    RESUME = "to resume one as the other"
+    RECORD = "to let the record of one, measurements included, stand for the other's"
+    CURVE = "to average their loss curves over seeds, or to compare them at different settings"
+
+
+def deciding_settings(settings: Mapping[str, Any], purpose: Purpose) -> dict[str, Any]:
+    """The settings that must be equal in two runs that are the same for this purpose."""
+    return {name: value for name, value in settings.items() if decides(name, settings, purpose)}
+
+
+def decides(name: str, settings: Mapping[str, Any], purpose: Purpose) -> bool:
+    """Whether the setting `name` counts, in a run with these settings; see the table above."""
+    constant = settings.get("batch_size.policy", "constant") == "constant"
+    measured = bool(settings.get("noise_scale.geometries"))
+    if _is_one_of(name, EXECUTION):
+        return False
+    if purpose is Purpose.RESUME:
+        return name not in SAMPLES
+    if name in NAMES:
+        return False
+    if name == "seed" or name == "batch_size.shadows":
+        return purpose is Purpose.RECORD
+    if name in SAMPLES:
+        return not constant or (measured and purpose is Purpose.RECORD)
+    if name.startswith("batch_size."):
+        return not constant or name in READ_BY_CONSTANT
+    if name.startswith("noise_scale."):
+        if purpose is Purpose.CURVE:
+            return not constant
+        return measured or name == "noise_scale.geometries"
+    return True
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ, in order; a setting that is missing counts as None."""
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the record of one run may stand for the other's, seed and measurements included."""
+    return deciding_settings(one, Purpose.RECORD) == deciding_settings(other, Purpose.RECORD)
+
+
+def changes_run_name(name: str, *, policy: str) -> bool:
+    """Whether a default run_name holds an override of this setting or group.
+
+    Args:
+        name: as typed: `optimizer.lr`, or `optimizer` for a group.
+        policy: the run's batch-size policy.
+    """
+    return not _is_one_of(name, EXECUTION) and (name not in SAMPLES or policy != "constant")
+
+
+def settings_of_run(directory: Path) -> dict[str, Any]:
+    """The settings of a run directory, flat; without a fingerprint where there is no run.json.
+
+    Raises:
+        InputError: config.yaml or run.json is damaged.
+    """
+    known = (directory / PROVENANCE).is_file()
+    data = {FINGERPRINT: read_provenance(directory)[FINGERPRINT]} if known else {}
+    return flatten(read_settings(directory)) | data
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def refuse_another_run(
+    directory: Path, *, before: dict[str, Any], now: dict[str, Any], data_fingerprint: str
+) -> None:
+    """Refuse to resume a run under other settings or on other data.
+
+    Args:
+        directory: the run's.
+        before: the settings it was started with, nested.
+        now: the settings of this start, nested.
+        data_fingerprint: of the training and validation data of this start.
+
+    Raises:
+        InputError: names the first settings that differ, or the data.
+    """
+    old, new = flatten(before), flatten(now)
+    hint = "use another run_name, or resume=never to start over in a fresh folder"
+    changed = [
+        f"{name} was {old.get(name)} and is now {new.get(name)}"
+        for name in differing_settings(old, new)
+        if decides(name, new, Purpose.RESUME)
+    ]
+    if changed:
+        shown = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
+        raise InputError(f"{directory} holds a run with other settings: {shown}; {hint}")
+    if (directory / PROVENANCE).exists():
+        known = read_provenance(directory)[FINGERPRINT]
+        if known != data_fingerprint:
+            raise InputError(
+                f"{directory} holds a run on other data: data.path={new.get('data.path')} has "
+                f"fingerprint {data_fingerprint[:12]}, the run's had {known[:12]}; {hint}"
+            )
+
+
+def _is_one_of(name: str, settings: tuple[str, ...]) -> bool:
+    """Whether a setting or the group it is in is listed."""
+    return any(name == listed or name.startswith(listed + ".") for listed in settings)

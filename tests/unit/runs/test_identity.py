@@ -1,0 +1,165 @@
+"""Which settings make two runs the same: the cases of the table in identity.py."""
+
+from typing import Any
+
+import pytest
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.runs.directory import write_provenance
+from gns_pretrain.runs.identity import (
+    FINGERPRINT,
+    Purpose,
+    changes_run_name,
+    deciding_settings,
+    flatten,
+    refuse_another_run,
+    same_training,
+)
+
+RESUME, RECORD, CURVE = Purpose.RESUME, Purpose.RECORD, Purpose.CURVE
+ALL, NONE = {RESUME, RECORD, CURVE}, set()
+SETTINGS = {"seed": 0, "model": {"dim": 8}, "launch": {"nproc_per_node": 1}}
+
+
+def run(*, policy: str = "constant", measured: bool = False, **changes: Any) -> dict[str, Any]:
+    """A run's settings; `__` in a name of `changes` stands for the dot."""
+    settings = {
+        "run_name": "a",
+        "table": "table2",
+        "cell": "adamw_small",
+        "seed": 0,
+        "micro_batch_size": 4,
+        "model.dim": 8,
+        "model.activation_checkpointing": False,
+        "data.path": "data/c4",
+        "data.sequence_length": 16,
+        "scale.name": "demo",
+        "noise_scale.geometries": ["manhattan"] if measured else [],
+        "noise_scale.every_steps": 100,
+        "batch_size.policy": policy,
+        "batch_size.initial": 64,
+        "batch_size.theta": 0.6,
+        "batch_size.micro_batch_max": 8,
+        "batch_size.shadows": [],
+        FINGERPRINT: "c4",
+    }
+    return settings | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def same_for(one: dict[str, Any], other: dict[str, Any]) -> set[Purpose]:
+    """The purposes for which two runs are the same."""
+    return {p for p in Purpose if deciding_settings(one, p) == deciding_settings(other, p)}
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("policy", ["constant", "adaptive"])
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"run_name": "b"}, {RECORD, CURVE}),
+        ({"table": "table8", "cell": "constant_small"}, {RECORD, CURVE}),
+        ({"seed": 1}, {CURVE}),
+        ({"model__dim": 16}, NONE),
+        ({"model__activation_checkpointing": True}, ALL),
+        ({"launch__nproc_per_node": 8}, ALL),
+        ({"parallel__kind": "ddp"}, ALL),
+        ({"data__path": "/scratch/c4"}, ALL),
+        ({FINGERPRINT: "other data"}, NONE),
+        ({"data__sequence_length": 32}, NONE),
+        ({"scale__name": "paper"}, ALL),
+        ({"batch_size__initial": 128}, NONE),
+        ({"batch_size__shadows": [{"policy": "norm_test"}]}, {CURVE}),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_counts_in_every_run(change, same, policy, measured):
+    one = run(policy=policy, measured=measured)
+    assert same_for(one, run(policy=policy, measured=measured, **change)) == same
+
+
+@pytest.mark.parametrize(
+    ("policy", "measured", "change", "same"),
+    [
+        # A constant batch does not read what chooses a batch.
+        ("constant", False, {"batch_size__theta": 0.5}, {RECORD, CURVE}),
+        ("constant", True, {"batch_size__theta": 0.5}, {RECORD, CURVE}),
+        ("adaptive", True, {"batch_size__theta": 0.5}, NONE),
+        # Micro-batches are the samples of a measurement, and how sizes are split.
+        ("constant", False, {"micro_batch_size": 8}, ALL),
+        ("constant", True, {"micro_batch_size": 8}, {RESUME, CURVE}),
+        ("adaptive", True, {"micro_batch_size": 8}, {RESUME}),
+        ("linear_ramp", False, {"micro_batch_size": 8}, {RESUME}),
+        ("constant", False, {"batch_size__micro_batch_max": 16}, ALL),
+        ("adaptive", True, {"batch_size__micro_batch_max": 16}, {RESUME}),
+        # How something is measured counts where it is.
+        ("constant", False, {"noise_scale__every_steps": 10}, {RECORD, CURVE}),
+        ("constant", True, {"noise_scale__every_steps": 10}, {CURVE}),
+        ("adaptive", True, {"noise_scale__every_steps": 10}, NONE),
+    ],
+)
+def test_what_counts_by_policy_and_measurement(policy, measured, change, same):
+    one = run(policy=policy, measured=measured)
+    assert same_for(one, run(policy=policy, measured=measured, **change)) == same
+
+
+def test_measured_constant_run_has_the_curve_of_an_unmeasured_one_and_another_record():
+    measured, unmeasured = run(measured=True), run()
+    assert same_for(measured, unmeasured) == {CURVE}
+    assert not same_training(measured, unmeasured)
+
+
+def test_data_without_a_known_fingerprint_is_not_the_same_data():
+    unknown = run()
+    del unknown[FINGERPRINT]
+    assert not same_training(run(), unknown)
+
+
+def test_growth_of_the_micro_batch_may_change_on_resume_and_the_policy_not():
+    growing = run(policy="adaptive", measured=True)
+    kept = deciding_settings(growing, RESUME)
+    assert "batch_size.micro_batch_max" not in kept
+    assert {"batch_size.theta", "batch_size.policy"} <= kept.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "expected"),
+    [
+        ("optimizer", "constant", True),
+        ("optimizer.lr", "constant", True),
+        ("micro_batch_size", "constant", False),
+        ("micro_batch_size", "adaptive", True),
+        ("launch.nproc_per_node", "adaptive", False),
+        ("parallel", "adaptive", False),
+    ],
+)
+def test_run_name_holds_overrides_that_make_another_run(name, policy, expected):
+    assert changes_run_name(name, policy=policy) is expected
+
+
+@pytest.mark.parametrize("text", ["", '{"data_finger', "[]", "{}"])
+def test_damaged_record_of_a_run_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is missing or damaged; restore it"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="a")
+
+
+def test_changed_model_under_the_same_name_is_refused_and_named(tmp_path):
+    now = SETTINGS | {"model": {"dim": 16}}
+    with pytest.raises(InputError, match=r"model.dim was 8 and is now 16; use another run_name"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+
+
+def test_changed_number_of_ranks_is_not_another_run(tmp_path):
+    now = SETTINGS | {"launch": {"nproc_per_node": 4}}
+    refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+
+
+def test_changed_data_under_the_same_path_is_refused(tmp_path):
+    write_provenance(tmp_path, "seed: 0\n", "first")
+    with pytest.raises(InputError, match="on other data"):
+        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="second")
+    refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="first")
+
+
+def test_flatten_names_nested_settings_by_dots_and_keeps_lists():
+    assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}}) == {"a.b.c": 1, "a.d": [{"e": 2}]}
