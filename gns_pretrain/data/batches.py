@@ -16,14 +16,6 @@ from torch import Tensor
 
 from gns_pretrain.data.shards import TokenShards
 
-# The order in which an epoch visits its sequences: a seeded permutation that costs no memory.
-#
-# A Feistel network on pairs (left, right) with left * columns + right = index permutes rows *
-# columns items whatever its round functions are; rows and columns near sqrt(n) make the domain
-# barely larger than n. An index that lands outside [0, n) is sent through again until it lands
-# inside (cycle walking): that keeps the map a permutation of [0, n). All in integers: the same on
-# every machine.
-
 # Four rounds are enough for large domains (Luby and Rackoff, 1988); small ones mix more slowly.
 ROUNDS = 8
 _ROUND_NUMBERS = np.arange(ROUNDS, dtype=np.uint64)[:, None]
@@ -32,7 +24,12 @@ _ROUND_NUMBERS = np.arange(ROUNDS, dtype=np.uint64)[:, None]
 class SequenceOrder:
     """Maps positions in a run to sequences; epoch * num_sequences + i is the i-th of its epoch.
 
-    Each epoch visits every sequence once, in an order that depends on the seed and the epoch.
+    Each epoch visits every sequence once, in an order that depends on the seed and the epoch and
+    costs no memory. A Feistel network on pairs (left, right) with left * columns + right = index
+    permutes rows * columns items whatever its round functions are; rows and columns near sqrt(n)
+    make the domain barely larger than n. An index that lands outside [0, n) is sent through again
+    until it lands inside (cycle walking): that keeps the map a permutation of [0, n). All in
+    integers: the same on every machine.
     """
 
     def __init__(self, num_sequences: int, seed: int):
@@ -42,7 +39,7 @@ class SequenceOrder:
         self._columns = np.uint64(-(-num_sequences // int(self._rows)))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Sequences, int64 [n], at positions, int64 [n], each at least 0."""
+        """Return the sequences, int64 [n], at positions, int64 [n], each at least 0."""
         epochs, indices = np.divmod(positions.astype(np.uint64), np.uint64(self.num_sequences))
         keys = _mix(_mix(_mix(self._seed) + epochs) + _ROUND_NUMBERS)
         sequences = self._permute(indices, keys)
@@ -53,7 +50,7 @@ class SequenceOrder:
         return sequences.astype(np.int64)
 
     def _permute(self, indices: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Through the network: indices, uint64 [n], below rows * columns; keys, [ROUNDS, n]."""
+        """Run the network on indices, uint64 [n], below rows * columns; keys, [ROUNDS, n]."""
         left, right = np.divmod(indices, self._columns)
         for even, odd in zip(keys[::2], keys[1::2], strict=True):
             left = (left + _mix(even ^ right) % self._rows) % self._rows
@@ -62,7 +59,7 @@ class SequenceOrder:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """One output of the SplitMix64 generator for each state, uint64 [n]: it mixes all bits."""
+    """Take one output of the SplitMix64 generator for each state, uint64 [n]: it mixes all bits."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -107,7 +104,7 @@ class Batches:
     def micro_batches(
         self, cursor: int, *, batch_size: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
-        """This rank's micro-batches of a step, each int64 [micro_batch_size, L + 1] on the device.
+        """Yield this rank's micro-batches of a step, int64 [micro_batch_size, L + 1] on the device.
 
         Micro-batch j of the step goes to rank j % num_ranks. A failed read surfaces here.
 
@@ -124,7 +121,7 @@ class Batches:
         return (micro_batch.to(self._device, non_blocking=True) for micro_batch in step)
 
     def epoch(self, cursor: int) -> int:
-        """The pass over the data, from 0, that the sequence at cursor belongs to."""
+        """Number the pass over the data, from 0, that the sequence at cursor belongs to."""
         return cursor // self._num_sequences
 
     def close(self) -> None:
@@ -133,7 +130,7 @@ class Batches:
         self._ahead = None
 
     def _read(self, request: _Request) -> Tensor:
-        """int64 [micro-batches, micro_batch_size, L + 1] on the CPU, pinned for a GPU."""
+        """Read int64 [micro-batches, micro_batch_size, L + 1] to the CPU, pinned for a GPU."""
         positions = np.arange(request.cursor, request.cursor + request.batch_size, dtype=np.int64)
         positions = positions.reshape(-1, request.micro_batch_size)[self._rank :: self._num_ranks]
         step = torch.empty(
@@ -149,7 +146,7 @@ class Batches:
 
 
 def read_in_order(tokens: TokenShards, sequence_length: int, start: int, stop: int) -> Tensor:
-    """Sequences [start, stop) of a split in file order, int64 [stop - start, L + 1], on the CPU.
+    """Read sequences [start, stop) in file order, int64 [stop - start, L + 1], to the CPU.
 
     For evaluation, which reads the same first sequences each time.
     """

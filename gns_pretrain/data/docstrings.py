@@ -4,8 +4,6 @@ Files are found and parsed, never imported. `python -m gns_pretrain.data.docstri
 from standard input, one a line, and writes a JSON list with the docstrings of each.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json
@@ -35,11 +33,14 @@ _QUOTED = re.compile(rb'"""(.*?)"""', re.DOTALL)
 
 
 def source_files() -> dict[str, Path]:
-    """The packages' Python files by name (torch/nn/functional.py), sorted within each package."""
+    """Find the packages' files by name (torch/nn/functional.py), sorted within each package."""
     files: dict[str, Path] = {}
     for package in PACKAGES:
-        root = _root_of(package)
-        if root is None:
+        if package == "python":
+            root = Path(sysconfig.get_path("stdlib"))
+        elif (spec := importlib.util.find_spec(package)) and spec.origin:
+            root = Path(spec.origin).parent
+        else:
             continue
         found = []
         for folder, subfolders, names in os.walk(root):
@@ -51,7 +52,7 @@ def source_files() -> dict[str, Path]:
 
 
 def extract(paths: list[Path], num_processes: int) -> list[list[str]]:
-    """The docstrings of each file, on several processes.
+    """Extract the docstrings of each file, on several processes.
 
     Plain subprocesses: multiprocessing would import the caller's main module, with torch, in each.
     """
@@ -77,13 +78,13 @@ def extract(paths: list[Path], num_processes: int) -> list[list[str]]:
 
 
 def docstrings_of(source: bytes) -> list[str]:
-    """The docstrings in a file's source, in their order; none if it does not parse."""
+    """Return the docstrings in a file's source, in their order; none if it does not parse."""
     quoted = sum(map(len, _QUOTED.findall(source)))
     if quoted < MIN_QUOTED_SHARE * len(source):
         return []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escape sequences
+            warnings.simplefilter("ignore")  # escape sequences in the packages
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
@@ -92,7 +93,7 @@ def docstrings_of(source: bytes) -> list[str]:
 
 
 def _raw_docstrings(node: ast.AST) -> list[str]:
-    """Docstrings of a module, class or function and of what its body defines, by branches too."""
+    """Return those of a module, class or function and of what its body or branches define."""
     texts = []
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
@@ -105,7 +106,7 @@ def _raw_docstrings(node: ast.AST) -> list[str]:
 
 
 def _attached_documentation(node: ast.AST) -> list[str]:
-    """The long strings in a call that documents something written in C; [] for anything else."""
+    """Return the strings of a call that documents something written in C, else []."""
     if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return []
     called = node.value.func
@@ -114,13 +115,6 @@ def _attached_documentation(node: ast.AST) -> list[str]:
         return []
     parts = [part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)]
     return [part for part in parts if isinstance(part, str)]
-
-
-def _root_of(package: str) -> Path | None:
-    if package == "python":
-        return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)
-    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def _is_unicode(text: str) -> bool:

@@ -4,8 +4,6 @@ Needs no network and ships no corpus; the same versions of the packages give the
 everywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -25,7 +23,6 @@ from gns_pretrain.data.shards import META_FILE, CorpusMeta, token_dtype, write_m
 from gns_pretrain.data.tokenization import (
     BOS_NAMES,
     EOS_NAMES,
-    MIN_BPE_VOCABULARY,
     TOKENIZER_FILE,
     DocumentEncoder,
     train_bpe,
@@ -40,13 +37,13 @@ MAX_BYTES = 16_000_000  # of text
 VALIDATION_FRACTION = 0.02  # of the files
 BPE_EVERY = 4  # the BPE is trained on every fourth document: a quarter of the time, 1 % more tokens
 MAX_PROCESSES = 16  # more would spend their time on starting
-DOCUMENTS_AT_ONCE = 256  # about 2 MB of text
+PORTION = 256  # documents, about 2 MB of text: a tokenizer's results take far more memory than ids
 
 
 def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Path:
-    """The folder of the embedded text's shards, made first if it is not there.
+    """Return the folder of the embedded text's shards; make it first if it is not there.
 
-    Several processes may call at once: one makes it, the others wait. On a file system without
+    Several processes may call concurrently: one makes it, the others wait. On a file system without
     locks each makes it, and the first to finish wins.
 
     Args:
@@ -56,11 +53,6 @@ def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Pat
     Raises:
         InputError: the cache cannot be written; the packages' sources are not installed.
     """
-    if vocab_size < MIN_BPE_VOCABULARY:
-        raise InputError(
-            f"data.embedded_vocab_size={vocab_size} must be at least {MIN_BPE_VOCABULARY}: "
-            "all bytes and two special tokens"
-        )
     if cache is None:
         cache = Path(os.environ.get("GNS_PRETRAIN_CACHE") or "~/.cache/gns_pretrain").expanduser()
     settings = _settings(vocab_size)
@@ -82,7 +74,7 @@ def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Pat
 
 
 def _settings(vocab_size: int) -> dict[str, Any]:
-    """All that decides which tokens come out."""
+    """Name all that decides which tokens come out."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES[1:], "tokenizers"):
         try:
@@ -93,9 +85,9 @@ def _settings(vocab_size: int) -> dict[str, Any]:
 
 
 def _build(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the shards in a temporary folder, then rename it."""
-    say = Console(stderr=True).print
-    say("making the embedded text from the documentation of installed packages, once ...")
+    """Make the shards in a temporary folder; rename it, unless another process was faster."""
+    console = Console(stderr=True, highlight=False)
+    console.print("making the embedded text from the docstrings of installed packages, once ...")
     temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=folder.parent))
     try:
         documents = gather_documents()
@@ -106,14 +98,21 @@ def _build(folder: Path, settings: dict[str, Any]) -> None:
             )
         meta = _write_shards(temporary, documents, settings)
         write_meta(temporary, meta)
-        _rename(temporary, folder)
+        if folder.is_dir() and not (folder / META_FILE).is_file():
+            shutil.rmtree(folder)  # its meta.json was removed
+        temporary.chmod(0o755)  # mkdtemp's folders are private
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / META_FILE).is_file():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{sum(shard.tokens for shard in meta.shards):,} tokens in {folder}", highlight=False)
+    console.print(f"{sum(shard.tokens for shard in meta.shards):,} tokens in {folder}")
 
 
 def gather_documents() -> dict[str, str]:
-    """One document a file, its distinct docstrings, up to MAX_BYTES, by name of the file."""
+    """Join each file's distinct docstrings to a document, up to MAX_BYTES, by name of the file."""
     files = source_files()
     documents: dict[str, str] = {}
     seen: set[str] = set()
@@ -132,24 +131,24 @@ def gather_documents() -> dict[str, str]:
 
 
 def _write_shards(folder: Path, documents: dict[str, str], settings: dict[str, Any]) -> CorpusMeta:
-    """Tokenizer and one shard a split; whole files go to one split or the other."""
+    """Write the tokenizer and one shard per split; a whole file goes to one split or the other."""
     tokenizer = train_bpe(list(documents.values())[::BPE_EVERY], settings["vocab_size"])
-    text = tokenizer.to_str()
-    write_bytes(folder / TOKENIZER_FILE, text.encode())
+    write_bytes(folder / TOKENIZER_FILE, tokenizer.to_str().encode())
     bos_id, eos_id = tokenizer.token_to_id(BOS_NAMES[0]), tokenizer.token_to_id(EOS_NAMES[0])
     dtype = token_dtype(vocabulary_size(tokenizer))
     encoder = DocumentEncoder(tokenizer, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
     parts: dict[str, list[str]] = {"train": [], "validation": []}
     for name, document in documents.items():
         parts["validation" if is_held_out(name, VALIDATION_FRACTION) else "train"].append(document)
-    shards = tuple(
-        write_shard(folder, split=split, index=0, tokens=_encode(encoder, part))
-        for split, part in parts.items()
-    )
+    shards = []
+    for split, part in parts.items():
+        portions = [part[start : start + PORTION] for start in range(0, len(part), PORTION)]
+        tokens = np.concatenate([encoder.encode(portion)[0] for portion in portions])
+        shards.append(write_shard(folder, split=split, index=0, tokens=tokens))
     return CorpusMeta(
         dtype=dtype.name,
         vocab_size=vocabulary_size(tokenizer),
-        shards=shards,
+        shards=tuple(shards),
         bos_id=bos_id,
         eos_id=eos_id,
         tokenizer=TOKENIZER_FILE,
@@ -157,25 +156,3 @@ def _write_shards(folder: Path, documents: dict[str, str], settings: dict[str, A
         documents={split: len(part) for split, part in parts.items()},
         settings=settings,
     )
-
-
-def _encode(encoder: DocumentEncoder, documents: list[str]) -> np.ndarray:
-    """Ids of all documents, by portions: a tokenizer's results take far more memory than ids."""
-    return np.concatenate(
-        [
-            encoder.encode(documents[start : start + DOCUMENTS_AT_ONCE])[0]
-            for start in range(0, len(documents), DOCUMENTS_AT_ONCE)
-        ]
-    )
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    """Put the finished folder in its place, unless another process was faster."""
-    if folder.is_dir() and not (folder / META_FILE).is_file():
-        shutil.rmtree(folder)  # somebody took its meta.json away
-    temporary.chmod(0o755)  # mkdtemp's folders are private
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not (folder / META_FILE).is_file():
-            raise

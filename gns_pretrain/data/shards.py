@@ -7,22 +7,21 @@
 Readable with numpy alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import read_json, sha256_of, write_json, write_whole
 
-WAY_OUT = "restore it or prepare the folder again"
+HINT = "restore the file or prepare the folder again"
 META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"  # stands in for meta.json while a folder is being prepared
+VERIFY_BELOW_BYTES = 2**28  # of a split's shards: hashing them takes about a second
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ShardMeta:
 
 @dataclass(frozen=True)
 class CorpusMeta:
-    """What meta.json says about a folder of shards."""
+    """Content of meta.json."""
 
     dtype: str  # uint16 or uint32
     vocab_size: int  # every token id is below it
@@ -50,23 +49,23 @@ class CorpusMeta:
     settings: dict[str, Any] = field(default_factory=dict)  # how the folder was prepared
 
     def of_split(self, split: str) -> tuple[ShardMeta, ...]:
-        """The shards of one split, in order; empty if there are none."""
+        """Return the shards of one split, in order; empty if there are none."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the tokens of one split, whatever the folder is called."""
+        """Identify the tokens of one split, whatever the folder is called."""
         sums = (shard.sha256 for shard in self.of_split(split))
         identity = "\n".join([self.dtype, str(self.vocab_size), *sums])
         return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def joint_fingerprint(fingerprints: Iterable[str]) -> str:
-    """One for several splits: a run's are its training and its validation data."""
+    """Join those of several splits: a run has training and validation data."""
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest of the two dtypes that holds every id of a vocabulary."""
+    """Return the narrower of the two dtypes that holds every id of a vocabulary."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -84,10 +83,11 @@ def read_meta(folder: Path) -> CorpusMeta:
                 f"{folder} is half prepared; finish it with the same prepare_data.py command"
             )
         raise InputError(
-            f"{folder} is no folder of token shards ({META_FILE} is missing); "
+            f"{folder} is not a token-shard folder ({META_FILE} is missing); "
             "make one with scripts/prepare_data.py"
         )
-    content = read_json(path, way_out=WAY_OUT)
+    content = read_json(path, way_out=HINT)
+    again = "prepare the folder again"
     try:
         shards = tuple(
             ShardMeta(
@@ -98,30 +98,20 @@ def read_meta(folder: Path) -> CorpusMeta:
             )
             for shard in content["shards"]
         )
-        known = {
-            key: content.get(key) for key in ("bos_id", "eos_id", "tokenizer", "tokenizer_sha256")
+        required = {"dtype": str(content["dtype"]), "vocab_size": int(content["vocab_size"])}
+        optional = {
+            entry.name: content[entry.name] for entry in fields(CorpusMeta) if entry.name in content
         }
-        meta = CorpusMeta(
-            dtype=str(content["dtype"]),
-            vocab_size=int(content["vocab_size"]),
-            shards=shards,
-            documents=dict(content.get("documents", {})),
-            settings=dict(content.get("settings", {})),
-            **known,
-        )
+        meta = CorpusMeta(**optional | required | {"shards": shards})
     except KeyError as error:
-        raise InputError(f"{path} lacks the entry {error}; prepare the folder again") from error
+        raise InputError(f"{path} lacks the entry {error}; {again}") from error
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} holds an entry of the wrong type ({error}); prepare the folder again"
-        ) from error
-    empty = next((shard.file for shard in meta.shards if shard.tokens < 1), None)
-    if empty is not None:
-        raise InputError(f"{path} says that {empty} is empty; prepare the folder again")
+        raise InputError(f"{path} holds an entry of the wrong type ({error}); {again}") from error
+    for shard in shards:
+        if shard.tokens < 1:
+            raise InputError(f"{path}: {shard.file} is empty; {again}")
     if meta.dtype not in ("uint16", "uint32"):
-        raise InputError(
-            f"{path}: dtype={meta.dtype} must be uint16 or uint32; prepare the folder again"
-        )
+        raise InputError(f"{path}: dtype={meta.dtype} must be uint16 or uint32; {again}")
     return meta
 
 
@@ -133,19 +123,14 @@ def write_shard(folder: Path, *, split: str, index: int, tokens: np.ndarray) -> 
 
 
 def check_tokenizer(folder: Path, meta: CorpusMeta) -> None:
-    """InputError if the tokenizer beside the shards is not the one that made them."""
+    """Raise an InputError if the tokenizer beside the shards is not the one that made them."""
     if meta.tokenizer is None or meta.tokenizer_sha256 is None:
         return
-    path = folder / meta.tokenizer
+    path, back = folder / meta.tokenizer, "put the tokenizer of these shards back"
     if not path.is_file():
-        raise InputError(
-            f"{path} is missing, though meta.json names it; put the tokenizer of these shards back"
-        )
+        raise InputError(f"{path} is missing, though meta.json names it; {back}")
     if sha256_of(path) != meta.tokenizer_sha256:
-        raise InputError(
-            f"{path} does not match tokenizer_sha256 in meta.json; "
-            "put the tokenizer of these shards back"
-        )
+        raise InputError(f"{path} does not match tokenizer_sha256 in meta.json; {back}")
 
 
 def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool) -> np.ndarray:
@@ -155,27 +140,23 @@ def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool)
     SHA-256 too.
     """
     path = folder / shard.file
-    way_out = "restore the file or prepare the folder again"
     if not path.is_file():
-        raise InputError(f"{path} is missing, though meta.json names it; {way_out}")
+        raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is truncated or no .npy file ({error}); {way_out}") from error
+        raise InputError(f"{path} is truncated or not a .npy file ({error}); {HINT}") from error
     if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
         raise InputError(
             f"{path} holds {tokens.dtype}{list(tokens.shape)}, but meta.json says "
-            f"{dtype}[{shard.tokens}]; {way_out}"
+            f"{dtype}[{shard.tokens}]; {HINT}"
         )
     if path.stat().st_size != tokens.offset + tokens.nbytes:
-        raise InputError(f"{path} is longer than its {shard.tokens} tokens; {way_out}")
+        raise InputError(f"{path} is longer than its {shard.tokens} tokens; {HINT}")
     if verify and sha256_of(path) != shard.sha256:
-        raise InputError(f"{path} was altered: its sha256 is not the one in meta.json; {way_out}")
+        raise InputError(f"{path} was altered: its sha256 is not the one in meta.json; {HINT}")
     # A plain view: slicing np.memmap itself costs several microseconds.
     return np.asarray(tokens)
-
-
-# Sequences of tokens from one split of a folder of shards, by memory map.
 
 
 class TokenShards:
@@ -201,25 +182,38 @@ class TokenShards:
         self.fingerprint = meta.fingerprint(split)
 
     @classmethod
-    def open(cls, folder: Path, split: str, *, verify: bool = False) -> TokenShards:
-        """Map a split; InputError names the file that is missing, truncated or altered."""
+    def open(
+        cls, folder: Path, split: str, *, verify: bool | None = False, setting: str = "split"
+    ) -> Self:
+        """Map a split.
+
+        Args:
+            verify: compare the shards with their sha256; None: if they are below 256 MiB.
+            setting: names the split in an error.
+
+        Raises:
+            InputError: naming the split that is not there, or the file that is missing, truncated
+                or altered.
+        """
         meta = read_meta(folder)
         check_tokenizer(folder, meta)
-        if not meta.of_split(split):
-            others = ", ".join(sorted({shard.split for shard in meta.shards})) or "none"
-            raise InputError(
-                f"{folder / META_FILE} has no split {split!r} (it has: {others}); name one of these"
-            )
+        shards = meta.of_split(split)
+        if not shards:
+            others = ", ".join(sorted({shard.split for shard in meta.shards})) or "no shards"
+            raise InputError(f"{setting}={split} is not in {folder / META_FILE}; it has {others}")
         dtype = np.dtype(meta.dtype)
-        shards = [open_shard(folder, shard, dtype, verify=verify) for shard in meta.of_split(split)]
-        return cls(folder, meta, shards, split)
+        if verify is None:
+            num_bytes = sum(shard.tokens for shard in shards) * dtype.itemsize
+            verify = num_bytes < VERIFY_BELOW_BYTES
+        opened = [open_shard(folder, shard, dtype, verify=verify) for shard in shards]
+        return cls(folder, meta, opened, split)
 
     def num_sequences(self, sequence_length: int) -> int:
-        """Whole sequences in the split: the last one needs a target for its last token."""
+        """Count the whole sequences; the last one needs a target for its last token."""
         return max(0, (self.num_tokens - 1) // sequence_length)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a new array in the shards' dtype."""
+        """Read tokens [start, stop) into a new array of the shards' dtype."""
         first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right") - 1
         pieces = [
             self._shards[k][max(0, start - self._bounds[k]) : stop - self._bounds[k]]
@@ -233,20 +227,13 @@ class TokenShards:
         Raises InputError, naming the shard, if a token id is not below vocab_size.
         """
         starts = indices * sequence_length
-        shard_of_first = np.searchsorted(self._bounds, starts, side="right") - 1
-        shard_of_last = np.searchsorted(self._bounds, starts + sequence_length, side="right") - 1
-        offsets = starts - self._bounds[shard_of_first]
-        rows = zip(
-            out,
-            starts.tolist(),
-            shard_of_first.tolist(),
-            shard_of_last.tolist(),
-            offsets.tolist(),
-            strict=True,
-        )
-        for row, start, first, last, offset in rows:
-            if first == last:
-                row[:] = self._shards[first][offset : offset + sequence_length + 1]
+        first = np.searchsorted(self._bounds, starts, side="right") - 1
+        last = np.searchsorted(self._bounds, starts + sequence_length, side="right") - 1
+        offsets = starts - self._bounds[first]
+        columns = (array.tolist() for array in (starts, first, last, offsets))
+        for row, start, k, k_last, offset in zip(out, *columns, strict=True):
+            if k == k_last:
+                row[:] = self._shards[k][offset : offset + sequence_length + 1]
             else:
                 row[:] = self.read(start, start + sequence_length + 1)
         if out.size and out.max() >= self.vocab_size:

@@ -1,10 +1,15 @@
-"""Copies on a node's own disk: token shards and compiled kernels, once a node.
+"""Copies on a node's own disk: token shards and compiled kernels, once per node.
 
 <stage_to>/<folder's name>-<hash of its meta.json>/    shards, checked by size and sha256 on the way
 <stage_to>/compile-cache/                              what torch.compile has made, by its own keys
 
 All ranks of a node call; the first one copies and the others wait for it. What an earlier job has
 left there is used again.
+
+The compile cache is copied file by file, not with torch.compiler.save_cache_artifacts: that holds
+what one process has compiled, without the C++ kernels of a CPU. On two ranks it left rank 1's own
+graphs cold, and of 26 s rank 0 still took 24. Another run's artifacts would replace it, whereas
+files, named by the key of their content, add up.
 """
 
 import dataclasses
@@ -18,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
-from gns_pretrain.data.shards import META_FILE, CorpusMeta, read_meta
+from gns_pretrain.data.shards import HINT, META_FILE, read_meta
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import (
     folder_lock,
@@ -31,12 +36,14 @@ from gns_pretrain.system.files import (
 
 CHUNK_BYTES = 2**24
 COMPILE_CACHE = "compile-cache"
-# What torch.compile and triton look at, and the folder of each.
+# The variables that torch.compile and triton read, and the folder of each.
 CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def staged(settings: DataSettings, *, say: Callable[[str], object] = print) -> DataSettings:
-    """The same settings with `path` on this node's own disk; as they are without `stage_to`.
+def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> DataSettings:
+    """Copy the shards to this node's own disk; return the settings with `path` there.
+
+    Without `stage_to` the settings are returned unchanged.
 
     Raises:
         InputError: the disk is too small, `stage_to` names a variable that is not set, or a shard
@@ -46,29 +53,56 @@ def staged(settings: DataSettings, *, say: Callable[[str], object] = print) -> D
         return settings
     source = Path(settings.path)
     meta = read_meta(source)
-    mark = sha256_of(source / META_FILE)[:12]
-    target = local_folder(settings.stage_to) / f"{source.resolve().name}-{mark}"
+    digest = sha256_of(source / META_FILE)[:12]
+    target = local_folder(settings.stage_to) / f"{source.resolve().name}-{digest}"
     make_folder(target, f"data.stage_to={settings.stage_to}")
-    wanted = files_of(meta, settings)
+    files = {  # sha256 of each file that the run reads, meta.json aside
+        shard.file: shard.sha256
+        for split in (settings.train_split, settings.validation_split)
+        for shard in meta.of_split(split)
+    }
+    if meta.tokenizer is not None and meta.tokenizer_sha256 is not None:
+        files[meta.tokenizer] = meta.tokenizer_sha256
 
-    def is_whole(name: str) -> bool:
-        return same_size(source / name, target / name)
+    def has_size(name: str) -> bool:
+        copy = target / name
+        return copy.is_file() and copy.stat().st_size == _size_of(source / name)
 
-    def is_same(name: str) -> bool:
-        return is_whole(name) and sha256_of(target / name) == wanted[name]
+    def has_sha256(name: str) -> bool:
+        return has_size(name) and sha256_of(target / name) == files[name]
 
-    with folder_lock(target, wait=True):
-        copy_files(source, target, wanted, settings, keep=is_whole, say=say)
-    # The copy was hashed when it was made; a size that has changed since is still found. Looking
-    # for more takes long, so a node's ranks do it side by side and mend one after the other.
-    if settings.verify and not all(map(is_same, wanted)):
+    def copy_unless(keep: Callable[[str], bool]) -> None:
+        """Copy what is missing or not to be kept, meta.json last."""
         with folder_lock(target, wait=True):
-            copy_files(source, target, wanted, settings, keep=is_same, say=say)
+            remove_temporaries(target)
+            missing = [name for name in files if not keep(name)]
+            if missing:
+                num_bytes = sum(_size_of(source / name) for name in missing)
+                free = shutil.disk_usage(target).free
+                if num_bytes > free:
+                    raise InputError(
+                        f"data.stage_to={settings.stage_to} has {free / 1e9:.1f} GB free, the data "
+                        f"needs {num_bytes / 1e9:.1f} GB; use a larger disk, or leave it out to "
+                        "read data.path directly"
+                    )
+                began = time.perf_counter()
+                for name in missing:
+                    copy_checked(source / name, target / name, files[name])
+                seconds = time.perf_counter() - began
+                log(f"staged {num_bytes / 1e9:.2f} GB from {source} to {target} in {seconds:.1f} s")
+            if not (target / META_FILE).exists():
+                write_bytes(target / META_FILE, (source / META_FILE).read_bytes())
+
+    copy_unless(has_size)
+    # The copy was hashed when it was made; a size that has changed since is still found. Hashing
+    # again takes long, so a node's ranks do it in parallel, and only repair one after the other.
+    if settings.verify and not all(map(has_sha256, files)):
+        copy_unless(has_sha256)
     return dataclasses.replace(settings, path=str(target), verify=False)
 
 
 def local_folder(stage_to: str) -> Path:
-    """`stage_to` with this node's environment in it, such as $SLURM_TMPDIR."""
+    """Expand this node's environment in `stage_to`, such as $SLURM_TMPDIR."""
     path = os.path.expandvars(stage_to)
     if "$" in path:
         raise InputError(
@@ -78,99 +112,27 @@ def local_folder(stage_to: str) -> Path:
     return Path(path)
 
 
-def files_of(meta: CorpusMeta, settings: DataSettings) -> dict[str, str]:
-    """The sha256 of each file that a run reads, meta.json aside."""
-    wanted = {
-        shard.file: shard.sha256
-        for split in (settings.train_split, settings.validation_split)
-        for shard in meta.of_split(split)
-    }
-    if meta.tokenizer_sha256 is not None and meta.tokenizer is not None:
-        wanted[meta.tokenizer] = meta.tokenizer_sha256
-    return wanted
-
-
-def copy_files(
-    source: Path,
-    target: Path,
-    wanted: dict[str, str],
-    settings: DataSettings,
-    *,
-    keep: Callable[[str], bool],
-    say: Callable[[str], object],
-) -> None:
-    """Copy what is not there yet, meta.json last; the caller holds the target's lock.
-
-    Args:
-        wanted: sha256 of each file, by its name.
-        keep: whether a file that is there may stay.
-    """
-    remove_temporaries(target)
-    missing = [name for name in wanted if not keep(name)]
-    if missing:
-        num_bytes = sum(size_of(source / name) for name in missing)
-        require_space(target, num_bytes, settings.stage_to)
-        began = time.perf_counter()
-        for name in missing:
-            copy_checked(source / name, target / name, wanted[name])
-        seconds = time.perf_counter() - began
-        say(f"staged {num_bytes / 1e9:.2f} GB from {source} to {target} in {seconds:.1f} s")
-    if not (target / META_FILE).exists():
-        write_bytes(target / META_FILE, (source / META_FILE).read_bytes())
-
-
-def copy_checked(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file whole and compare what was read with its sha256.
-
-    Raises:
-        InputError: it is another one; the target is not made.
-    """
-
-    def write(file: BinaryIO) -> None:
-        digest = hashlib.sha256()
-        for chunk in chunks(source):
-            digest.update(chunk)
-            file.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise InputError(
-                f"{source} was altered: its sha256 is not the one in meta.json; restore the file "
-                "or prepare the folder again"
-            )
-
-    write_whole(target, write)
-
-
-def chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, a part at a time."""
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def same_size(source: Path, target: Path) -> bool:
-    """Whether the copy is there and as long as the original."""
-    return target.is_file() and target.stat().st_size == size_of(source)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file that has to be there."""
+def _size_of(path: Path) -> int:
     if not path.is_file():
-        raise InputError(
-            f"{path} is missing, though meta.json names it; restore the file or prepare the "
-            "folder again"
-        )
+        raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
     return path.stat().st_size
 
 
-def require_space(folder: Path, num_bytes: int, stage_to: str | None) -> None:
-    """Refuse to begin a copy that cannot be finished."""
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise InputError(
-            f"data.stage_to={stage_to} has {free / 1e9:.1f} GB free, the data needs "
-            f"{num_bytes / 1e9:.1f} GB; use a larger disk, or leave it out to read "
-            "data.path directly"
-        )
+def copy_checked(source: Path, target: Path, sha256: str) -> None:
+    """Copy a file whole; InputError, and no copy, if what was read has another sha256."""
+
+    def write(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        with source.open("rb") as original:
+            while chunk := original.read(CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise InputError(
+                f"{source} was altered: its sha256 is not the one in meta.json; {HINT}"
+            )
+
+    write_whole(target, write)
 
 
 @contextmanager
@@ -179,20 +141,25 @@ def compile_cache(
     stage_to: str | None,
     *,
     keep: bool,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Iterator[None]:
     """Compile within a folder that is kept between starts.
 
     Args:
         shared: the folder; None leaves all to torch.
         stage_to: as in `staged`; None works in the shared folder itself.
-        keep: whether this process takes what was new back to the shared folder.
-        say: prints a line, as where nothing can be taken back: the run itself is done by then.
+        keep: whether this process copies what is new back to the shared folder.
+        log: reports that nothing could be copied back: the run itself is done by then.
     """
     if shared is None:
         yield
         return
-    local = stage_compile_cache(Path(shared), stage_to) if stage_to else Path(shared)
+    local = Path(shared)
+    if stage_to:
+        local = local_folder(stage_to) / COMPILE_CACHE
+        make_folder(local, f"data.stage_to={stage_to}")
+        with folder_lock(local, wait=True):
+            copy_new_files(Path(shared), local)
     for variable, name in CACHE_VARIABLES.items():
         os.environ.setdefault(variable, str(local.resolve() / name))
     yield
@@ -200,28 +167,13 @@ def compile_cache(
         try:
             copy_new_files(local, Path(shared))
         except (OSError, InputError) as error:
-            say(f"launch.compile_cache={shared} could not take what was compiled: {error}")
+            log(f"launch.compile_cache={shared} could not take what was compiled: {error}")
 
 
-def stage_compile_cache(shared: Path, stage_to: str) -> Path:
-    """A folder on this node's disk with what earlier starts have compiled."""
-    local = local_folder(stage_to) / COMPILE_CACHE
-    make_folder(local, f"data.stage_to={stage_to}")
-    with folder_lock(local, wait=True):
-        copy_new_files(shared, local)
-    return local
-
-
-def copy_new_files(source: Path, target: Path) -> int:
-    """Copy the files that the target lacks, each compared with its sha256; returns their number.
-
-    Files of a compile cache are named by their content's key, so one that is there is the same.
-    """
-    copied = 0
+def copy_new_files(source: Path, target: Path) -> None:
+    """Copy the files that the target lacks, each compared with its sha256."""
     for path in sorted(source.rglob("*")) if source.is_dir() else ():
         copy = target / path.relative_to(source)
         if path.is_file() and not path.name.startswith(".") and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy_checked(path, copy, sha256_of(path))
-            copied += 1
-    return copied

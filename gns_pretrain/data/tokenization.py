@@ -3,8 +3,6 @@
 A tokenizer is a tokenizer.json: a file, a name on the hub, or a byte-level BPE trained here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ MIN_BPE_VOCABULARY = 256 + 2  # every byte, and the two tokens around a document
 
 
 def read_tokenizer(name: str) -> str:
-    """The text of a tokenizer.json: a file, the one in a folder, or that of a model on the hub."""
+    """Read the text of a tokenizer.json: a file, one in a folder, or that of a model on the hub."""
     path = Path(name) / TOKENIZER_FILE if Path(name).is_dir() else Path(name)
     if path.is_file():
         try:
@@ -28,7 +26,7 @@ def read_tokenizer(name: str) -> str:
             Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise InputError(
-                f"--tokenizer={path} is no tokenizer.json ({_one_line(error)})"
+                f"--tokenizer={path} is not a tokenizer.json ({_one_line(error)})"
             ) from error
         return text
     if path.suffix == ".json" or Path(name).exists():
@@ -39,13 +37,13 @@ def read_tokenizer(name: str) -> str:
         return Tokenizer.from_pretrained(name).to_str()
     except Exception as error:
         raise InputError(
-            f"--tokenizer={name} is no file, and the hub does not give it ({_one_line(error)}); "
-            "give a tokenizer.json, or --train-bpe"
+            f"--tokenizer={name} is neither a file nor a model on the hub "
+            f"({_one_line(error)}); give a tokenizer.json, or --train-bpe"
         ) from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of vocab_size entries, with Llama 3's names for the two special tokens."""
+    """Train a byte-level BPE of vocab_size entries, with Llama 3's names of the special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,14 +58,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: a vocabulary may have holes."""
+    """Return one more than the largest id: a vocabulary may have holes."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def special_token_id(
     tokenizer: Tokenizer, name: str | None, usual: tuple[str, ...], setting: str
 ) -> int:
-    """Id of the token `name`, or of the first of the usual names that the tokenizer has."""
+    """Return the id of the token `name`, or of the first usual name that the tokenizer has."""
     names = (name,) if name else usual
     for candidate in names:
         token_id = tokenizer.token_to_id(candidate)
@@ -82,8 +80,8 @@ def special_token_id(
 class DocumentEncoder:
     """Encodes documents with one tokenizer; the ids of a document stand between bos_id and eos_id.
 
-    The tokenizer's own template, truncation and padding are put out of action: they would add the
-    two tokens twice, or cut long documents. A special token's name inside a text is encoded as
+    The tokenizer's own template, truncation and padding are disabled: they would add the two
+    tokens twice, or cut long documents. A special token's name inside a text is encoded as
     text, so that no document can end itself.
     """
 
@@ -99,7 +97,7 @@ class DocumentEncoder:
         self._dtype = dtype
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The documents' ids, one after the other, and where each document begins.
+        """Concatenate the documents' ids; return them, and where each document begins.
 
         Returns:
             ids: [tokens], uint16 or uint32.

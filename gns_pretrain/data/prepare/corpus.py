@@ -1,18 +1,17 @@
-"""Documents from local files, in C4's own schema: one record a document, its text under `text`.
+"""Documents in C4's own schema: one record per document, its text under `text`.
 
-Read in the order of the files' names and of the records inside them, as batches of records that a
-worker process turns into texts (`parse_texts`): decompressing is left to one process, parsing and
-tokenising to all. Each batch carries the cursor from which reading it again starts.
+A corpus yields batches of records in a fixed order, which a worker process turns into texts
+(`parse_texts`): decompressing is left to one process, parsing and tokenizing to all. Each batch
+carries the cursor from which reading it again starts. Local files are read in the order of their
+names; a dataset that the `datasets` library streams, in the dataset's own order.
 """
-
-from __future__ import annotations
 
 import copy
 import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from gns_pretrain.errors import InputError
 
-BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenising, long against the cost of sending it
+BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenizing, long against the cost of sending it
 SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".parquet")
 
 Cursor = dict[str, Any]  # JSON, opaque to everyone but the corpus that made it
@@ -32,32 +31,48 @@ class RecordBatch:
     """Consecutive records of one file or stream, not parsed yet."""
 
     cursor: Cursor  # of the first record
-    origin: str  # file or data set, for error messages
+    origin: str  # file or dataset, for error messages
     first_record: int  # number of the first record in its origin, from 1: the line in a JSON file
     records: list[bytes] | list[str | None]  # lines of JSON, or texts
     fraction: float  # of the corpus that is read when this batch is
 
 
 class Corpus(Protocol):
-    """A stream of records that can be taken up again at any batch."""
+    """A stream of records that can be resumed at any batch."""
 
     def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """The records from cursor on (None: from the start), the same every time."""
+        """Read the records from cursor on (None: from the start), the same every time."""
         ...
 
     def sizes_read(self, cursor: Cursor) -> list[int]:
-        """Bytes of the files that lie wholly before cursor: they must not change any more."""
+        """Return the bytes of the files wholly before cursor: they must not change any more."""
         ...
 
 
 def parse_texts(batch: RecordBatch) -> list[str]:
-    """The texts of a batch; InputError names the file and the line that hold none."""
+    """Return the texts of a batch; InputError names the file and the line that hold none."""
     unit = "line" if batch.records and isinstance(batch.records[0], bytes) else "record"
     return [
         _text_of(record, f"{batch.origin}, {unit} {number}")
         for number, record in enumerate(batch.records, start=batch.first_record)
         if record is None or isinstance(record, str) or not record.isspace()
     ]
+
+
+def _text_of(record: bytes | str | None, where: str) -> str:
+    text: Any = record
+    try:
+        if isinstance(record, bytes):
+            content = json.loads(record.decode("utf-8"))
+            text = content.get("text") if isinstance(content, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{where}: no `text` in it; each record needs one, a string")
+        text.encode("utf-8")  # JSON may escape a lone surrogate
+    except UnicodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error}); fix or remove the record") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); is the file cut short?") from error
+    return text
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -70,7 +85,7 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def find_files(patterns: list[str], setting: str) -> list[Path]:
-    """The files that paths and globs name, sorted; InputError names the setting and the pattern."""
+    """Return the files that paths and globs name, sorted; errors name setting and pattern."""
     paths: set[Path] = set()
     for pattern in patterns:
         # Path.glob takes no absolute patterns; a name with brackets may exist as it stands.
@@ -87,52 +102,52 @@ def find_files(patterns: list[str], setting: str) -> list[Path]:
     return sorted(paths)
 
 
+def _in_batches(records: Iterable[tuple[Any, float]]) -> Iterator[tuple[list[Any], float]]:
+    """Collect records until they hold BATCH_BYTES; yield them with the last one's fraction."""
+    batch: list[Any] = []
+    num_bytes, fraction = 0, 0.0
+    for record, fraction in records:
+        batch.append(record)
+        num_bytes += len(record or "")
+        if num_bytes >= BATCH_BYTES:
+            yield batch, fraction
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch, fraction
+
+
 class LocalFiles:
-    """JSON lines, gzipped or not, and Parquet."""
+    """JSON lines, gzipped or not, and Parquet; see `Corpus`."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
         self._sizes = [path.stat().st_size for path in paths]
 
-    def sizes_read(self, cursor: Cursor) -> list[int]:
-        """See `Corpus`."""
+    def sizes_read(self, cursor: Cursor) -> list[int]:  # noqa: D102
         return self._sizes[: cursor["file"]]
 
     def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """See `Corpus`; InputError names a file that is empty, truncated or unreadable."""
-        first_file, skip = (cursor["file"], cursor["record"]) if cursor else (0, 0)
-        total = max(1, sum(self._sizes))
-        for number in range(first_file, len(self.paths)):
-            before, size = sum(self._sizes[:number]), self._sizes[number]
-            for record, records, share in self._file_batches(self.paths[number], skip):
+        """Read the files; InputError names one that is empty, truncated or unreadable."""
+        first_file, record = (cursor["file"], cursor["record"]) if cursor else (0, 0)
+        for number, path in list(enumerate(self.paths))[first_file:]:
+            read = _parquet_texts if path.suffix == ".parquet" else _lines
+            for records, fraction in _in_batches(islice(read(path), record, None)):
+                bytes_read = sum(self._sizes[:number]) + fraction * self._sizes[number]
                 yield RecordBatch(
                     cursor={"file": number, "record": record},
-                    origin=str(self.paths[number]),
+                    origin=str(path),
                     first_record=record + 1,
                     records=records,
-                    fraction=(before + share * size) / total,
+                    fraction=bytes_read / max(1, sum(self._sizes)),
                 )
-            skip = 0
-
-    def _file_batches(self, path: Path, skip: int) -> Iterator[tuple[int, Any, float]]:
-        """(records before these, records, share of the file read) from record `skip` on."""
-        read = _parquet_texts if path.suffix == ".parquet" else _lines
-        before, batch_bytes = skip, 0
-        records: list[Any] = []
-        for record, share in islice(read(path), skip, None):
-            records.append(record)
-            batch_bytes += len(record or "")
-            if batch_bytes >= BATCH_BYTES:
-                yield before, records, share
-                before, records, batch_bytes = before + len(records), [], 0
-        if records:
-            yield before, records, 1.0
-        elif before == 0:
-            raise InputError(f"{path} is empty; remove it or fetch it again")
+                record += len(records)
+            if record == 0:
+                raise InputError(f"{path} is empty; remove it or fetch it again")
+            record = 0
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Lines of a file, gzipped or not, each with the share of the file that is read."""
+    """Read the lines of a file, gzipped or not, each with the fraction of the file that is read."""
     size = path.stat().st_size
     try:
         with path.open("rb") as raw:
@@ -143,7 +158,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
 
 
 def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
-    """The column `text` of a Parquet file, each with the share of the file that is read."""
+    """Read the column `text`, each text with the fraction of the file that is read."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -162,41 +177,23 @@ def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
                 yield text.as_py(), record / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} is no whole Parquet file ({reason}); fetch it again") from error
+        raise InputError(
+            f"{path} is not a whole Parquet file ({reason}); fetch it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}, record {record}: not UTF-8 ({error}); mend or remove the record"
+            f"{path}, record {record}: not UTF-8 ({error}); fix or remove the record"
         ) from error
 
 
-def _text_of(record: bytes | str | None, where: str) -> str:
-    """The text of one record: a line of JSON, or a text as it is."""
-    text: Any = record
-    try:
-        if isinstance(record, bytes):
-            content = json.loads(record.decode("utf-8"))
-            text = content.get("text") if isinstance(content, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f"{where}: no `text` in it; each record needs one, a string")
-        text.encode("utf-8")  # a lone surrogate escaped in JSON passes so far
-    except UnicodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error}); mend or remove the record") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); is the file cut short?") from error
-    return text
-
-
-# Documents streamed by the `datasets` library: C4 from the hub, local files by the same code.
-
-
 class HubDataset:
-    """One split of a data set, its column `text` alone, in the data set's own order.
+    """One split of a dataset, its column `text` alone, streamed by `datasets`; see `Corpus`.
 
     Args:
-        path: as load_dataset takes it (allenai/c4); "json" and "parquet" read data_files, and ask
-            no hub.
-        name: configuration of the data set (en), if it has several.
-        split: a split of the data set.
+        path: as load_dataset takes it (allenai/c4); "json" and "parquet" read data_files, without
+            the hub.
+        name: configuration of the dataset (en), if it has several.
+        split: a split of the dataset.
         data_files: local files of this split.
     """
 
@@ -222,8 +219,12 @@ class HubDataset:
                 "check its name, its splits and the network"
             ) from error
 
+    def sizes_read(self, cursor: Cursor) -> list[int]:
+        """Return none: nothing is known about files that the library fetches."""
+        return []
+
     def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """See `corpus.Corpus`; a cursor holds the library's own state of the stream.
+        """Stream the texts; a cursor holds the library's own state of the stream.
 
         Raises:
             InputError: naming the file, if the library knows it, that could not be read.
@@ -235,47 +236,27 @@ class HubDataset:
             dataset = self._builder.as_streaming_dataset(split=self._split).select_columns(["text"])
             state = cursor["stream"] if cursor else dataset.state_dict()
             dataset.load_state_dict(copy.deepcopy(state))
-            records: list[str | None] = []
-            batch_bytes = 0
-            for example in dataset:
-                records.append(example["text"])
-                batch_bytes += len(example["text"] or "")
-                if batch_bytes >= BATCH_BYTES:
-                    yield self._batch(state, record, records, dataset.num_shards)
-                    state, record = dataset.state_dict(), record + len(records)
-                    records, batch_bytes = [], 0
-            if records:
-                yield self._batch(state, record, records, dataset.num_shards)
+            for records, _ in _in_batches((example["text"], 0.0) for example in dataset):
+                yield RecordBatch(
+                    cursor={"stream": state, "record": record},
+                    origin=self._label,
+                    first_record=record + 1,
+                    records=records,
+                    fraction=_file_number(state) / dataset.num_shards,
+                )
+                state, record = dataset.state_dict(), record + len(records)
         except Exception as error:
+            files = (self._builder.config.data_files or {}).get(self._split, [])
+            number = 0 if dataset is None else _file_number(dataset.state_dict())
             raise InputError(
-                f"{self._origin(dataset)}: reading failed after record {record} "
-                f"({_one_line(error)}); mend the file or the connection and give the command again"
+                f"{files[number] if number < len(files) else self._label}: reading failed after "
+                f"record {record} ({_one_line(error)}); fix the file or the connection and repeat "
+                "the command"
             ) from error
-
-    def sizes_read(self, cursor: Cursor) -> list[int]:
-        """See `corpus.Corpus`; nothing is known about files that the library fetches."""
-        return []
-
-    def _batch(
-        self, state: Cursor, record: int, records: list[str | None], num_files: int
-    ) -> RecordBatch:
-        return RecordBatch(
-            cursor={"stream": state, "record": record},
-            origin=self._label,
-            first_record=record + 1,
-            records=records,
-            fraction=_file_number(state) / num_files,
-        )
-
-    def _origin(self, dataset: Any) -> str:
-        """The file being read, as far as the stream's state tells."""
-        files = (self._builder.config.data_files or {}).get(self._split, [])
-        number = _file_number(dataset.state_dict()) if dataset is not None else 0
-        return files[number] if number < len(files) else self._label
 
 
 def _file_number(state: Cursor) -> int:
-    """Index of the file that a stream has come to: the innermost iterable's entry of its state."""
+    """Index of the file that a stream has come to, from its innermost iterable's state."""
     while "examples_iterable" in state:
         state = state["examples_iterable"]
     return int(state.get("shard_idx", 0))

@@ -1,10 +1,8 @@
 """Record batches to token arrays on all cores, in the order of the batches.
 
-Each worker process parses and tokenises whole batches on one thread. That scales better than the
+Each worker process parses and tokenizes whole batches on one thread. That scales better than the
 tokenizer's own threads, whose results one Python thread would have to convert.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -15,6 +13,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -23,17 +22,6 @@ from tokenizers import Tokenizer
 from gns_pretrain.data.prepare.corpus import Cursor, RecordBatch, is_held_out, parse_texts
 from gns_pretrain.data.tokenization import DocumentEncoder
 from gns_pretrain.errors import TrainingError
-
-
-@dataclass(frozen=True)
-class EncodingJob:
-    """What every worker needs to know."""
-
-    tokenizer_file: str
-    dtype: str  # uint16 or uint32
-    bos_id: int | None
-    eos_id: int | None
-    held_out_fraction: float = 0.0  # of the documents, for validation
 
 
 @dataclass(frozen=True)
@@ -46,22 +34,44 @@ class TokenBatch:
     fraction: float  # of the corpus that is read
 
 
+@dataclass(frozen=True)
+class EncodingJob:
+    """How documents become tokens; the same in every worker."""
+
+    tokenizer_file: str
+    dtype: str  # uint16 or uint32
+    bos_id: int | None
+    eos_id: int | None
+    held_out_fraction: float = 0.0  # of the documents, for validation
+
+    def encoder(self) -> DocumentEncoder:
+        """Load the tokenizer."""
+        return DocumentEncoder(
+            Tokenizer.from_file(self.tokenizer_file),
+            dtype=np.dtype(self.dtype),
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+        )
+
+    def encode(self, encoder: DocumentEncoder, batch: RecordBatch, held_out: bool) -> TokenBatch:
+        """Encode the held-out documents of a batch, or the others."""
+        texts = parse_texts(batch)
+        if self.held_out_fraction:
+            texts = [t for t in texts if is_held_out(t, self.held_out_fraction) == held_out]
+        return TokenBatch(batch.cursor, *encoder.encode(texts), batch.fraction)
+
+
 class EncodingPool:
     """Worker processes for one job (1 worker: this process); any number gives the same tokens."""
 
     def __init__(self, job: EncodingJob, workers: int):
+        self._job = job
         self._window = 4 * workers  # batches in flight: enough that no worker waits
-        if workers == 1:
-            self._encoder = _BatchEncoder(job)
-            self._pool = None
-            return
-        self._pool = ProcessPoolExecutor(
-            workers,
+        self._pool = None
+        if workers > 1:
             # Not a fork: the tokenizer's threads may be running.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(job,),
-        )
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -81,12 +91,13 @@ class EncodingPool:
             TrainingError: a worker was killed.
         """
         if self._pool is None:
-            yield from (self._encoder(batch, held_out) for batch in batches)
+            encoder = self._job.encoder()
+            yield from (self._job.encode(encoder, batch, held_out) for batch in batches)
             return
         waiting: deque[Future[TokenBatch]] = deque()
         try:
             for batch in batches:
-                waiting.append(self._pool.submit(_encode_in_worker, batch, held_out))
+                waiting.append(self._pool.submit(_encode_in_worker, self._job, batch, held_out))
                 if len(waiting) > self._window:
                     yield waiting.popleft().result()
             while waiting:
@@ -94,48 +105,31 @@ class EncodingPool:
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a worker process was killed, as when memory runs out; the same command, perhaps "
-                "with fewer --workers, goes on from the last whole shard"
+                "with fewer --workers, resumes from the last whole shard"
             ) from error
         finally:  # the caller may want no more
             for future in waiting:
                 future.cancel()
 
 
-class _BatchEncoder:
-    def __init__(self, job: EncodingJob):
-        self._fraction = job.held_out_fraction
-        self._encoder = DocumentEncoder(
-            Tokenizer.from_file(job.tokenizer_file),
-            dtype=np.dtype(job.dtype),
-            bos_id=job.bos_id,
-            eos_id=job.eos_id,
-        )
-
-    def __call__(self, batch: RecordBatch, held_out: bool) -> TokenBatch:
-        texts = parse_texts(batch)
-        if self._fraction:
-            texts = [text for text in texts if is_held_out(text, self._fraction) == held_out]
-        return TokenBatch(batch.cursor, *self._encoder.encode(texts), batch.fraction)
-
-
-def _start_worker(job: EncodingJob) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    global _worker_encoder
-    _worker_encoder = _BatchEncoder(job)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """A worker of a killed parent would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """End a worker whose parent was killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _encode_in_worker(batch: RecordBatch, held_out: bool) -> TokenBatch:
-    return _worker_encoder(batch, held_out)
+@cache  # the tokenizer is loaded once per worker
+def _worker_encoder(job: EncodingJob) -> DocumentEncoder:
+    return job.encoder()
 
 
-_worker_encoder: _BatchEncoder
+def _encode_in_worker(job: EncodingJob, batch: RecordBatch, held_out: bool) -> TokenBatch:
+    return job.encode(_worker_encoder(job), batch, held_out)

@@ -1,25 +1,24 @@
-"""One split of a corpus to whole shards, each followed by a note of where the next one begins."""
+"""One split of a corpus to whole shards, each followed by progress.json.
 
-from __future__ import annotations
+progress.json says which shards are whole and where in the corpus the next one begins: a killed
+preparation resumes from it. meta.json takes its place when the last shard is written.
+"""
 
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gns_pretrain.data.prepare.corpus import Corpus, Cursor
-from gns_pretrain.data.prepare.encoding_pool import EncodingPool, TokenBatch
-from gns_pretrain.data.shards import PROGRESS_FILE, WAY_OUT, ShardMeta, write_shard
+from gns_pretrain.data.prepare.encoding_pool import EncodingPool
+from gns_pretrain.data.shards import HINT, PROGRESS_FILE, ShardMeta, write_shard
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import setting_name
 from gns_pretrain.system.files import read_json, write_json
-
-# How far a folder of shards has come: progress.json, which a killed preparation goes on from.
-#
-# Written after each whole shard; meta.json takes its place when the last one is done.
 
 
 @dataclass
@@ -41,9 +40,9 @@ class SplitProgress:
 
 @dataclass
 class PreparationProgress:
-    """All that is known about a half-prepared folder."""
+    """Content of progress.json."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # `PrepareSettings.identity`
     splits: dict[str, SplitProgress]
     tokenizer_sha256: str | None = None  # None: not in the folder yet
 
@@ -57,17 +56,14 @@ class PreparationProgress:
         write_json(folder / PROGRESS_FILE, asdict(self))
 
     @classmethod
-    def load(cls, folder: Path) -> PreparationProgress:
-        """Read progress.json; InputError if it, or a shard it names, is damaged."""
+    def load(cls, folder: Path) -> Self:
+        """Read progress.json; InputError if it is damaged."""
         path = folder / PROGRESS_FILE
-        content = read_json(path, way_out=WAY_OUT)
+        content = read_json(path, way_out=HINT)
         try:
-            splits = {
-                name: SplitProgress(
-                    **{**split, "shards": [ShardMeta(**shard) for shard in split["shards"]]}
-                )
-                for name, split in content["splits"].items()
-            }
+            splits = {name: SplitProgress(**split) for name, split in content["splits"].items()}
+            for split in splits.values():
+                split.shards = [ShardMeta(**shard) for shard in split.shards]  # type: ignore[arg-type]
             return cls(content["settings"], splits, content["tokenizer_sha256"])
         except (KeyError, TypeError) as error:
             raise InputError(
@@ -76,19 +72,17 @@ class PreparationProgress:
 
 
 def refuse_other_settings(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """InputError naming the first setting that differs from those the folder was begun with."""
+    """Raise an InputError that names the first setting that differs from those of the folder."""
     for name, value in now.items():
-        before = begun.get(name)
+        before, setting = begun.get(name), setting_name("--", name)
         if before == value:
             continue
-        setting = "--" + name.replace("_", "-")
+        difference = f"{setting}={value}, but {folder} was begun with {before}"
         if isinstance(value, list) and isinstance(before, list):
             difference = (
                 f"{setting} names {len(value)} files, but {folder} was begun with {len(before)} "
                 "or with other names"
             )
-        else:
-            difference = f"{setting}={value}, but {folder} was begun with {before}"
         raise InputError(f"{difference}; give the same settings, or another --out")
 
 
@@ -123,15 +117,20 @@ def write_split(
     """
     if progress.done:
         return
-    refuse_changed_files(folder, plan, progress)
+    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
+        raise InputError(
+            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
+            "now; put the old one back, or name another --out"
+        )
     limit = sys.maxsize if plan.max_tokens is None else plan.max_tokens
-    shard = _ShardBuffer(min(plan.shard_tokens, limit), plan.dtype)
     written, skip, documents = progress.tokens, progress.skip_tokens, progress.documents
+    buffer = np.empty(min(plan.shard_tokens, limit), plan.dtype)  # of the shard being filled
+    filled = 0
 
     def finish_shard() -> None:
-        progress.shards.append(
-            write_shard(folder, split=plan.name, index=len(progress.shards), tokens=shard.take())
-        )
+        index = len(progress.shards)
+        shard = write_shard(folder, split=plan.name, index=index, tokens=buffer[:filled])
+        progress.shards.append(shard)
 
     # With no token left to write, not even one batch is read.
     batches = plan.corpus.batches(progress.cursor) if written < limit else iter(())
@@ -139,20 +138,26 @@ def write_split(
         for batch in encoded:
             tokens = batch.tokens[: skip + limit - written]
             while skip < tokens.size:
-                taken = shard.add(tokens[skip:])
-                skip, written = skip + taken, written + taken
-                if shard.is_full:
+                taken = min(tokens.size - skip, buffer.size - filled)
+                buffer[filled : filled + taken] = tokens[skip : skip + taken]
+                skip, written, filled = skip + taken, written + taken, filled + taken
+                if filled == buffer.size:
                     finish_shard()
+                    filled = 0
                     progress.cursor, progress.skip_tokens = batch.cursor, skip
                     progress.documents = documents
                     progress.file_sizes = plan.corpus.sizes_read(batch.cursor)
                     save()
-            documents += begun_within(batch, tokens.size)
+            # A document counts if it begins within the tokens: all do, unless the batch is cut.
+            is_cut = tokens.size < batch.tokens.size
+            documents += (
+                int(np.searchsorted(batch.starts, tokens.size)) if is_cut else len(batch.starts)
+            )
             skip = 0
             report(plan.name, written, max(batch.fraction, written / limit))
             if written == limit:
                 break
-    if shard.filled:
+    if filled:
         finish_shard()
     if not progress.shards:
         raise InputError(
@@ -162,44 +167,3 @@ def write_split(
     progress.documents, progress.done = documents, True
     save()
     report(plan.name, written, 1.0)
-
-
-def begun_within(batch: TokenBatch, tokens: int) -> int:
-    """Documents of a batch that begin within its first tokens: all, unless the batch is cut."""
-    if tokens == batch.tokens.size:
-        return batch.starts.size
-    return int(np.searchsorted(batch.starts, tokens))
-
-
-def refuse_changed_files(folder: Path, plan: SplitPlan, progress: SplitProgress) -> None:
-    """Refuse to go on if a file that is in the shards already has another size now."""
-    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
-        raise InputError(
-            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
-            "now; put the old one back, or name another --out"
-        )
-
-
-class _ShardBuffer:
-    """Collects the tokens of one shard in memory."""
-
-    def __init__(self, capacity: int, dtype: np.dtype):
-        self._tokens = np.empty(capacity, dtype)
-        self.filled = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self.filled == self._tokens.size
-
-    def add(self, tokens: np.ndarray) -> int:
-        """Take as many of the tokens as fit; returns how many."""
-        taken = min(tokens.size, self._tokens.size - self.filled)
-        self._tokens[self.filled : self.filled + taken] = tokens[:taken]
-        self.filled += taken
-        return taken
-
-    def take(self) -> np.ndarray:
-        """The tokens collected, valid until the next `add`; the buffer is empty afterwards."""
-        tokens = self._tokens[: self.filled]
-        self.filled = 0
-        return tokens

@@ -98,11 +98,6 @@ def test_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
         ensure_embedded(tmp_path / "file" / "cache")
 
 
-def test_vocabulary_too_small_for_all_bytes_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.embedded_vocab_size=257 must be at least 258"):
-        ensure_embedded(tmp_path, vocab_size=257)
-
-
 def test_docstrings_come_in_order_and_without_labels():
     source = f'''
 """Module. {LONG}"""

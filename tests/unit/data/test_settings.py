@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gns_pretrain.data import settings as settings_module
+from gns_pretrain.data import shards as shards_module
 from gns_pretrain.data.settings import DataSettings, open_splits
 from gns_pretrain.errors import InputError
 from tests.conftest import write_shards
@@ -32,7 +33,7 @@ def test_splits_are_opened_by_name(folder):
     assert (training.num_tokens, validation.num_tokens) == (11, 101)
 
 
-def test_embedded_is_a_word_not_a_folder(folder, monkeypatch):
+def test_embedded_names_no_folder(folder, monkeypatch):
     monkeypatch.setattr(settings_module, "ensure_embedded", lambda vocab_size: folder)
     training, _ = open_splits(DataSettings(path="embedded", sequence_length=10))
     assert training.num_tokens == 101
@@ -46,6 +47,10 @@ def test_embedded_is_a_word_not_a_folder(folder, monkeypatch):
         ({"validation_split": "test"}, "data.validation_split=test .* it has train, validation"),
         ({"validation_split": "train"}, "data.validation_split=train is also data.train_split"),
         ({"sequence_length": 0}, "data.sequence_length=0 must be at least 1"),
+        (
+            {"embedded_vocab_size": 257},
+            "data.embedded_vocab_size=257 must be at least 258; all bytes and two special tokens",
+        ),
         ({"sequence_length": 11}, "data.sequence_length=11 .* 11 tokens of the split validation"),
         ({"sequence_length": 101}, "data.sequence_length=101 .* 101 tokens of the split train"),
     ],
@@ -62,12 +67,12 @@ def alter(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def test_small_data_is_verified_unless_told_otherwise(folder, monkeypatch):
+def test_small_data_is_verified_by_default(folder, monkeypatch):
     alter(folder)
     with pytest.raises(InputError, match=r"validation-00000\.npy was altered"):
         open_splits(settings_for(folder))
     open_splits(settings_for(folder, verify=False))
-    monkeypatch.setattr(settings_module, "VERIFY_BELOW_BYTES", 22)  # the validation shard's size
+    monkeypatch.setattr(shards_module, "VERIFY_BELOW_BYTES", 22)  # the validation shard's size
     open_splits(settings_for(folder))
     with pytest.raises(InputError, match=r"validation-00000\.npy was altered"):
         open_splits(settings_for(folder, verify=True))

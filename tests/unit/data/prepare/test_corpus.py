@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from gns_pretrain.data.prepare import corpus as corpus_module
-from gns_pretrain.data.prepare import corpus as hub_module
 from gns_pretrain.data.prepare.corpus import (
     Corpus,
     HubDataset,
@@ -25,7 +24,6 @@ GOOD = as_line("good")
 def small_batches(monkeypatch):
     """Batches of a few documents, so that cursors lie inside files."""
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 1000)
-    monkeypatch.setattr(hub_module, "BATCH_BYTES", 1000)
 
 
 def gzip_files(folder: Path) -> Corpus:
@@ -76,7 +74,7 @@ def test_every_source_gives_the_documents_in_order(tmp_path, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_reading_goes_on_from_any_cursor(tmp_path, source):
+def test_reading_resumes_from_any_cursor(tmp_path, source):
     corpus = source(tmp_path)
     batches = list(corpus.batches(None))
     assert len(batches) > 6
@@ -144,7 +142,7 @@ def test_bad_record_is_named_with_its_line(tmp_path, line, message):
 def test_empty_or_damaged_file_is_named(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name} is (empty|truncated|no whole)"):
+    with pytest.raises(InputError, match=rf"{name} is (empty|truncated|not a whole)"):
         list(LocalFiles([path]).batches(None))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gns_pretrain.data.prepare import corpus as hub_module
+from gns_pretrain.data.prepare import corpus as corpus_module
 from gns_pretrain.data.prepare import prepare as prepare_module
 from gns_pretrain.data.prepare.corpus import is_held_out
 from gns_pretrain.data.prepare.prepare import prepare
@@ -113,7 +113,7 @@ def test_stream_through_datasets_gives_the_same_shards(inputs, reference, tmp_pa
         assert tokens_of(tmp_path / "out", split) == tokens_of(reference, split)
 
 
-def test_finished_folder_is_told_and_left_alone(inputs, reference):
+def test_finished_folder_is_reported_and_left_alone(inputs, reference):
     before = contents(reference)
     row = run(settings_for(inputs, reference))
     assert row["status"] == "already prepared"
@@ -159,12 +159,12 @@ def run_and_kill(settings: PrepareSettings, at_fsync: int, script: Path) -> None
     ("workers", "deaths"),
     [
         # Fresh: 1 and 2 write progress.json, 3 and 4 the tokenizer, 5 and 6 progress.json, 7 and
-        # 8 a shard. Going on: 1 and 2 write a shard, 3 and 4 progress.json, and so forth.
+        # 8 a shard. Resumed: 1 and 2 write a shard, 3 and 4 progress.json, and so forth.
         (1, [1, 2, 3, 4, 5, 2, 1, 2, 3, 4, 6]),
         (2, [12]),
     ],
 )
-def test_killed_run_goes_on_to_the_same_bytes(inputs, reference, tmp_path, workers, deaths):
+def test_killed_run_resumes_byte_identical(inputs, reference, tmp_path, workers, deaths):
     settings = settings_for(inputs, tmp_path / "out", workers=workers)
     for at_fsync in deaths:
         run_and_kill(settings, at_fsync, tmp_path / "killer.py")
@@ -187,9 +187,9 @@ def stop_after(monkeypatch, shards: int) -> None:
     monkeypatch.setattr(prepare_module.PreparationProgress, "save", save_or_stop)
 
 
-def test_interrupted_stream_goes_on_to_the_same_bytes(inputs, reference, tmp_path, monkeypatch):
+def test_interrupted_stream_resumes_byte_identical(inputs, reference, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
-    monkeypatch.setattr(hub_module, "BATCH_BYTES", 3000)
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 3000)
     settings = settings_for(inputs, tmp_path / "out", source="hub", dataset="json")
     with pytest.MonkeyPatch.context() as stopping:
         stop_after(stopping, shards=4)
@@ -311,7 +311,7 @@ class PoolWithoutMemory(prepare_module.EncodingPool):
         yield from super().encode(batches, held_out=held_out)
 
 
-def test_killed_worker_is_told_in_one_line_and_what_is_written_stays(
+def test_killed_worker_is_reported_in_one_line_and_what_is_written_stays(
     inputs, reference, half_done, monkeypatch, capsys
 ):
     with monkeypatch.context() as crowded:
