@@ -13,6 +13,7 @@ import numpy as np
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.curves import Band, Curve, Values, curves_of_records, over_seeds, thinned
 from gns_pretrain.runs.directory import RunRecord
+from gns_pretrain.tracking.console import short_number
 
 # What a figure of runs can show, one set of axes each.
 
@@ -267,7 +268,9 @@ def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
 
     axes.set(xlabel=AXIS_LABELS[axis], ylabel=panel.label)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_count(value)))
+    axes.xaxis.set_major_formatter(
+        ticker.FuncFormatter(lambda value, _: short_number(value, exact=True))
+    )
     if panel.log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -280,14 +283,6 @@ def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # nothing that is shown can be negative
     if panel.quantity == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
-
-
-def short_count(value: float) -> str:
-    """Steps or tokens of an axis: 500, 10k, 1.5M, 3.2B."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{letter}"
-    return f"{value:g}"
 
 
 # Loss, noise scale, batch size and learning rate of a few runs, in one picture.

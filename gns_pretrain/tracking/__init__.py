@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl is the record; console, W&B and TensorBoard are views of it."""
+"""What a run records: metrics.jsonl is the truth; console, W&B and TensorBoard are views of it."""

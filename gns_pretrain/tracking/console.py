@@ -1,4 +1,4 @@
-"""The console: a progress bar on a terminal, one line an interval elsewhere. Nobody parses it."""
+"""The console: a progress bar on a terminal, one line per interval elsewhere. Nobody parses it."""
 
 import time
 from datetime import timedelta
@@ -19,9 +19,9 @@ class ConsoleView:
 
     Args:
         settings: `progress` chooses between bar and lines, `log_every` spaces the lines.
-        token_budget: Tokens at which the run ends.
-        run_directory: Named in the closing table.
-        console: Where to print; None is standard output.
+        token_budget: tokens at which the run ends.
+        run_directory: named in the closing table.
+        console: where to print; None is standard output.
     """
 
     def __init__(
@@ -46,19 +46,28 @@ class ConsoleView:
         self._task = TaskID(0)
         self._bar_began = (0.0, 0)  # seconds of a monotonic clock, tokens
         self._has_logged = False
-        self._noise_scales: dict[str, float | None] = {}
+        self._noise_scales: dict[str, str] = {}  # by geometry and estimate
 
     def write(self, record: dict[str, Any]) -> None:
-        """Show a record; a noise scale is shown with the next training line, a shadow not."""
+        """Show a record; a noise scale is shown with the next training line, a shadow is not."""
         if record["kind"] == "train":
             self._show_training(record)
         elif record["kind"] == "noise":
             name = f"{record['geometry']} {record['estimate']}"
-            self._noise_scales[name] = record["noise_scale_ema"]
+            scale = record["noise_scale_ema"]
+            self._noise_scales[name] = "undefined" if scale is None else f"{scale:.1f}"
         elif record["kind"] == "validation":
-            self.message(self._validation_line(record))
+            self.message(
+                f"step {record['step']:,} | tokens {self._tokens_text(record['tokens'])} | "
+                f"validation loss {record['loss']:.4f}"
+            )
         elif record["kind"] == "batch_size":
-            self.message(batch_size_line(record))
+            target = "" if record["target"] is None else f": target {record['target']:.1f}"
+            why = f", {record['why']}" if record.get("why") else ""
+            self.message(
+                f"batch size {record['from']:,} -> {record['to']:,} at step {record['step']:,}"
+                f"{target}{why}; lr x{record['lr_multiplier']:.3f}"
+            )
 
     def message(self, text: str) -> None:
         """Print one line above the bar, as it is: no markup, no wrapping."""
@@ -77,11 +86,22 @@ class ConsoleView:
             self._bar = None
 
     def _show_training(self, record: dict[str, Any]) -> None:
-        parts = self._training_parts(record)
+        parts = [
+            f"tokens {self._tokens_text(record['tokens'])}",
+            f"loss {record['loss']:.3f}",
+            f"lr {record['lr']:.1e}",
+            f"batch {record['batch_size']:,}",
+        ]
+        if len(self._noise_scales) == 1:
+            parts += [f"noise scale {scale}" for scale in self._noise_scales.values()]
+        elif self._noise_scales:
+            named = (f"{name} {scale}" for name, scale in self._noise_scales.items())
+            parts.append(f"noise scale {', '.join(named)}")
+        parts.append(f"{short_number(record['tokens_per_second'])} tok/s")
         if self._shows_bar:
-            self._advance_bar(record["tokens"], "  ".join(parts[1:]).removeprefix("tokens "))
+            self._advance_bar(record["tokens"], "  ".join(parts).removeprefix("tokens "))
         elif not self._has_logged or record["step"] % self._log_every == 0:
-            self.message(" | ".join(parts))
+            self.message(" | ".join([f"step {record['step']:,}", *parts]))
             self._has_logged = True
 
     def _advance_bar(self, tokens: int, status: str) -> None:
@@ -105,98 +125,54 @@ class ConsoleView:
         )
         self._bar.update(self._task, completed=tokens, status=f"{status}  {left}")
 
-    def _training_parts(self, record: dict[str, Any]) -> list[str]:
-        noise_scale = [f"noise scale {self._noise_scale_text()}"] if self._noise_scales else []
-        return [
-            f"step {record['step']:,}",
-            f"tokens {self._tokens_text(record['tokens'])}",
-            f"loss {record['loss']:.3f}",
-            f"lr {record['lr']:.1e}",
-            f"batch {record['batch_size']:,}",
-            *noise_scale,
-            f"{short_number(record['tokens_per_second'])} tok/s",
-        ]
-
-    def _validation_line(self, record: dict[str, Any]) -> str:
-        tokens = self._tokens_text(record["tokens"])
-        return (
-            f"step {record['step']:,} | tokens {tokens} | validation loss {_loss(record['loss'])}"
-        )
-
     def _tokens_text(self, tokens: int) -> str:
         percent = 100 * tokens / self._token_budget
         return f"{short_number(tokens)}/{short_number(self._token_budget)} ({percent:.1f}%)"
 
-    def _noise_scale_text(self) -> str:
-        texts = {
-            name: "undefined" if value is None else f"{value:.1f}"
-            for name, value in self._noise_scales.items()
-        }
-        if len(texts) == 1:
-            return next(iter(texts.values()))
-        return ", ".join(f"{name} {text}" for name, text in texts.items())
-
-
-def batch_size_line(record: dict[str, Any]) -> str:
-    """A change of the batch size with what it was decided on."""
-    target = "" if record["target"] is None else f": target {record['target']:.1f}"
-    why = f", {record['why']}" if record.get("why") else ""
-    return (
-        f"batch size {record['from']:,} -> {record['to']:,} at step {record['step']:,}"
-        f"{target}{why}; lr x{record['lr_multiplier']:.3f}"
-    )
-
 
 def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:
-    """What a run came to, and where its record is; one line each."""
-    speed = summary["tokens_per_second"]
-    rows = {
-        "validation loss": _validation_text(summary),
-        "speed": "no steps" if speed is None else f"{short_number(speed)} tok/s (median step)",
-        "run record": str(run_directory / "metrics.jsonl"),
-        "summary": str(run_directory / "summary.json"),
-    }
-    head = (
+    """Format how a run ended, and where its record is; one line each."""
+    validation, speed = "not measured", "no steps"
+    if summary["validation_loss"] is not None:
+        validation = (
+            f"{summary['validation_loss']:.4f} (lowest {summary['minimum_validation_loss']:.4f} "
+            f"at step {summary['minimum_validation_loss_step']:,})"
+        )
+    if summary["tokens_per_second"] is not None:
+        speed = f"{short_number(summary['tokens_per_second'])} tok/s (median step)"
+    return [
         f"{summary['state']}: {summary['steps']:,} steps, "
         f"{short_number(summary['tokens'])} tokens, "
-        f"{duration(summary['seconds'])} of training"
-    )
-    return [head, *(f"  {name:<17}{value}" for name, value in rows.items())]
+        f"{duration(summary['seconds'])} of training",
+        f"  validation loss  {validation}",
+        f"  speed            {speed}",
+        f"  run record       {run_directory / 'metrics.jsonl'}",
+        f"  summary          {run_directory / 'summary.json'}",
+    ]
 
 
-def _validation_text(summary: dict[str, Any]) -> str:
-    if summary["validation_loss"] is None:
-        return "not measured"
-    return (
-        f"{_loss(summary['validation_loss'])} (lowest {_loss(summary['minimum_validation_loss'])} "
-        f"at step {summary['minimum_validation_loss_step']:,})"
-    )
-
-
-def _loss(loss: float) -> str:
-    return f"{loss:.4f}"
-
-
-def short_number(value: float) -> str:
-    """Three significant digits and a unit: 999, 12.3k, 485M, 3.20B, 1.50T."""
+def short_number(value: float, *, exact: bool = False) -> str:
+    """Shorten to three digits and a unit: 999, 12.3k, 485M, 3.20B; `exact`: 500, 2.5k, 1M, 3.2B."""
     units = iter(("", "k", "M", "B", "T"))
     unit = next(units)
-    while abs(value) >= 999.5 and unit != "T":  # 999.5 would round to four digits
+    while abs(value) >= (1000 if exact else 999.5) and unit != "T":  # 999.5 rounds to four digits
         value, unit = value / 1000, next(units)
-    # "#" keeps the zeros of 3.20B, and the point of 485M, which goes.
+    if exact:
+        return f"{value:g}{unit}"
+    # "#" keeps the zeros of 3.20B, and the point of 485M, which is removed.
     digits = f"{value:#.3g}".rstrip(".") if unit else f"{value:.0f}"
     return digits + unit
 
 
 def time_left(tokens_left: int, *, tokens_done: int, seconds: float) -> str:
-    """Hours:minutes:seconds at the mean speed so far, with everything that took time in it."""
+    """Format hours:minutes:seconds left at the mean speed so far, evaluations included."""
     if tokens_done <= 0 or seconds <= 0:
         return "-:--:--"
     return str(timedelta(seconds=round(max(tokens_left, 0) * seconds / tokens_done)))
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 12.3 s, 2 min 31 s, 5 h 02 min."""
+    """Format with two units at most: 12.3 s, 2 min 31 s, 5 h 02 min."""
     if seconds < 59.95:  # from there one digit shows 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

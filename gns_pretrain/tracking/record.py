@@ -1,4 +1,4 @@
-"""Everything a run tells, in one place: the loop calls Record and formats, times and asks nothing.
+"""Everything a run records, in one place: the loop calls Record and formats and times nothing.
 
 metrics.jsonl comes first and is the record; the console, W&B and TensorBoard are views of it.
 """
@@ -26,13 +26,13 @@ class Record:
     """The record of a run and its views. Only the main process writes; elsewhere all is a no-op.
 
     Args:
-        run_directory: Holds metrics.jsonl, summary.json and what the views write.
-        settings: Which views, and how often.
-        is_main: Whether this process is the one that writes.
-        resume_step: Step of the checkpoint the run goes on from; 0 starts a run. Lines of later
+        run_directory: holds metrics.jsonl, summary.json and what the views write.
+        settings: which views, and how often.
+        is_main: whether this process is the one that writes.
+        resume_step: step of the checkpoint the run resumes from; 0 starts a run. Lines of later
             steps are cut from metrics.jsonl: they will be written again.
-        config: The whole configuration, for W&B.
-        token_budget: Tokens at which the run ends.
+        config: the whole configuration, for W&B.
+        token_budget: tokens at which the run ends.
         run_id: W&B's name of the run, from its run.json; read on the main process alone.
     """
 
@@ -73,8 +73,8 @@ class Record:
         """Write one line, then show it.
 
         Args:
-            line: Any number in it that is not finite becomes null, since JSON has no infinity.
-            shown: What the views show beside it and metrics.jsonl leaves out.
+            line: any number in it that is not finite becomes null, since JSON has no infinity.
+            shown: what the views show beside it and metrics.jsonl leaves out.
         """
         if self._lines is None:
             return
@@ -87,7 +87,7 @@ class Record:
             view.write(record | shown)
 
     def message(self, text: str) -> None:
-        """Print one line that leaves the progress bar whole."""
+        """Print one line above the progress bar."""
         if self._console is not None:
             self._console.message(text)
 
@@ -95,8 +95,7 @@ class Record:
         """Write summary.json, send it to the views and print the closing table.
 
         Args:
-            summary: Fields added to what the record says (summary.summarize), or put in place
-                of it.
+            summary: fields added to those of `summarize`, or put in place of them.
         """
         if self._lines is None:
             return
@@ -107,7 +106,7 @@ class Record:
             view.finish(full)
 
     def close(self) -> None:
-        """End all writing, also after a failure; a second call does nothing."""
+        """Stop writing, also after a failure; a second call does nothing."""
         for view in reversed(self._views):
             view.close()
         self._views = []

@@ -1,39 +1,41 @@
-"""A TensorBoard view of the run record: event files under <run directory>/tensorboard."""
+"""Views of the run record: what a view is, the series it plots, and TensorBoard's.
+
+The series have the same names in W&B and TensorBoard.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-# The names under which the views plot a record's numbers; the same in W&B and TensorBoard.
+T = TypeVar("T")
 
 AXES = ("step", "tokens", "samples")
 _PREFIXES = {"train": "train", "validation": "val", "batch_size": "batch_size"}
+_FLUSH_SECONDS = 30
 
 
 def axes(record: dict[str, Any]) -> dict[str, int]:
-    """The positions a record carries, each usable as an x-axis: trainer/step and so on."""
+    """Return the positions a record carries, each usable as an x-axis: trainer/step and so on."""
     return {f"trainer/{axis}": record[axis] for axis in AXES if axis in record}
 
 
 def series(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers a record carries, by series: train/loss, val/loss, noise/<geometry>/<estimate>/…,
-    shadow/<policy>/…
+    """Return the numbers a record carries, by series: train/loss, val/loss, batch_size/to,
+    noise/<geometry>/<estimate>/noise_scale, shadow/<policy>/to and so on.
 
     Names and undefined values (null) are left out.
     """
-    prefix = _PREFIXES.get(record["kind"])
-    if record["kind"] == "shadow":
+    kind = record["kind"]
+    if kind == "shadow":
         prefix = f"shadow/{record['policy']}"
-    elif prefix is None:
-        prefix = f"{record['kind']}/{record['geometry']}/{record['estimate']}"
+    else:
+        prefix = _PREFIXES.get(kind) or f"{kind}/{record['geometry']}/{record['estimate']}"
     return {
         f"{prefix}/{name}": value
         for name, value in record.items()
         if name not in AXES and isinstance(value, int | float)
     }
-
-
-# What a view of the run record is, and the wrapper that keeps a failing one from the training.
 
 
 class View(Protocol):
@@ -43,66 +45,64 @@ class View(Protocol):
         """Show one line of metrics.jsonl; an undefined number is None."""
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Show what the finished run came to."""
+        """Show the finished run's summary."""
 
     def close(self) -> None:
-        """Let go of files and processes; also after finish()."""
+        """Release files and processes; also after finish()."""
 
 
 class MayFail:
-    """A view that cannot stop training: its first failure is said in one line, and ends it.
+    """A view that cannot stop training: its first failure is logged in one line, and ends it.
 
     Args:
-        name: What the line calls it.
-        open_view: Makes the view; may fail as well.
-        say: Prints a line.
+        name: names the view in that line.
+        open_view: makes the view; may fail as well.
+        log: prints a line.
     """
 
     def __init__(
-        self, name: str, open_view: Callable[[], View], say: Callable[[str], None]
+        self, name: str, open_view: Callable[[], View], log: Callable[[str], None]
     ) -> None:
         self._name = name
-        self._say = say
-        self._view: View | None = None
-        self._attempt(lambda: setattr(self, "_view", open_view()))
+        self._log = log
+        self._view = self._attempt(open_view)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Show one line, if the view still stands."""
-        if (view := self._view) is not None:
-            self._attempt(lambda: view.write(record))
+        """Show one line, unless the view has failed."""
+        if self._view is not None:
+            self._attempt(partial(self._view.write, record))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Show the summary, if the view still stands."""
-        if (view := self._view) is not None:
-            self._attempt(lambda: view.finish(summary))
+        """Show the summary, unless the view has failed."""
+        if self._view is not None:
+            self._attempt(partial(self._view.finish, summary))
 
     def close(self) -> None:
-        """Close the view, if it still stands."""
-        if (view := self._view) is not None:
-            self._attempt(view.close)
+        """Close the view, unless it has failed."""
+        if self._view is not None:
+            self._attempt(self._view.close)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], T]) -> T | None:
         try:
-            action()
+            return action()
         except Exception as error:
             self._view = None
-            cause = (str(error).splitlines() or [""])[0]
-            way_out = "; pip install 'gns-pretrain[tracking]'" * isinstance(error, ImportError)
-            self._say(
-                f"{self._name} failed and is left out from here on, metrics.jsonl has everything "
-                f"({type(error).__name__}: {cause}{way_out})"
+            cause = str(error).partition("\n")[0]
+            hint = (
+                "; pip install 'gns-pretrain[tracking]'" if isinstance(error, ImportError) else ""
             )
-
-
-_FLUSH_SECONDS = 30
+            self._log(
+                f"{self._name} failed and is left out from here on, metrics.jsonl has everything "
+                f"({type(error).__name__}: {cause}{hint})"
+            )
+            return None
 
 
 class TensorboardView:
-    """Every series over optimizer steps.
+    """Every series over optimizer steps, in event files under <run directory>/tensorboard.
 
     Args:
-        run_directory: The run's folder.
-        resume_step: The step the run goes on from; 0 is a run that starts. Points of later steps,
+        resume_step: the step the run resumes from; 0 is a run that starts. Points of later steps,
             left by a killed process, are hidden from TensorBoard.
     """
 
@@ -121,7 +121,7 @@ class TensorboardView:
             self._writer.add_scalar(name, value, record["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Nothing: the curves say it."""
+        """Add nothing: the curves show it."""
 
     def close(self) -> None:
         """Write out and close the event file."""

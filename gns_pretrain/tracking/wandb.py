@@ -1,6 +1,6 @@
 """A Weights & Biases view of the run record, and how its runs are read back.
 
-Nothing is kept there that metrics.jsonl lacks.
+W&B holds nothing that metrics.jsonl lacks.
 """
 
 import sys
@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 60
 
 
 class WandbView:
-    """One row a step, which carries trainer/step, trainer/tokens and trainer/samples as axes.
+    """One row per step, which carries trainer/step, trainer/tokens and trainer/samples as axes.
 
     Records of one step (training, noise scale, validation) are gathered into one row, which is
     logged when the next step begins: whatever was measured has all three axes. W&B's own step is
@@ -27,9 +27,9 @@ class WandbView:
 
     Args:
         run_directory: W&B writes its files to `wandb/` under it.
-        settings: Project, group, tags and so on.
-        config: The whole configuration.
-        run_id: The run's own for as long as it lives: resumed, it goes on in its curves.
+        settings: project, group, tags and so on.
+        config: the whole configuration.
+        run_id: the same each time the run resumes, so that its curves continue.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WandbView:
         self._row |= axes(record) | series(record)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Put the summary under final/ and upload; gives up after a minute (TimeoutError)."""
+        """Put the summary under final/ and upload; TimeoutError after a minute."""
         self._log_row()
         self._run.summary.update({f"final/{name}": value for name, value in summary.items()})
         self._exit_code = 0
@@ -92,24 +92,16 @@ class WandbView:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as W&B tells it.
+    """A run as W&B has it."""
 
-    Args:
-        name: shown in the web.
-        config: the whole configuration, nested.
-        finished: whether it has spent its token budget; a running, failed or killed one has not.
-        steps: optimizer steps; 0 unless finished.
-        remote: the run of wandb's public API.
-    """
-
-    name: str
-    config: dict[str, Any]
-    finished: bool
-    steps: int
-    remote: Any
+    name: str  # shown in the web
+    config: dict[str, Any]  # the whole configuration, nested
+    finished: bool  # it has spent its token budget: not running, failed or killed
+    steps: int  # optimizer steps; 0 unless finished
+    remote: Any  # the run of wandb's public API
 
     def validation(self) -> list[tuple[int, float]]:
-        """Steps and validation losses (nats per token) of its complete history.
+        """Read steps and validation losses (nats per token) of its complete history.
 
         Raises:
             InputError: W&B cannot be reached.
@@ -120,7 +112,7 @@ class TrackedRun:
         points: list[tuple[int, float]] = []
         try:
             for row in self.remote.scan_history(keys=keys):
-                # What a resumed run did again replaces what it did before.
+                # What a resumed run repeated replaces what it did before.
                 while points and points[-1][0] >= row["trainer/step"]:
                     points.pop()
                 points.append((row["trainer/step"], row["val/loss"]))
@@ -130,7 +122,7 @@ class TrackedRun:
 
 
 def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> list[TrackedRun]:
-    """The runs of a project, through W&B's public API.
+    """Read the runs of a project, through W&B's public API.
 
     Args:
         project: entity/project, or a project of the account's default entity.

@@ -88,7 +88,7 @@ def test_processes_at_once_make_it_once(tmp_path):
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len({printed for printed, _ in results}) == 1
-    assert sum("making the embedded text" in told for _, told in results) == 1
+    assert sum("making the embedded text" in output for _, output in results) == 1
     assert [path.name for path in tmp_path.iterdir()] == [Path(results[0][0].strip()).name]
 
 

@@ -20,7 +20,7 @@ from gns_pretrain.results.curves import (
     thinned,
     without_seed,
 )
-from gns_pretrain.results.figures import PANELS, draw, short_count
+from gns_pretrain.results.figures import PANELS, draw
 from tests.unit.run_records import write_curve, write_run
 
 ROOT = Path(__file__).parents[3]
@@ -266,16 +266,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[figures\]'"):
         draw({"mine": [{"lr": curve((1, 2))}]}, [tmp_path / "a.png"], panels=["lr"])
-
-
-def test_counts_on_an_axis_are_short():
-    assert [short_count(value) for value in (0, 500, 2500, 1e6, 3.2e9)] == [
-        "0",
-        "500",
-        "2.5k",
-        "1M",
-        "3.2B",
-    ]
 
 
 def call(monkeypatch, capsys, *arguments):

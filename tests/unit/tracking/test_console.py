@@ -172,6 +172,11 @@ def test_a_short_number_has_three_digits_and_a_unit(value, text):
     assert short_number(value) == text
 
 
+def test_an_exact_short_number_has_no_digit_too_many():
+    exact = [short_number(value, exact=True) for value in (0, 500, 2500, 1e6, 3.2e9)]
+    assert exact == ["0", "500", "2.5k", "1M", "3.2B"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(12.34, "12.3 s"), (151.4, "2 min 31 s"), (59.97, "1 min 00 s"), (18120, "5 h 02 min")],

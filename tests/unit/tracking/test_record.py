@@ -224,7 +224,7 @@ class FailingWandb(ModuleType):
 
 
 @pytest.mark.parametrize("failing", ["setup", "init", "define_metric", "log", "finish"])
-def test_a_wandb_that_fails_is_said_once_and_training_goes_on(
+def test_a_wandb_that_fails_is_logged_once_and_training_continues(
     tmp_path, monkeypatch, capsys, failing
 ):
     library = FailingWandb({failing})
@@ -237,8 +237,8 @@ def test_a_wandb_that_fails_is_said_once_and_training_goes_on(
     record.finish({})
     record.close()
 
-    said = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
-    assert said == [
+    logged = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
+    assert logged == [
         "W&B failed and is left out from here on, metrics.jsonl has everything "
         f"(LibraryError: no {failing})"
     ]
@@ -247,7 +247,7 @@ def test_a_wandb_that_fails_is_said_once_and_training_goes_on(
     assert (tmp_path / "summary.json").exists()
 
 
-def test_a_missing_library_is_said_with_what_to_install(tmp_path, monkeypatch, capsys):
+def test_a_missing_library_is_logged_with_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb raises ModuleNotFoundError
     record = open_record(tmp_path, settings=MetricsSettings(wandb=WandbSettings(enabled=True)))
     train(record, 1)

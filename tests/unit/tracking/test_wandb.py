@@ -103,7 +103,7 @@ def test_every_row_of_an_offline_run_carries_step_tokens_and_samples(offline_run
 
 
 class NotingWandb(ModuleType):
-    """A wandb that keeps what it is told; rows without a step argument only."""
+    """A wandb that records its calls; rows without a step argument only."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -231,7 +231,7 @@ def test_steps_that_a_resumed_run_logged_again_count_once(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError, Reader.Error, OSError])
-def test_a_project_that_cannot_be_read_is_said_in_one_line(monkeypatch, error):
+def test_a_project_that_cannot_be_read_is_reported_in_one_line(monkeypatch, error):
     monkeypatch.setitem(sys.modules, "wandb", Reader(error=error("no such project.\nTraceback")))
     with pytest.raises(
         InputError, match=r"project team/x cannot be read \(no such project\)"
