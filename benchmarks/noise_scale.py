@@ -14,7 +14,7 @@ from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.collectives import barrier
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
@@ -100,7 +100,7 @@ def timed_pairs(
         llama.init_weights(seed=0)
         on_gpu = device.type == "cuda"
         model = parallelize(llama, world, compute_dtype=torch.bfloat16 if on_gpu else torch.float32)
-        optimizer = build_adamw(model, AdamWSettings(lr=1e-4))
+        optimizer = AdamWSettings(lr=1e-4).build(model)
         meter = NoiseMeter(model, world, settings)
         batch = random_batch(world, config, micro_batch_size, accumulation, sequence_length)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.shards import CorpusMeta, TokenShards, token_dtype, write_meta, write_shard
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
@@ -117,8 +116,7 @@ class Training:
             llama.compile_blocks()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model: nn.Module = parallelize(llama, world, compute_dtype=dtype)
-        settings = OPTIMIZER_SETTINGS[workload.optimizer]
-        self.optimizer = OPTIMIZERS[type(settings)](self.model, settings)
+        self.optimizer = OPTIMIZER_SETTINGS[workload.optimizer].build(self.model)
         self.meters = {
             geometry: NoiseMeter(self.model, world, NoiseScaleSettings([geometry]))
             for geometry in geometries

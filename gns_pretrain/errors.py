@@ -26,3 +26,8 @@ class TrainingError(OneLineError, RuntimeError):
 
     The message names the step and what is still good; nothing that was saved is lost.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks, or its class's name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

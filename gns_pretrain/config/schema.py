@@ -17,12 +17,7 @@ from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.optim.base import OptimizerSettings
-from gns_pretrain.optim.custom import CustomSettings
-from gns_pretrain.optim.sgd import SGDSettings
-from gns_pretrain.optim.signum import SignumSettings
-from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
+from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
 from gns_pretrain.runs.identity import changes_run_name
 from gns_pretrain.tracking.settings import MetricsSettings
@@ -210,12 +205,7 @@ def register_schemas() -> None:
     for group, name, node in (
         ("model", "schema_llama", LlamaConfig),
         ("data", "schema_data", DataSettings),
-        ("optimizer", "schema_sgd", SGDSettings),
-        ("optimizer", "schema_signum", SignumSettings),
-        ("optimizer", "schema_adamw", AdamWSettings),
-        ("optimizer", "schema_specsgd", SpecSGDSettings),
-        ("optimizer", "schema_muon", MuonSettings),
-        ("optimizer", "schema_custom", CustomSettings),
+        *(("optimizer", f"schema_{name}", settings) for name, settings in OPTIMIZERS.items()),
         ("schedule", "schema_schedule", ScheduleSettings),
         ("noise_scale", "schema_noise_scale", NoiseScaleSettings),
         ("batch_size", "schema_batch_size", BatchSizeSettings),

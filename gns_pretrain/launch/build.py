@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +17,7 @@ from gns_pretrain.data.shards import TokenShards, joint_fingerprint
 from gns_pretrain.data.staging import staged
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
-from gns_pretrain.optim.base import remember_peaks, tie_to_tokens
-from gns_pretrain.optim.custom import CustomSettings, build_custom
-from gns_pretrain.optim.sgd import SGDSettings, build_sgd
-from gns_pretrain.optim.signum import SignumSettings, build_signum
-from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings, build_muon, build_specsgd
+from gns_pretrain.optim.base import keep_token_half_life, remember_peaks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CHECKPOINTS
@@ -33,15 +27,6 @@ from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.loop import LoopSettings, Run, fit_to_ranks
 from gns_pretrain.training.schedule import Schedule, steps_in_budget
 from gns_pretrain.training.state import TrainState
-
-OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {
-    SGDSettings: build_sgd,
-    SignumSettings: build_signum,
-    AdamWSettings: build_adamw,
-    SpecSGDSettings: build_specsgd,
-    MuonSettings: build_muon,
-    CustomSettings: build_custom,
-}
 
 
 def data_fingerprint(splits: tuple[TokenShards, TokenShards]) -> str:
@@ -70,11 +55,11 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
 
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over a model that is laid over its ranks, at its peak learning rates."""
-    optimizer = OPTIMIZERS[type(config.optimizer)](model, config.optimizer)
+    """Build the optimizer over a model that `parallelize` returned, at its peak learning rates."""
+    optimizer = config.optimizer.build(model)
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
-        tie_to_tokens(optimizer, config.batch_size.initial)
+        keep_token_half_life(optimizer, config.batch_size.initial)
     return optimizer
 
 

@@ -1,84 +1,54 @@
-"""AdamW, torch's own fused kernel: of a whole model, or of what a matrix rule leaves."""
+"""AdamW, torch's own fused kernel: for all parameters, or for those that a matrix rule leaves."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Settings, positive
 from gns_pretrain.optim.base import (
     ALL_KINDS,
     BLOCK_MATRICES,
+    Beta,
     Group,
+    LearningRate,
     OptimizerSettings,
-    check_averages,
-    check_rates,
+    WeightDecay,
     decay_groups,
 )
 
 
 @dataclass
-class AdamWSettings(OptimizerSettings):
-    """Settings of AdamW (arXiv:1711.05101)."""
+class AdamWPart(Settings):
+    """AdamW (arXiv:1711.05101) beside a matrix rule, for embedding, output and norms."""
 
-    name: str = "adamw"
-    beta1: float = 0.9  # of the gradient's average
-    beta2: float = 0.95  # of the squared gradient's average
-    epsilon: float = 1e-8  # the paper's value
+    section: ClassVar[str] = "optimizer.adamw"
 
-    def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        super().__post_init__()
-        check_averages("optimizer", beta1=self.beta1, beta2=self.beta2)
-        check_epsilon("optimizer", self.epsilon)
+    lr: LearningRate = 1e-3  # peak; the schedule and the batch size scale it like the rule's own
+    weight_decay: WeightDecay = 0.1  # decoupled; the paper's value
+    beta1: Beta = 0.9  # of the gradient's average
+    beta2: Beta = 0.95  # of the squared gradient's average
+    epsilon: Annotated[float, positive(hint="1e-8 is usual")] = 1e-8  # the paper's value
+
+    def over(self, groups: list[Group]) -> torch.optim.AdamW:
+        """Build AdamW over parameter groups that bring their own weight decay."""
+        betas = (self.beta1, self.beta2)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.epsilon, fused=True)
 
 
 @dataclass
-class AdamWPart:
-    """Settings of AdamW beside a matrix rule: for embedding, output and norms."""
+class AdamWSettings(AdamWPart, OptimizerSettings):
+    """AdamW for all parameters."""
 
-    lr: float = 1e-3  # peak; scaled by the schedule and the batch like the rule's own
-    weight_decay: float = 0.1  # decoupled; the paper's value
-    beta1: float = 0.9  # of the gradient's average
-    beta2: float = 0.95  # of the squared gradient's average
-    epsilon: float = 1e-8  # the paper's value
+    section: ClassVar[str] = "optimizer"
 
-    def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        check_rates("optimizer.adamw", lr=self.lr, weight_decay=self.weight_decay)
-        check_averages("optimizer.adamw", beta1=self.beta1, beta2=self.beta2)
-        check_epsilon("optimizer.adamw", self.epsilon)
+    name: str = "adamw"
 
-
-def check_epsilon(prefix: str, epsilon: float) -> None:
-    """Refuse an epsilon that is not positive and finite."""
-    if not 0.0 < epsilon < math.inf:
-        raise InputError(f"{prefix}.epsilon={epsilon} must be positive and finite; 1e-8 is usual")
-
-
-def adamw_over(groups: list[Group], settings: AdamWSettings | AdamWPart) -> torch.optim.AdamW:
-    """AdamW over parameter groups that bring their own weight decay."""
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-
-
-def build_adamw(model: nn.Module, settings: AdamWSettings) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of a model that is already laid over ranks."""
-    groups = decay_groups(
-        model, weight_decay=settings.weight_decay, matrices_only=settings.decay_matrices_only
-    )
-    return adamw_over(groups, settings)
-
-
-# Several rules as one optimizer: a matrix rule inside the blocks, AdamW for everything else.
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """Build AdamW over all trainable parameters."""
+        return self.over(self.parameter_groups(model))
 
 
 class Composite(torch.optim.Optimizer):
@@ -97,7 +67,7 @@ class Composite(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let each part work on its stretch of the groups and on the one state."""
+        """Point each part at its groups and at the one state."""
         start = 0
         for part in self.parts:
             stop = start + len(part.param_groups)
@@ -106,15 +76,8 @@ class Composite(torch.optim.Optimizer):
             start = stop
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every part.
-
-        Args:
-            closure: computes the gradients first; its value is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Take one step of every part; return the value of `closure`, run first."""
+        loss = torch.enable_grad()(closure)() if closure else None
         for part in self.parts:
             part.step()
         return loss
@@ -132,10 +95,10 @@ def with_adamw(
     *,
     decay_matrices_only: bool,
 ) -> Composite:
-    """A rule over the block matrices, joined by AdamW over embedding, output and norms.
+    """Join a rule over the block matrices with AdamW over embedding, output and norms.
 
     Args:
-        model: laid over ranks.
+        model: sharded or not.
         rule: built over `block_matrices(model)`.
         settings: of AdamW.
         decay_matrices_only: whether the norms' weights go without decay.
@@ -146,4 +109,4 @@ def with_adamw(
         matrices_only=decay_matrices_only,
         kinds=ALL_KINDS - BLOCK_MATRICES,
     )
-    return Composite([rule, adamw_over(groups, settings)] if groups else [rule])
+    return Composite([rule, settings.over(groups)] if groups else [rule])

@@ -6,34 +6,41 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.optim.base import (
+    Beta,
     Group,
     OptimizerSettings,
     Rule,
-    check_averages,
     check_nesterov,
-    decay_groups,
     descend,
     gradients_of,
     summed_momentum,
 )
-from gns_pretrain.parallel.collectives import joint_norm
+from gns_pretrain.parallel.collectives import global_norm
 from gns_pretrain.parallel.shard_layout import local_parts
 
 
 @dataclass
 class SGDSettings(OptimizerSettings):
-    """Settings of SGD and its kin."""
+    """SGD, with momentum and normalised."""
 
     name: str = "sgd"
-    momentum: float = 0.0  # m = beta m + g; 0 keeps no state
+    momentum: Beta = 0.0  # m = beta m + g; 0 keeps no state
     nesterov: bool = False  # step along g + beta m instead of m
     normalize: bool = False  # divide the step by its norm over all parameters
 
     def __post_init__(self) -> None:
-        """Check each setting by itself."""
         super().__post_init__()
-        check_averages("optimizer", momentum=self.momentum)
-        check_nesterov(self.nesterov, momentum=self.momentum, usual=0.9)
+        check_nesterov(self.nesterov, self.momentum)
+
+    def build(self, model: nn.Module) -> "SGD":
+        """Build SGD over all trainable parameters."""
+        return SGD(
+            self.parameter_groups(model),
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            normalize=self.normalize,
+        )
 
 
 class SGD(Rule):
@@ -42,7 +49,7 @@ class SGD(Rule):
         m = beta m + g;  d = g + beta m (Nesterov) or m
         w = (1 - lr * weight_decay) w - lr d            or  - lr d / ||d||_2, normalised
 
-    Tied to tokens, g comes with the gain of `tied_gain`, so that the sum keeps its length.
+    With half-lives kept, g is multiplied by `momentum_gain`, so that the sum keeps its length.
     ||d||_2 runs over all parameters together, so the normalised step is the geometry's own unit
     direction (arXiv:2602.03001, Eq. 2) and its length is lr.
 
@@ -51,7 +58,7 @@ class SGD(Rule):
         lr: learning rate.
         momentum: beta; 0 keeps no state.
         nesterov: whether to look ahead.
-        normalize: whether to divide by the joint norm; a gradient of zero moves nothing.
+        normalize: whether to divide by the global norm; a gradient of zero moves nothing.
     """
 
     def __init__(
@@ -68,11 +75,11 @@ class SGD(Rule):
         self.normalize = normalize
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
-        """One step."""
+        """Step along the momentum of each group."""
         directions = [self._directions(group, parameters) for group, parameters in trained]
         length: float | Tensor = 1.0
         if self.normalize:
-            norm = joint_norm([d for of_group in directions for d in of_group])
+            norm = global_norm([d for of_group in directions for d in of_group])
             length = torch.where(norm > 0, 1.0 / norm, 0.0)
         for (group, parameters), of_group in zip(trained, directions, strict=True):
             descend(
@@ -83,23 +90,9 @@ class SGD(Rule):
             )
 
     def _directions(self, group: Group, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Momentum, updated, or the gradients themselves; of the parameters' layout."""
+        """Update the momentum; return d, sharded like the parameters."""
         gradients = gradients_of(parameters)
         if group["momentum"] == 0:
             return gradients
         momenta = self.momenta(parameters)
         return summed_momentum(gradients, momenta, group, nesterov=self.nesterov)
-
-
-def build_sgd(model: nn.Module, settings: SGDSettings) -> SGD:
-    """SGD over all trainable parameters of a model that is already laid over ranks."""
-    groups = decay_groups(
-        model, weight_decay=settings.weight_decay, matrices_only=settings.decay_matrices_only
-    )
-    return SGD(
-        groups,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        normalize=settings.normalize,
-    )

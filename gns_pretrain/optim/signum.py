@@ -2,38 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.optim.base import (
-    Group,
-    OptimizerSettings,
-    Rule,
-    check_averages,
-    check_choice,
-    decay_groups,
-    gradients_of,
-)
+from gns_pretrain.fields import one_of
+from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, gradients_of
 from gns_pretrain.parallel.shard_layout import local_parts
-
-COMPILE = ("auto", "always", "never")
 
 
 @dataclass
 class SignumSettings(OptimizerSettings):
-    """Settings of Signum; with momentum 0 it is signSGD."""
+    """Signum; with momentum 0 it is signSGD."""
 
     name: str = "signum"
-    momentum: float = 0.95  # m = beta m + (1 - beta) g; the paper searches 0.7 to 0.999
-    compile: str = "auto"  # one kernel over all tensors: auto (on GPUs) | always | never
+    momentum: Beta = 0.95  # m = beta m + (1 - beta) g; the paper searches 0.7 to 0.999
+    compile: Annotated[str, one_of("auto", "always", "never")] = "auto"  # one kernel; auto: on GPUs
 
-    def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        super().__post_init__()
-        check_averages("optimizer", momentum=self.momentum)
-        check_choice("optimizer.compile", self.compile, COMPILE)
+    def build(self, model: nn.Module) -> "Signum":
+        """Build Signum over all trainable parameters."""
+        groups = self.parameter_groups(model)
+        return Signum(groups, lr=self.lr, momentum=self.momentum, compile=self.compile)
 
 
 class Signum(Rule):
@@ -42,13 +32,13 @@ class Signum(Rule):
         m = beta m + (1 - beta) g
         w = (1 - lr * weight_decay) w - lr sign(m)
 
-    Every coordinate goes by itself, so a rank updates its own rows and talks to nobody.
+    Coordinates are independent, so each rank updates its local shard without communication.
 
     Args:
         groups: parameter groups with their weight decay.
         lr: learning rate.
         momentum: beta; 0 is signSGD and keeps no state.
-        compile: see `SignumSettings`.
+        compile: one kernel over all tensors: "auto" (on GPUs), "always" or "never".
     """
 
     def __init__(
@@ -60,31 +50,20 @@ class Signum(Rule):
         self._kernel: Callable[..., None] = torch.compile(sign_step) if self.compiled else sign_step
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
-        """One step."""
+        """Step along the signs of each group's momentum, or of its gradients."""
         for group, parameters in trained:
-            momentum = group["momentum"]
-            momenta = local_parts(self.momenta(parameters)) if momentum else []
-            self._run(
-                held(local_parts(parameters)),
-                held(local_parts(gradients_of(parameters))),
-                held(momenta),
-                (1 - momentum, 1 - group["lr"] * group["weight_decay"], -group["lr"]),
-            )
-
-    def _run(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        momenta: list[Tensor],
-        numbers: tuple[float, float, float],
-    ) -> None:
-        if not weights:  # a rank may hold no row of a small group
-            return
-        values: Sequence[Any] = numbers
-        if self.compiled:
-            # As tensors: a number would be compiled in, and the learning rate changes every step.
-            values = [torch.full((), n, device=weights[0].device) for n in numbers]
-        self._kernel(weights, gradients, momenta, *values)
+            beta, lr = group["momentum"], group["lr"]
+            # Momenta come first: their state is checkpointed, also where a shard has no rows.
+            momenta = nonempty(local_parts(self.momenta(parameters))) if beta else []
+            weights = nonempty(local_parts(parameters))
+            gradients = nonempty(local_parts(gradients_of(parameters)))
+            if not weights:
+                continue
+            numbers: Sequence[Any] = (1 - beta, 1 - lr * group["weight_decay"], -lr)
+            if self.compiled:
+                # As tensors: numbers would be compiled in, and the learning rate changes each step.
+                numbers = [torch.full((), n, device=weights[0].device) for n in numbers]
+            self._kernel(weights, gradients, momenta, *numbers)
 
 
 def sign_step(
@@ -95,7 +74,7 @@ def sign_step(
     shrink: float | Tensor,
     rate: float | Tensor,
 ) -> None:
-    """One step in place.
+    """Take one step in place.
 
     Args:
         weights: w.
@@ -118,14 +97,6 @@ def sign_step(
     torch._foreach_add_(weights, signs)
 
 
-def held(tensors: list[Tensor]) -> list[Tensor]:
-    """Those of which this rank holds any row."""
+def nonempty(tensors: list[Tensor]) -> list[Tensor]:
+    """Drop local shards without rows."""
     return [tensor for tensor in tensors if tensor.numel()]
-
-
-def build_signum(model: nn.Module, settings: SignumSettings) -> Signum:
-    """Signum over all trainable parameters of a model that is already laid over ranks."""
-    groups = decay_groups(
-        model, weight_decay=settings.weight_decay, matrices_only=settings.decay_matrices_only
-    )
-    return Signum(groups, lr=settings.lr, momentum=settings.momentum, compile=settings.compile)

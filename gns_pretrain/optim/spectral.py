@@ -1,23 +1,27 @@
-"""Steepest descent in the nuclear geometry: what Muon and specSGD share."""
+"""Muon and specSGD: steepest descent in the nuclear geometry (arXiv:2602.03001, Section 2.1).
+
+Muon takes the matrix sign of a Nesterov momentum, specSGD that of the gradient itself. Both update
+the weights inside the blocks; AdamW takes embedding, output and norms.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.fields import at_least, one_of
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
 from gns_pretrain.optim.adamw import AdamWPart, Composite, with_adamw
 from gns_pretrain.optim.base import (
+    Beta,
     Group,
     OptimizerSettings,
     Rule,
     block_matrices,
-    check_averages,
-    check_choice,
     check_nesterov,
     descend,
     gradients_of,
@@ -25,10 +29,6 @@ from gns_pretrain.optim.base import (
 )
 from gns_pretrain.parallel.matrix_work import MatrixWork, replica_group
 from gns_pretrain.parallel.shard_layout import local_parts
-
-MATRIX_SIGNS = ("newton_schulz", "exact")
-COEFFICIENTS = ("muon", "polar_express")
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 # Factor of the update of an [m, n] weight, by name.
 SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -44,28 +44,46 @@ SCALINGS: dict[str, Callable[[int, int], float]] = {
 
 @dataclass
 class SpectralSettings(OptimizerSettings):
-    """Settings of a matrix rule for the block weights, with AdamW for the rest."""
+    """A matrix rule for the block weights, with AdamW for the rest."""
 
-    momentum: float = 0.0  # m = beta m + g; 0 keeps no state
+    momentum: Beta = 0.0  # m = beta m + g; 0 keeps no state
     nesterov: bool = False  # orthogonalise g + beta m instead of m
-    matrix_sign: str = "newton_schulz"  # newton_schulz | exact, by eigenvectors in float64
-    steps: int = 5  # of Newton–Schulz; the paper's value
-    coefficients: str = "muon"  # muon, the paper's | polar_express (arXiv:2505.16932)
-    scaling: str = "original"  # original, the paper's | match_rms_adamw | spectral | none
-    precision: str = "auto"  # of Newton–Schulz: auto (bfloat16 on GPUs) | float32 | bfloat16
+    # newton_schulz | exact, by eigenvectors in float64
+    matrix_sign: Annotated[str, one_of("newton_schulz", "exact")] = "newton_schulz"
+    steps: Annotated[int, at_least(1, hint="5 is usual")] = 5  # of Newton–Schulz; the paper's
+    # muon, the paper's | polar_express (arXiv:2505.16932)
+    coefficients: Annotated[str, one_of("muon", "polar_express")] = "muon"
+    # original, the paper's | match_rms_adamw | spectral | none
+    scaling: Annotated[str, one_of(*SCALINGS)] = "original"
+    # of Newton–Schulz; auto: bfloat16 on GPUs
+    precision: Annotated[str, one_of("auto", "float32", "bfloat16")] = "auto"
     adamw: AdamWPart = field(default_factory=AdamWPart)  # for embedding, output and norms
 
     def __post_init__(self) -> None:
-        """Check each setting by itself."""
         super().__post_init__()
-        check_averages("optimizer", momentum=self.momentum)
-        check_choice("optimizer.matrix_sign", self.matrix_sign, MATRIX_SIGNS)
-        check_choice("optimizer.coefficients", self.coefficients, COEFFICIENTS)
-        check_choice("optimizer.scaling", self.scaling, list(SCALINGS))
-        check_choice("optimizer.precision", self.precision, PRECISIONS)
-        if self.steps < 1:
-            raise InputError(f"optimizer.steps={self.steps} must be at least 1; 5 is usual")
-        check_nesterov(self.nesterov, momentum=self.momentum, usual=0.95)
+        check_nesterov(self.nesterov, self.momentum)
+
+    def build(self, model: nn.Module) -> Composite:
+        """Build the rule over the block matrices, and AdamW over the rest."""
+        matrices = block_matrices(model)
+        rule = Spectral(matrices, self, MatrixWork(matrices, replica_group(model)))
+        return with_adamw(model, rule, self.adamw, decay_matrices_only=self.decay_matrices_only)
+
+
+@dataclass
+class MuonSettings(SpectralSettings):
+    """Muon as the paper runs it."""
+
+    name: str = "muon"
+    momentum: Beta = 0.95  # the paper searches 0.7 to 0.999
+    nesterov: bool = True
+
+
+@dataclass
+class SpecSGDSettings(SpectralSettings):
+    """Stochastic spectral descent: Muon without momentum, the nuclear geometry's own step."""
+
+    name: str = "specsgd"
 
 
 class Spectral(Rule):
@@ -74,14 +92,15 @@ class Spectral(Rule):
         m = beta m + g;  u = g + beta m (Nesterov) or m
         w = (1 - lr * weight_decay) w - lr * scaling(rows, columns) * sign(u)
 
-    Tied to tokens, g comes with the gain of `tied_gain`, so that old and new gradients weigh alike.
-    sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps. Where ranks hold parts or copies, each
-    matrix is orthogonalised by one of them (`MatrixWork`); all hold their own rows of momentum.
+    sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps. Where the weights are sharded or
+    replicated, each matrix is orthogonalised by the one rank that owns it (`MatrixWork`), and the
+    momentum stays sharded like the weight. With half-lives kept, g is multiplied by
+    `momentum_gain`, so that old and new gradients weigh alike.
 
     Args:
         matrices: 2-dimensional, all of one layout; the same on every rank.
-        settings: of the rule; its `adamw` is left to others.
-        work: carries the matrices between ranks.
+        settings: of the rule; its `adamw` is not used here.
+        work: moves the matrices between ranks.
     """
 
     def __init__(
@@ -105,30 +124,29 @@ class Spectral(Rule):
             self.precision = torch.float32
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
-        """One step; all ranks take it together."""
+        """Step along the signs, shape by shape; all ranks together."""
         for group, matrices in trained:
-            assert len(matrices) == len(group["params"]), "a block matrix has no gradient"
-            scaling = SCALINGS[self.settings.scaling]
+            self._update_group(group, matrices)
 
-            def rows_of(
-                members: list[int],
-                group: Group = group,
-                matrices: list[nn.Parameter] = matrices,
-            ) -> list[Tensor]:
-                return self._momentum_step(group, [matrices[i] for i in members])
+    def _update_group(self, group: Group, matrices: list[nn.Parameter]) -> None:
+        assert len(matrices) == len(group["params"]), "a block matrix has no gradient"
+        scaling = SCALINGS[self.settings.scaling]
 
-            for members, signs in self.work.results(rows_of, self._sign, dtype=self.precision):
-                chosen = [matrices[i] for i in members]
-                rows, columns = chosen[0].shape
-                descend(
-                    chosen,
-                    [sign.to(chosen[0].dtype) for sign in signs],
-                    lr=group["lr"] * scaling(rows, columns),
-                    shrink=1 - group["lr"] * group["weight_decay"],
-                )
+        def directions(members: list[int]) -> list[Tensor]:
+            return self._directions(group, [matrices[i] for i in members])
 
-    def _momentum_step(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
-        """This rank's rows of what is to be orthogonalised."""
+        for members, signs in self.work.results(directions, self._sign, dtype=self.precision):
+            chosen = [matrices[i] for i in members]
+            rows, columns = chosen[0].shape
+            descend(
+                chosen,
+                [sign.to(chosen[0].dtype) for sign in signs],
+                lr=group["lr"] * scaling(rows, columns),
+                shrink=1 - group["lr"] * group["weight_decay"],
+            )
+
+    def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
+        """Update the momentum; return the local shards of u."""
         gradients = local_parts(gradients_of(matrices))
         if group["momentum"] == 0:
             return gradients
@@ -145,47 +163,3 @@ class Spectral(Rule):
             coefficients=self.settings.coefficients,
             dtype=self.precision,
         )
-
-
-def build_spectral(model: nn.Module, settings: SpectralSettings) -> Composite:
-    """The rule over the block matrices of a model that is already laid over ranks, and AdamW."""
-    matrices = block_matrices(model)
-    work = MatrixWork(matrices, replica_group(model))
-    return with_adamw(
-        model,
-        Spectral(matrices, settings, work),
-        settings.adamw,
-        decay_matrices_only=settings.decay_matrices_only,
-    )
-
-
-# Muon: the orthogonalised Nesterov momentum of each block matrix, AdamW for the rest.
-
-
-@dataclass
-class MuonSettings(SpectralSettings):
-    """Settings of Muon as the paper runs it (arXiv:2602.03001, Section 2.1)."""
-
-    name: str = "muon"
-    momentum: float = 0.95  # the paper searches 0.7 to 0.999
-    nesterov: bool = True
-
-
-def build_muon(model: nn.Module, settings: MuonSettings) -> Composite:
-    """Muon for a model that is already laid over ranks."""
-    return build_spectral(model, settings)
-
-
-# Stochastic spectral descent: Muon without momentum, the nuclear geometry's own step.
-
-
-@dataclass
-class SpecSGDSettings(SpectralSettings):
-    """Settings of specSGD (arXiv:2602.03001, Section 2.1): no momentum."""
-
-    name: str = "specsgd"
-
-
-def build_specsgd(model: nn.Module, settings: SpecSGDSettings) -> Composite:
-    """specSGD for a model that is already laid over ranks."""
-    return build_spectral(model, settings)

@@ -112,25 +112,24 @@ def reduce_to(owner: int, tensor: Tensor, world: World) -> dist.Work | None:
     return dist.reduce(tensor, dst=owner, async_op=True)
 
 
-def clip_gradient_norm(parameters: list[torch.nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients so that their joint Euclidean norm is at most `max_norm`.
+def clip_gradient_norm(parameters: list[torch.nn.Parameter], gradient_clip: float | None) -> Tensor:
+    """Clip the gradients to a global norm of `gradient_clip`; return the norm before clipping.
 
     Args:
-        parameters: of any layout; those without a gradient do not count.
-        max_norm: None measures the norm and scales nothing.
+        parameters: sharded or not; those without a gradient do not count.
+        gradient_clip: None measures the norm and scales nothing.
 
     Returns:
-        The norm before clipping, a 0-dim float32 tensor, the same on every rank.
+        A 0-dim float32 tensor, the same on every rank.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = joint_norm(gradients)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = global_norm([p.grad for p in parameters if p.grad is not None])
+    if gradient_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
     return norm
 
 
-def joint_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm over all coordinates of whole tensors, sharded or not; the same everywhere.
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all coordinates of all tensors, sharded or not; the same on every rank.
 
     A 0-dim float32 tensor.
     """

@@ -14,7 +14,7 @@ from gns_pretrain.batch_size.policies import Position
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.base import retie, set_learning_rate
+from gns_pretrain.optim.base import set_learning_rate, update_half_life
 from gns_pretrain.parallel.collectives import any_rank
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import BatchSizeLine, ShadowLine, ValidationLine
@@ -54,7 +54,7 @@ def resize(
     state.change_batch_size(
         split.batch_size, micro_batch_size=split.micro_batch_size, lr_multiplier=multiplier
     )
-    retie(optimizer, split.batch_size, lr_multiplier=multiplier)
+    update_half_life(optimizer, split.batch_size, lr_multiplier=multiplier)
     line = BatchSizeLine(
         step=state.step + 1,
         previous=previous,

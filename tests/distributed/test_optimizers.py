@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
@@ -57,7 +56,7 @@ def built(world: World, rule: str) -> tuple[torch.nn.Module, torch.optim.Optimiz
     llama = Llama(odd_model(num_layers=1))
     llama.init_weights(seed=0)
     model = parallelize(llama, world, compute_dtype=torch.float32)
-    return model, OPTIMIZERS[type(RULES[rule])](model, RULES[rule])
+    return model, RULES[rule].build(model)
 
 
 def give_gradients(model: torch.nn.Module, step: int) -> None:

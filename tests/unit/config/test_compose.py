@@ -12,7 +12,6 @@ from gns_pretrain.config.checks import feasible_sizes
 from gns_pretrain.config.compose import as_yaml, settings_from
 from gns_pretrain.config.schema import Config, register_schemas
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.llama import Llama, count_parameters
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.parallel.mesh import World
@@ -227,7 +226,7 @@ def test_optimizer_builds_over_all_parameters(choice):
     settings = composed(f"optimizer={choice}", *GIVEN.get(("optimizer", choice), [])).optimizer
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    optimizer = OPTIMIZERS[type(settings)](model, settings)
+    optimizer = settings.build(model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
 

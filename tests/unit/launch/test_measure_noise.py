@@ -13,7 +13,7 @@ from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.state import TrainState
@@ -35,9 +35,7 @@ def model() -> Llama:
 def checkpoint(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     state = TrainState(batch_size=8, micro_batch_size=2, step=1)
-    return Checkpoints(folder, keep=1, world=ALONE).save(
-        model, build_adamw(model, AdamWSettings()), state
-    )
+    return Checkpoints(folder, keep=1, world=ALONE).save(model, AdamWSettings().build(model), state)
 
 
 def request(checkpoint: Path, shards: Path, **changes) -> MeasurementRequest:
@@ -151,7 +149,7 @@ def test_weight_that_is_not_finite_gives_no_report(geometry, shards, tmp_path):
     ruined.layers[0].attention.wq.weight.data[0, 0] = torch.nan
     state = TrainState(batch_size=8, micro_batch_size=2, step=1)
     folder = Checkpoints(tmp_path, keep=1, world=ALONE).save(
-        ruined, build_adamw(ruined, AdamWSettings()), state
+        ruined, AdamWSettings().build(ruined), state
     )
     with pytest.raises(InputError, match=rf"no noise scale: {geometry} noise is nan; .*earlier"):
         measure(request(folder, shards, geometries=[geometry]))

@@ -15,7 +15,6 @@ from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.launch.build import data_fingerprint
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.adamw import build_adamw
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.directory import write_provenance
 from gns_pretrain.training.checkpoint import Checkpoints
@@ -53,7 +52,7 @@ def saved(tmp_path, data) -> Path:
     model.init_weights(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
     state = TrainState(batch_size=8, micro_batch_size=2, step=1)
-    return checkpoints.save(model, build_adamw(model, config.optimizer), state)
+    return checkpoints.save(model, config.optimizer.build(model), state)
 
 
 def export(saved: Path, out: Path, monkeypatch, *more: str) -> int:

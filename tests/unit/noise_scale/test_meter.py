@@ -7,7 +7,7 @@ from torch import Tensor
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.step import StepResult, train_step
@@ -31,7 +31,7 @@ def model_of(**changes) -> Llama:
 def one_step(model: Llama, settings: NoiseScaleSettings | None, count: int = 4) -> StepResult:
     return train_step(
         model,
-        build_adamw(model, AdamWSettings()),
+        AdamWSettings().build(model),
         micro_batches(count),
         accumulation=count,
         max_gradient_norm=1.0,

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gns_pretrain.launch.build import OPTIMIZERS
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.optim.base import OptimizerSettings, remember_peaks, tie_to_tokens
+from gns_pretrain.optim.base import OptimizerSettings, keep_token_half_life, remember_peaks
 from gns_pretrain.optim.custom import CustomSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
@@ -34,9 +33,9 @@ SETTINGS: dict[str, OptimizerSettings] = {
 def built(settings: OptimizerSettings) -> tuple[Llama, torch.optim.Optimizer]:
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    optimizer = OPTIMIZERS[type(settings)](model, settings)
+    optimizer = settings.build(model)
     remember_peaks(optimizer)
-    tie_to_tokens(optimizer, 8)
+    keep_token_half_life(optimizer, 8)
     return model, optimizer
 
 

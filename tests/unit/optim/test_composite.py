@@ -7,7 +7,7 @@ import torch
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import Composite
 from gns_pretrain.optim.sgd import SGD
-from gns_pretrain.optim.spectral import MuonSettings, build_muon
+from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
 
@@ -62,11 +62,11 @@ def stepped(model: Llama, optimizer: torch.optim.Optimizer, steps: int) -> None:
 def test_state_dict_goes_on_bit_for_bit_also_after_the_rates_have_changed():
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    optimizer = build_muon(model, MuonSettings(lr=0.02))
+    optimizer = MuonSettings(lr=0.02).build(model)
     stepped(model, optimizer, 2)
     twin = Llama(odd_model())
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    other = build_muon(twin, MuonSettings(lr=9.0))
+    other = MuonSettings(lr=9.0).build(twin)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for either in (optimizer, other):
         for group in either.param_groups:

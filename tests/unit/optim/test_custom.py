@@ -6,7 +6,7 @@ import torch
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.base import remember_peaks, set_learning_rate
-from gns_pretrain.optim.custom import CustomSettings, build_custom
+from gns_pretrain.optim.custom import CustomSettings
 from tests.settings import odd_model
 
 TOKENS = torch.arange(17).view(1, 17)
@@ -44,7 +44,7 @@ def test_nadam_by_its_path_is_nadam_with_our_groups_and_schedule():
         {"params": [p for n, p in named.items() if "norm" in n], "weight_decay": 0.0},
     ]
     theirs = torch.optim.NAdam(groups, lr=0.01, momentum_decay=0.01, betas=(0.8, 0.9))
-    trained(model, build_custom(model, settings), [0.5, 1.0, 0.25])
+    trained(model, settings.build(model), [0.5, 1.0, 0.25])
     trained(other, theirs, [0.5, 1.0, 0.25])
     for mine, other_weight in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, other_weight, rtol=0, atol=0)
@@ -59,7 +59,7 @@ def test_optimizer_of_an_installed_library_trains():
     )
     model = llama()
     first = model(TOKENS[:, :-1], TOKENS[:, 1:]).item()
-    assert trained(model, build_custom(model, settings), [1.0] * 10) < first - 1.0
+    assert trained(model, settings.build(model), [1.0] * 10) < first - 1.0
 
 
 def test_class_for_matrices_leaves_the_rest_to_adamw():
@@ -67,7 +67,7 @@ def test_class_for_matrices_leaves_the_rest_to_adamw():
         class_path="torch.optim.Muon", lr=0.02, parameters="block_matrices", weight_decay=0.1
     )
     settings.adamw.lr = 0.003
-    optimizer = build_custom(llama(), settings)
+    optimizer = settings.build(llama())
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.003, 0.003]
     assert len(optimizer.param_groups[0]["params"]) == 2 * 7
     assert "ns_steps" in optimizer.param_groups[0]
@@ -80,10 +80,10 @@ def test_class_for_matrices_leaves_the_rest_to_adamw():
         ({"class_path": "torch.optim.Nothing"}, r"class_path=torch\.optim\.Nothing cannot be im"),
         ({"class_path": "nowhere.At.All"}, r"class_path=nowhere\.At\.All .*install its library"),
         ({"class_path": "NAdam"}, r"class_path=NAdam cannot be imported"),
-        ({"class_path": "torch.nn.Linear"}, r"class_path=torch\.nn\.Linear is no torch\.optim"),
+        ({"class_path": "torch.nn.Linear"}, r"class_path=torch\.nn\.Linear is not a torch\.optim"),
         ({"class_path": "torch.optim.SGD", "kwargs": {"beta": 1}}, r"kwargs=.*beta.*is not what"),
         ({"class_path": "torch.optim.Rprop", "weight_decay": 0.1}, r"Rprop has no weight decay"),
-        ({"class_path": "torch.optim.SGD", "kwargs": 3}, r"kwargs=3 is no mapping"),
+        ({"class_path": "torch.optim.SGD", "kwargs": 3}, r"kwargs=3 is not a mapping"),
         ({"class_path": "torch.optim.SGD", "parameters": "2d"}, r"parameters=2d .*block_matrices"),
         (
             {"class_path": "torch.optim.Muon"},
@@ -101,7 +101,7 @@ def test_class_for_matrices_leaves_the_rest_to_adamw():
         ),
         (
             {"class_path": "torch.optim.SGD", "kwargs": {"params": []}},
-            r"kwargs\.params is what the model brings; leave it out",
+            r"kwargs\.params comes from the model; leave it out",
         ),
         (
             {"class_path": "torch.optim.SGD", "kwargs": {"lr": 0.5}},
@@ -117,7 +117,7 @@ def test_class_for_matrices_leaves_the_rest_to_adamw():
                 "kwargs": {"momentum": 0.9},
                 "tie_to_tokens": True,
             },
-            r"tie_to_tokens=true must know .*torch\.optim\.SGD does not tell; use",
+            r"tie_to_tokens=true needs to know .*torch\.optim\.SGD does not say; use",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from gns_pretrain.optim.base import (
     remember_peaks,
     set_learning_rate,
 )
-from gns_pretrain.optim.spectral import MuonSettings, build_muon
+from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
 
@@ -45,7 +45,7 @@ def test_kinds_of_the_two_parts_leave_nobody_out():
 
 def test_tied_embedding_is_with_adamw_once():
     model = llama(tie_embeddings=True)
-    optimizer = build_muon(model, MuonSettings())
+    optimizer = MuonSettings().build(model)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
@@ -54,11 +54,11 @@ def test_frozen_parameters_are_in_no_group():
     model = llama()
     model.layers[0].attention.wq.weight.requires_grad_(False)
     model.embedding.weight.requires_grad_(False)
-    grouped = {id(p) for g in build_muon(model, MuonSettings()).param_groups for p in g["params"]}
+    grouped = {id(p) for g in MuonSettings().build(model).param_groups for p in g["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("choose", [lambda m: build_muon(m, MuonSettings()), block_matrices])
+@pytest.mark.parametrize("choose", [lambda m: MuonSettings().build(m), block_matrices])
 def test_unknown_parameter_is_an_error_that_names_it(choose):
     model = llama()
     model.layers[1].gate = nn.Linear(2, 2, bias=False)
@@ -76,7 +76,7 @@ def test_bias_inside_a_block_is_an_error_that_names_it():
 def test_learning_rates_of_both_parts_scale_by_the_same_factor():
     settings = MuonSettings(lr=0.2)
     settings.adamw.lr = 0.03
-    optimizer = build_muon(llama(), settings)
+    optimizer = settings.build(llama())
     remember_peaks(optimizer)
     for factor in (0.25, 1.5):
         assert set_learning_rate(optimizer, factor) == 0.2 * factor

@@ -6,45 +6,50 @@ import pytest
 import torch
 
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.base import retie, tie_to_tokens, tied_average, tied_weight_decay
+from gns_pretrain.optim.base import (
+    keep_token_half_life,
+    rescaled_beta,
+    rescaled_weight_decay,
+    update_half_life,
+)
 from gns_pretrain.optim.sgd import SGD
-from gns_pretrain.optim.spectral import MuonSettings, build_muon
+from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
 
 @pytest.mark.parametrize("growth", [0.5, 1.0, 3.0])
 def test_average_forgets_half_after_the_same_number_of_sequences(growth):
     # At B_0 = 8 and beta = 0.9 half is forgotten after 8 ln 2 / -ln 0.9 = 52.6 sequences.
-    beta = tied_average(0.9, growth)
+    beta = rescaled_beta(0.9, growth)
     assert 8 * growth * math.log(2) / -math.log(beta) == pytest.approx(52.6, abs=0.05)
 
 
 def test_average_over_one_step_stays_one():
-    assert tied_average(0.0, 4.0) == 0.0
+    assert rescaled_beta(0.0, 4.0) == 0.0
 
 
 def test_decay_times_rate_grows_as_the_batch():
     # Four times the batch: with lr x 2 the decay doubles, with lr x 1 it is four times as large.
-    assert tied_weight_decay(0.1, 4.0, 2.0) == pytest.approx(0.2)
-    assert tied_weight_decay(0.1, 4.0, 1.0) == pytest.approx(0.4)
+    assert rescaled_weight_decay(0.1, 4.0, 2.0) == pytest.approx(0.2)
+    assert rescaled_weight_decay(0.1, 4.0, 1.0) == pytest.approx(0.4)
 
 
 def muon() -> torch.optim.Optimizer:
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    return build_muon(model, MuonSettings(momentum=0.9, weight_decay=0.1))
+    return MuonSettings(momentum=0.9, weight_decay=0.1).build(model)
 
 
 def test_tied_groups_follow_the_batch_there_and_back():
     optimizer = muon()
-    tie_to_tokens(optimizer, 16)
+    keep_token_half_life(optimizer, 16)
     matrices, rest, norms = optimizer.param_groups
-    retie(optimizer, 32, lr_multiplier=math.sqrt(2))
+    update_half_life(optimizer, 32, lr_multiplier=math.sqrt(2))
     assert matrices["momentum"] == pytest.approx(0.81)
     assert rest["betas"] == pytest.approx((0.81, 0.9025))
     assert matrices["weight_decay"] == pytest.approx(0.1 * math.sqrt(2))
     assert norms["weight_decay"] == 0.0
-    retie(optimizer, 16)
+    update_half_life(optimizer, 16)
     assert (matrices["momentum"], rest["betas"]) == (0.9, (0.9, 0.95))
 
 
@@ -53,7 +58,7 @@ def test_momentum_that_is_a_sum_settles_at_the_same_length_whatever_the_batch(ne
     # m = 0.9 m + g settles at 10 g; with beta = 0.9^4 alone it would settle at 2.9 g.
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = SGD([{"params": [weight]}], lr=1.0, momentum=0.9, nesterov=nesterov)
-    tie_to_tokens(optimizer, 16)
+    keep_token_half_life(optimizer, 16)
 
     def moved_by_a_step() -> float:
         before = weight.item()
@@ -63,7 +68,7 @@ def test_momentum_that_is_a_sum_settles_at_the_same_length_whatever_the_batch(ne
 
     lengths = []
     for batch_size, steps in ((16, 300), (64, 1), (64, 100)):
-        retie(optimizer, batch_size)
+        update_half_life(optimizer, batch_size)
         lengths.append([moved_by_a_step() for _ in range(steps)][-1])
     assert lengths == pytest.approx([10.0, 10.0, 10.0], rel=1e-3)
 
@@ -74,8 +79,8 @@ def test_tied_sum_at_its_first_batch_size_takes_the_very_steps_of_an_untied_one(
         weight = torch.nn.Parameter(torch.zeros(7))
         optimizer = SGD([{"params": [weight]}], lr=0.1, momentum=0.9, nesterov=True)
         if tied:
-            tie_to_tokens(optimizer, 16)
-            retie(optimizer, 16)
+            keep_token_half_life(optimizer, 16)
+            update_half_life(optimizer, 16)
         for step in range(5):
             weight.grad = torch.arange(7.0) / (step + 3)
             optimizer.step()
@@ -85,8 +90,8 @@ def test_tied_sum_at_its_first_batch_size_takes_the_very_steps_of_an_untied_one(
 
 def test_matrix_rule_weighs_gradients_as_the_tied_sum_does():
     optimizer = muon()
-    tie_to_tokens(optimizer, 16)
-    retie(optimizer, 32)
+    keep_token_half_life(optimizer, 16)
+    update_half_life(optimizer, 32)
     (matrices, *_), rule = optimizer.param_groups, optimizer.parts[0]
     for matrix in matrices["params"]:
         matrix.grad = torch.ones_like(matrix)
@@ -99,6 +104,6 @@ def test_matrix_rule_weighs_gradients_as_the_tied_sum_does():
 def test_untied_groups_stay_as_they_are():
     optimizer = muon()
     before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    retie(optimizer, 999)
+    update_half_life(optimizer, 999)
     after = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     assert after == before

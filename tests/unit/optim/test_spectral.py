@@ -15,8 +15,6 @@ from gns_pretrain.optim.spectral import (
     SpecSGDSettings,
     Spectral,
     SpectralSettings,
-    build_muon,
-    build_specsgd,
 )
 from gns_pretrain.parallel import matrix_work
 from gns_pretrain.parallel.matrix_work import MatrixWork
@@ -183,13 +181,12 @@ def test_zero_gradient_moves_nothing_but_the_decay():
     torch.testing.assert_close([weight.detach() for weight in weights], shrunk)
 
 
-@pytest.mark.parametrize("build", [build_muon, build_specsgd])
-def test_matrix_rule_takes_the_block_matrices_and_adamw_the_rest(build):
+@pytest.mark.parametrize("settings", [MuonSettings, SpecSGDSettings])
+def test_matrix_rule_takes_the_block_matrices_and_adamw_the_rest(settings):
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    kind = MuonSettings if build is build_muon else SpecSGDSettings
     adamw = AdamWPart(lr=0.5, weight_decay=0.3, beta1=0.8, beta2=0.7, epsilon=1e-3)
-    optimizer = build(model, kind(lr=LR, weight_decay=DECAY, adamw=adamw))
+    optimizer = settings(lr=LR, weight_decay=DECAY, adamw=adamw).build(model)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = group_of.pop(parameter)

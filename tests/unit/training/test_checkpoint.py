@@ -7,7 +7,7 @@ import torch
 
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.adamw import AdamWSettings, build_adamw
+from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training import checkpoint
 from gns_pretrain.training.checkpoint import Checkpoints, checkpoint_folders, damage, load_model
@@ -20,7 +20,7 @@ ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 def built() -> tuple[Llama, torch.optim.Optimizer]:
     model = Llama(odd_model())
     model.init_weights(seed=0)
-    return model, build_adamw(model, AdamWSettings())
+    return model, AdamWSettings().build(model)
 
 
 def stepped(model: Llama, optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.launch.build import controllers
 from gns_pretrain.launch.train import launch
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.base import tie_to_tokens
+from gns_pretrain.optim.base import keep_token_half_life
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training import loop
@@ -98,7 +98,7 @@ def moved(
     state = TrainState(batch_size, micro_batch_size=99, step=7, lr_multiplier=7.0)
     record = Told()
     optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
-    tie_to_tokens(optimizer, 8)
+    keep_token_half_life(optimizer, 8)
     (controller,) = controllers(config, num_ranks=num_ranks)
     fit_to_ranks(state, controller, optimizer, record)
     return state, record.changes, optimizer.param_groups[0]["momentum"]
