@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.model import flops_per_token
 from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.parallel.matrix_work import balanced_owners
+from gns_pretrain.parallel.matrix_ownership import balanced_owners
 
 # Ranks, links and rates on paper: how long a phase of so much work takes one rank.
 

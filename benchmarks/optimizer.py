@@ -17,7 +17,7 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.base import block_matrices
 from gns_pretrain.optim.signum import Signum
 from gns_pretrain.optim.spectral import MuonSettings, Spectral
-from gns_pretrain.parallel.matrix_work import MatrixWork
+from gns_pretrain.parallel.matrix_ownership import OwnerCompute
 
 WARM_UP_STEPS = 2
 
@@ -52,7 +52,7 @@ def compare_muon(
     theirs = torch.optim.Muon(
         weights[1], lr=0.02, weight_decay=settings.weight_decay, momentum=settings.momentum
     )
-    ours = Spectral(weights[0], settings, MatrixWork(weights[0], None))
+    ours = Spectral(weights[0], settings, OwnerCompute(weights[0], None))
     ours.step()
     theirs.step()
     apart = distance(weights[0], weights[1])

@@ -27,7 +27,7 @@ from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.model.llama import Kind, parameter_kinds
 from gns_pretrain.noise_scale.sums import SampleSums
 from gns_pretrain.parallel.collectives import reduce_scatter, reduce_to
-from gns_pretrain.parallel.matrix_work import MatrixExchange, balanced_owners
+from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.shard_layout import ShardLayout, packed, rows_per_shard
 from gns_pretrain.parallel.sharding import unwrapped
@@ -140,7 +140,7 @@ class GradientTap:
 
     def __init__(self, model: nn.Module, world: World, needs: TapNeeds) -> None:
         self.world = world
-        self.layout = ShardLayout.of(world)
+        self.layout = ShardLayout.of_mesh(world.mesh)
         self.needs = needs
         self.weights = tapped_weights(model, world, all_2d=needs.all_2d)
         self.num_samples = 0  # over all ranks
@@ -366,7 +366,7 @@ def owned_matrices(tap: GradientTap, rows: Callable[[int], Tensor]) -> dict[int,
 
 def mean_rows(tap: GradientTap, index: int) -> Tensor:
     """This rank's rows of a weight's mean gradient, flat; zeros if it took none."""
-    return tap.layout.own_rows(gradient_or_zeros(tap.weights[index].weight)).reshape(-1)
+    return tap.layout.local_rows(gradient_or_zeros(tap.weights[index].weight)).reshape(-1)
 
 
 def no_gram(matrix: Tensor) -> Tensor:

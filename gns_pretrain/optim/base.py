@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, positive, within
 from gns_pretrain.model.llama import Kind, parameter_kinds
-from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.shard_layout import local_shards
 from gns_pretrain.parallel.sharding import unwrapped
 
 Group = dict[str, Any]  # an entry of `param_groups`
@@ -198,9 +198,9 @@ def summed_momentum(
         d, sharded like the gradients; without Nesterov the momenta themselves.
     """
     beta, gain = group["momentum"], momentum_gain(group)
-    rows = local_parts(momenta)
+    rows = local_shards(momenta)
     torch._foreach_mul_(rows, beta)
-    torch._foreach_add_(rows, local_parts(gradients), alpha=gain)
+    torch._foreach_add_(rows, local_shards(gradients), alpha=gain)
     if not nesterov:
         return momenta
     if gain != 1:
@@ -223,7 +223,7 @@ def descend(
         lr: of this step; a 0-dim tensor where only the device knows it.
         shrink: 1 - lr * weight_decay, the decoupled decay.
     """
-    weights = local_parts(parameters)
+    weights = local_shards(parameters)
     torch._foreach_mul_(weights, shrink)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(weights, torch._foreach_mul(directions, lr))

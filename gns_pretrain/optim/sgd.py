@@ -16,7 +16,7 @@ from gns_pretrain.optim.base import (
     summed_momentum,
 )
 from gns_pretrain.parallel.collectives import global_norm
-from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.shard_layout import local_shards
 
 
 @dataclass
@@ -84,7 +84,7 @@ class SGD(Rule):
         for (group, parameters), of_group in zip(trained, directions, strict=True):
             descend(
                 parameters,
-                local_parts(of_group),
+                local_shards(of_group),
                 lr=group["lr"] * length,
                 shrink=1 - group["lr"] * group["weight_decay"],
             )

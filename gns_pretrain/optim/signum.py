@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gns_pretrain.fields import one_of
 from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, gradients_of
-from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.shard_layout import local_shards
 
 
 @dataclass
@@ -54,9 +54,9 @@ class Signum(Rule):
         for group, parameters in trained:
             beta, lr = group["momentum"], group["lr"]
             # Momenta come first: their state is checkpointed, also where a shard has no rows.
-            momenta = nonempty(local_parts(self.momenta(parameters))) if beta else []
-            weights = nonempty(local_parts(parameters))
-            gradients = nonempty(local_parts(gradients_of(parameters)))
+            momenta = nonempty(local_shards(self.momenta(parameters))) if beta else []
+            weights = nonempty(local_shards(parameters))
+            gradients = nonempty(local_shards(gradients_of(parameters)))
             if not weights:
                 continue
             numbers: Sequence[Any] = (1 - beta, 1 - lr * group["weight_decay"], -lr)

@@ -27,8 +27,8 @@ from gns_pretrain.optim.base import (
     gradients_of,
     summed_momentum,
 )
-from gns_pretrain.parallel.matrix_work import MatrixWork, replica_group
-from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.matrix_ownership import OwnerCompute, replica_group
+from gns_pretrain.parallel.shard_layout import local_shards
 
 # Factor of the update of an [m, n] weight, by name.
 SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -66,7 +66,7 @@ class SpectralSettings(OptimizerSettings):
     def build(self, model: nn.Module) -> Composite:
         """Build the rule over the block matrices, and AdamW over the rest."""
         matrices = block_matrices(model)
-        rule = Spectral(matrices, self, MatrixWork(matrices, replica_group(model)))
+        rule = Spectral(matrices, self, OwnerCompute(matrices, replica_group(model)))
         return with_adamw(model, rule, self.adamw, decay_matrices_only=self.decay_matrices_only)
 
 
@@ -93,18 +93,18 @@ class Spectral(Rule):
         w = (1 - lr * weight_decay) w - lr * scaling(rows, columns) * sign(u)
 
     sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps. Where the weights are sharded or
-    replicated, each matrix is orthogonalised by the one rank that owns it (`MatrixWork`), and the
+    replicated, each matrix is orthogonalised by the one rank that owns it (`OwnerCompute`), and the
     momentum stays sharded like the weight. With half-lives kept, g is multiplied by
     `momentum_gain`, so that old and new gradients weigh alike.
 
     Args:
         matrices: 2-dimensional, all of one layout; the same on every rank.
         settings: of the rule; its `adamw` is not used here.
-        work: moves the matrices between ranks.
+        compute: applies the sign on the ranks that own the matrices.
     """
 
     def __init__(
-        self, matrices: list[nn.Parameter], settings: SpectralSettings, work: MatrixWork
+        self, matrices: list[nn.Parameter], settings: SpectralSettings, compute: OwnerCompute
     ) -> None:
         defaults = {
             "lr": settings.lr,
@@ -113,7 +113,7 @@ class Spectral(Rule):
         }
         super().__init__(matrices, defaults)
         self.settings = settings
-        self.work = work
+        self.compute = compute
         on_cpu = matrices[0].device.type == "cpu"
         self.precision = {
             "auto": torch.float32 if on_cpu else torch.bfloat16,
@@ -135,7 +135,7 @@ class Spectral(Rule):
         def directions(members: list[int]) -> list[Tensor]:
             return self._directions(group, [matrices[i] for i in members])
 
-        for members, signs in self.work.results(directions, self._sign, dtype=self.precision):
+        for members, signs in self.compute.map(self._sign, directions, dtype=self.precision):
             chosen = [matrices[i] for i in members]
             rows, columns = chosen[0].shape
             descend(
@@ -147,10 +147,10 @@ class Spectral(Rule):
 
     def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
         """Update the momentum; return the local shards of u."""
-        gradients = local_parts(gradients_of(matrices))
+        gradients = local_shards(gradients_of(matrices))
         if group["momentum"] == 0:
             return gradients
-        momenta = local_parts(self.momenta(matrices))
+        momenta = local_shards(self.momenta(matrices))
         return summed_momentum(gradients, momenta, group, nesterov=self.settings.nesterov)
 
     def _sign(self, batch: Tensor) -> Tensor:

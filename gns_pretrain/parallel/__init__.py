@@ -1,1 +1,1 @@
-"""Everything that talks to other ranks; the only package that names torch.distributed."""
+"""Ranks: how they meet, how the model is parallelized over them, and what they exchange."""

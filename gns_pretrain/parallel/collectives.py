@@ -1,6 +1,5 @@
-"""The few values that ranks agree on outside the gradient's own path. One process needs none."""
+"""Collectives beside the gradient's own reduction; on one process they do nothing."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from gns_pretrain.parallel.mesh import World
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """Mean of each entry over ranks; any shape, the same on every rank; in place."""
+    """Average each entry over ranks, in place."""
     if world.num_ranks > 1:
         dist.all_reduce(values)
         values /= world.num_ranks
@@ -20,14 +19,14 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
-    """Sum of each entry over ranks; any shape; in place."""
+    """Sum each entry over ranks, in place."""
     if world.num_ranks > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Whether any rank raised its flag. Goes over the host, so the device is not waited for."""
+    """Return whether any rank set its flag; through the host, so the device is not waited for."""
     if world.num_ranks == 1:
         return flag
     value = torch.tensor([int(flag)])
@@ -36,7 +35,7 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def from_main(value: Any, world: World) -> Any:
-    """The main rank's value, on every rank."""
+    """Broadcast the main rank's value."""
     if world.num_ranks == 1:
         return value
     box = [value]
@@ -45,7 +44,7 @@ def from_main(value: Any, world: World) -> Any:
 
 
 def gathered(value: Any, world: World) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Gather every rank's value on every rank, in the order of ranks."""
     if world.num_ranks == 1:
         return [value]
     values: list[Any] = [None] * world.num_ranks
@@ -54,21 +53,21 @@ def gathered(value: Any, world: World) -> list[Any]:
 
 
 def barrier(world: World) -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     any_rank(False, world)
 
 
 def reduce_scatter(
     buffer: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, dist.Work | None]:
-    """Sum a buffer over a group and keep this rank's row; runs beside what follows.
+    """Start to sum a buffer over a group and to scatter its rows.
 
     Args:
         buffer: [ranks of the group, width]; must live until the work is done.
         group: None where one rank has all.
 
     Returns:
-        The row, [width], valid once the work is waited for; and the work, None if there is none.
+        This rank's row, [width], valid after waiting for the work; and the work, or None.
     """
     if group is None:
         return buffer[0], None
@@ -78,35 +77,8 @@ def reduce_scatter(
     return row, scatter(row, buffer.flatten(), group=group, async_op=True)
 
 
-def start_all_gather(
-    part: Tensor, group: dist.ProcessGroup | None, num_ranks: int
-) -> Callable[[], Tensor]:
-    """Every rank's part, beside other work.
-
-    Args:
-        part: the same shape on every rank.
-        group: None where there is one rank.
-        num_ranks: of the group.
-
-    Returns:
-        To be called for the parts when they are needed: [ranks, *part.shape], in their order.
-    """
-    if group is None:
-        return lambda: part[None]
-    parts = part.new_empty(num_ranks * part.numel())
-    # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = gather(parts, part.flatten(), group=group, async_op=True)
-
-    def arrived(part: Tensor = part) -> Tensor:  # holds the buffer until it has left
-        work.wait()
-        return parts.view(num_ranks, *part.shape)
-
-    return arrived
-
-
 def reduce_to(owner: int, tensor: Tensor, world: World) -> dist.Work | None:
-    """Sum a tensor over all ranks onto one, in place; elsewhere its content is lost."""
+    """Start to sum a tensor onto one rank, in place; elsewhere its content is lost."""
     if world.num_ranks == 1:
         return None
     return dist.reduce(tensor, dst=owner, async_op=True)

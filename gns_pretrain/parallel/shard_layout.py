@@ -1,8 +1,8 @@
-"""How the rows of every weight lie over ranks: as FSDP2 cuts them, and the same cut elsewhere.
+"""How weights are sharded by rows: as FSDP2 does it, and the same split on every other layout.
 
 Rank r of S in a shard group has rows [r c, (r + 1) c) of a weight with m rows, c = ceil(m / S);
-the last ranks may have fewer rows, or none. Statistics of the gradient follow the same cut on every
-layout, so that they meet the gradient's own shard without any exchange.
+the last ranks may have fewer rows, or none. Statistics of the gradient are sharded alike on every
+layout, so that they meet the gradient's own shard without communication.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-
-from gns_pretrain.parallel.mesh import World
 
 
 @dataclass(frozen=True)
 class ShardLayout:
     """One rank's place among shards and replicas.
 
-    Under DDP every rank has all of a gradient, but keeps statistics of its own rows alone.
+    Under DDP every rank has whole gradients, and statistics of its own shard alone.
     """
 
     shard: int  # this rank's place in its shard group
@@ -32,57 +31,52 @@ class ShardLayout:
     replica_group: ProcessGroup | None  # the ranks with the same shard; None where there is one
 
     @classmethod
-    def of(cls, world: World) -> "ShardLayout":
-        """The layout of this rank in its world."""
-        if world.mesh is None or world.num_ranks == 1:
+    def of_mesh(cls, mesh: DeviceMesh | None) -> "ShardLayout":
+        """Return this rank's layout in a mesh of shards, or of (replicas, shards)."""
+        if mesh is None or mesh.size() == 1:
             return cls(0, 1, 0, 1, None, None)
-        if world.kind == "hsdp":
-            replicas, shards = world.mesh.shape
-            return cls(
-                shard=world.mesh.get_local_rank("shard"),
-                num_shards=shards,
-                replica=world.mesh.get_local_rank("replica"),
-                num_replicas=replicas,
-                shard_group=world.mesh.get_group("shard") if shards > 1 else None,
-                replica_group=world.mesh.get_group("replica") if replicas > 1 else None,
-            )
-        return cls(world.rank, world.num_ranks, 0, 1, world.mesh.get_group(), None)
+        if mesh.ndim == 1:
+            return cls(mesh.get_local_rank(), mesh.size(), 0, 1, mesh.get_group(), None)
+        replicas, shards = mesh.shape
+        return cls(
+            shard=mesh.get_local_rank(1),
+            num_shards=shards,
+            replica=mesh.get_local_rank(0),
+            num_replicas=replicas,
+            shard_group=mesh.get_group(1) if shards > 1 else None,
+            replica_group=mesh.get_group(0) if replicas > 1 else None,
+        )
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> "ShardLayout":
-        """The layout of a weight: its own mesh if FSDP2 has cut it, else one rank has all."""
-        if not isinstance(weight, DTensor):
-            return cls(0, 1, 0, 1, None, None)
-        mesh = weight.device_mesh
-        kind = "hsdp" if mesh.ndim == 2 else "fsdp"
-        device = torch.device(mesh.device_type)
-        return cls.of(World(mesh.get_rank(), mesh.size(), device, kind, mesh))
+        """Return the layout of a weight: its own mesh under FSDP2, else one rank has all."""
+        return cls.of_mesh(weight.device_mesh if isinstance(weight, DTensor) else None)
 
     def rows_of(self, shard: int, num_rows: int) -> slice:
-        """Rows of a weight that rank `shard` of the group has; may be empty."""
+        """Return the rows of a weight that rank `shard` of the group has; may be empty."""
         chunk = rows_per_shard(num_rows, self.num_shards)
         start = min(shard * chunk, num_rows)
         return slice(start, min(start + chunk, num_rows))
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of a gradient or weight, whether it is sharded already or whole."""
+    def local_rows(self, tensor: Tensor) -> Tensor:
+        """Return this rank's rows of a gradient or weight, whether it is sharded or whole."""
         if isinstance(tensor, DTensor):
             return tensor.to_local()
         return tensor[self.rows_of(self.shard, tensor.shape[0])]
 
 
-def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each weight or gradient, as plain tensors on the same memory."""
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the local shard of each weight or gradient, a plain tensor on the same memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def rows_per_shard(num_rows: int, num_shards: int) -> int:
-    """Rows of every shard but the last ones."""
+    """Return the number of rows of every shard but the last ones."""
     return -(-num_rows // num_shards)
 
 
 def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
-    """Whole tensors as one buffer whose row r holds what shard r gets, zeros behind the last rows.
+    """Pack whole tensors into one buffer whose row r is for shard r, padded with zeros.
 
     Args:
         tensors: [m_i, ...] each, of one dtype.

@@ -1,4 +1,4 @@
-"""A plain Llama laid over ranks: nothing, DDP, FSDP2 or HSDP. The model itself knows of none."""
+"""Parallelizing a plain Llama: one process, DDP, FSDP2 or HSDP; the model knows of none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from gns_pretrain.parallel.mesh import World
 
 
 def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn.Module:
-    """Lay the model over the ranks of `world`.
+    """Parallelize the model over the ranks of `world`.
 
     Weights, their gradients' reduction and the optimizer's state stay float32 on every layout;
     `compute_dtype` is that of the copies that the forward and backward passes use.
@@ -46,7 +46,7 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
 
 
 def unwrapped(model: nn.Module) -> Llama:
-    """The Llama inside, whose parameter names carry no prefix of a wrapper."""
+    """Return the Llama inside, whose parameter names have no wrapper's prefix."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(inner, Llama)
     return inner
@@ -54,7 +54,7 @@ def unwrapped(model: nn.Module) -> Llama:
 
 @contextmanager
 def gradient_synchronisation(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether the backward pass in this block reduces gradients over ranks or only adds them up."""
+    """Set whether backward passes in this block reduce gradients over ranks or only accumulate."""
     if isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield

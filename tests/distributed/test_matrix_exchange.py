@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gns_pretrain.parallel.matrix_work import MatrixExchange, balanced_owners
+from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.parallel.shard_layout import ShardLayout
 from tests.distributed.harness import run_ranks
@@ -17,15 +17,15 @@ def whole_matrices() -> list[torch.Tensor]:
 
 def there_and_back(place: RankInfo) -> list[int]:
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
-        layout = ShardLayout.of(world)
+        layout = ShardLayout.of_mesh(world.mesh)
         whole = whole_matrices()
         owners = balanced_owners([min(shape) ** 3 for shape in SHAPES], world.num_ranks)
         exchange = MatrixExchange(SHAPES, owners, layout)
-        shards = [layout.own_rows(matrix) for matrix in whole]
+        shards = [layout.local_rows(matrix) for matrix in whole]
         owned = exchange.to_owners(shards)
         for index, matrix in owned.items():
             torch.testing.assert_close(matrix, whole[index], rtol=0, atol=0)
-        back = exchange.to_shards({i: 2 * m for i, m in owned.items()}, like=whole[0])
+        back = exchange.start_to_shards({i: 2 * m for i, m in owned.items()}, like=whole[0]).wait()
         for shard, again in zip(shards, back, strict=True):
             torch.testing.assert_close(again, 2 * shard, rtol=0, atol=0)
         return sorted(owned)

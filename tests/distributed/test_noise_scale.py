@@ -15,7 +15,7 @@ from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import sample_sums, unsharded_weights
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
-from gns_pretrain.parallel.shard_layout import local_parts
+from gns_pretrain.parallel.shard_layout import local_shards
 from gns_pretrain.parallel.sharding import parallelize, unwrapped
 from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
 from tests.distributed.harness import run_ranks
@@ -72,7 +72,7 @@ class Case:
                 batch_size=self.samples.count,
                 meter=NoiseMeter(model, world, settings) if settings else None,
             )
-            return result, [part.detach().clone() for part in local_parts(model.parameters())]
+            return result, [part.detach().clone() for part in local_shards(model.parameters())]
 
     def laid(self, world: World, **changes: Any) -> torch.nn.Module:
         model = model_of(self.samples, **changes)

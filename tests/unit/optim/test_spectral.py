@@ -16,8 +16,8 @@ from gns_pretrain.optim.spectral import (
     Spectral,
     SpectralSettings,
 )
-from gns_pretrain.parallel import matrix_work
-from gns_pretrain.parallel.matrix_work import MatrixWork
+from gns_pretrain.parallel import matrix_ownership
+from gns_pretrain.parallel.matrix_ownership import OwnerCompute
 from tests.settings import odd_model
 
 SHAPES = [(6, 6), (9, 4), (4, 9), (6, 6), (9, 4)]
@@ -37,7 +37,7 @@ def gradients(step: int) -> list[Tensor]:
 
 
 def spectral(weights: list[nn.Parameter], settings: SpectralSettings) -> Spectral:
-    return Spectral(weights, settings, MatrixWork(weights, None))
+    return Spectral(weights, settings, OwnerCompute(weights, None))
 
 
 def stepped(
@@ -164,7 +164,7 @@ def test_every_setting_reaches_the_update():
 def test_memory_bounded_batches_give_the_same_steps(monkeypatch):
     found = []
     for entries in (2**26, 40):
-        monkeypatch.setattr(matrix_work, "_BATCH_ENTRIES", entries)
+        monkeypatch.setattr(matrix_ownership, "_BATCH_ENTRIES", entries)
         weights = parameters()
         found.append(stepped(weights, spectral(weights, MuonSettings(lr=LR))))
     torch.testing.assert_close(*found, rtol=0, atol=4 * LR * 1.5 * ROUNDING)

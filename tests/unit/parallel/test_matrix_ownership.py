@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns_pretrain.parallel.matrix_work import balanced_owners
+from gns_pretrain.parallel.matrix_ownership import balanced_owners
 
 
 def test_costliest_matrices_go_to_different_ranks():

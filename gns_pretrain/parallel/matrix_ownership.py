@@ -1,0 +1,280 @@
+"""Computing functions of whole matrices, each by the one rank that owns the matrix.
+
+    sharded (FSDP2, HSDP)   rows -> owner -> rows: two all-to-alls a shape, within the shard group
+    replicated (DDP)        every rank has all: the owners' results, one all-gather a shape
+    one process             no communication
+
+Matrices of one shape form a batch. While a batch is computed, the next one's rows arrive and the
+last one's results leave.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gns_pretrain.parallel.shard_layout import ShardLayout
+
+Shape = tuple[int, int]
+
+# Of a batch. An orthogonalisation holds about five tensors of its batch's size.
+_BATCH_ENTRIES = 2**26
+
+
+def balanced_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """Assign each matrix to a rank so that the ranks' total costs are close.
+
+    The costliest first, each to the rank with the least so far (ties: the lowest rank): at most
+    4/3 of the best possible makespan (Graham, 1969).
+
+    Args:
+        costs: of each matrix, such as min(m, n)^3.
+        num_ranks: ranks to choose from.
+    """
+    loads = [0.0] * num_ranks
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
+    return owners
+
+
+def replica_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the ranks among which DDP replicates a model; None for any other layout."""
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
+
+
+class Transfer(NamedTuple):
+    """Tensors that a collective in flight writes; keeps its input alive until `wait`."""
+
+    tensors: list[Tensor]
+    work: dist.Work | None = None  # None: they are here already
+    sent: Tensor | None = None
+
+    def wait(self) -> list[Tensor]:
+        """Return the tensors, complete."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensors
+
+
+class MatrixExchange:
+    """Moves row-sharded matrices to the ranks that own them, and back: uneven splits, no padding.
+
+    Args:
+        shapes: (m_i, n_i) of each matrix, the same list on every rank of the shard group.
+        owners: rank in the shard group of each matrix's owner.
+        layout: this rank's place in it.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], owners: Sequence[int], layout: ShardLayout) -> None:
+        self.shapes = list(shapes)
+        self.layout = layout
+        self.owned = [i for i, owner in enumerate(owners) if owner == layout.shard]
+        # Buffers are ordered by the other rank, then by matrix.
+        self._by_owner = sorted(range(len(shapes)), key=lambda i: (owners[i], i))
+        ranks = range(layout.num_shards)
+        self._local_shards = [
+            [self._shard_shape(i, layout.shard) for i in self._by_owner if owners[i] == rank]
+            for rank in ranks
+        ]
+        self._owned_shards = [[self._shard_shape(i, rank) for i in self.owned] for rank in ranks]
+
+    def _shard_shape(self, matrix: int, shard: int) -> Shape:
+        num_rows, columns = self.shapes[matrix]
+        rows = self.layout.rows_of(shard, num_rows)
+        return rows.stop - rows.start, columns
+
+    def to_owners(self, shards: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Assemble every matrix on its owner.
+
+        Args:
+            shards: the local rows of each matrix, [rows_i, n_i], one dtype and device.
+
+        Returns:
+            The whole matrices [m_i, n_i] that this rank owns, by index.
+        """
+        return self.assembled(self.start_to_owners(shards))
+
+    def start_to_owners(self, shards: Sequence[Tensor]) -> Transfer:
+        """Start `to_owners`; `assembled` ends it."""
+        if self.layout.shard_group is None:
+            return Transfer(list(shards))
+        parts = [shards[i] for i in self._by_owner]
+        return self._all_to_all(parts, self._local_shards, self._owned_shards, like=shards[0])
+
+    def assembled(self, transfer: Transfer) -> dict[int, Tensor]:
+        """Wait for the rows that `start_to_owners` sent; return the owned matrices, by index."""
+        shards = transfer.wait()
+        if self.layout.shard_group is None:
+            return dict(enumerate(shards))
+        count = len(self.owned)
+        return {i: torch.cat(shards[k::count]) for k, i in enumerate(self.owned)}
+
+    def start_to_shards(self, matrices: dict[int, Tensor], *, like: Tensor) -> Transfer:
+        """Start to send the owners' matrices back to every rank's rows.
+
+        Args:
+            matrices: the whole matrices that this rank owns, by index; none on some ranks.
+            like: gives the dtype and device of all.
+
+        Returns:
+            The local rows of every matrix, in the list's order.
+        """
+        if self.layout.shard_group is None:
+            return Transfer([matrices[i] for i in range(len(self.shapes))])
+        parts = [
+            matrices[i][self.layout.rows_of(rank, self.shapes[i][0])]
+            for rank in range(self.layout.num_shards)
+            for i in self.owned
+        ]
+        transfer = self._all_to_all(parts, self._owned_shards, self._local_shards, like=like)
+        rows = dict(zip(self._by_owner, transfer.tensors, strict=True))
+        return transfer._replace(tensors=[rows[i] for i in range(len(self.shapes))])
+
+    def _all_to_all(
+        self,
+        parts: list[Tensor],
+        sent_shapes: list[list[Shape]],
+        received_shapes: list[list[Shape]],
+        *,
+        like: Tensor,
+    ) -> Transfer:
+        """Start to send `parts`, whose shapes are listed for each rank, and to receive others."""
+        sent = torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
+        sizes = [sum(rows * columns for rows, columns in shapes) for shapes in received_shapes]
+        received = sent.new_empty(sum(sizes))
+        work = dist.all_to_all_single(
+            received,
+            sent,
+            sizes,
+            [sum(rows * columns for rows, columns in shapes) for shapes in sent_shapes],
+            group=self.layout.shard_group,
+            async_op=True,
+        )
+        shapes = [shape for of_rank in received_shapes for shape in of_rank]
+        pieces = received.split([rows * columns for rows, columns in shapes])
+        tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return Transfer(tensors, work, sent)
+
+
+class ReplicaExchange:
+    """`MatrixExchange` where every rank of a group has all matrices whole.
+
+    Args:
+        shapes: all (m, n), the same for every matrix and on every rank.
+        owners: rank in the group of each matrix's owner.
+        group: its ranks.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Shape], owners: Sequence[int], group: dist.ProcessGroup
+    ) -> None:
+        self.shape = shapes[0]
+        self.owners = list(owners)
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        rank = dist.get_rank(group)
+        self.owned = [i for i, owner in enumerate(owners) if owner == rank]
+        self._slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
+
+    def start_to_owners(self, replicas: Sequence[Tensor]) -> Transfer:
+        """Pick the matrices that this rank owns."""
+        return Transfer([replicas[i] for i in self.owned])
+
+    def assembled(self, transfer: Transfer) -> dict[int, Tensor]:
+        """Return the owned matrices, by index."""
+        return dict(zip(self.owned, transfer.wait(), strict=True))
+
+    def start_to_shards(self, matrices: dict[int, Tensor], *, like: Tensor) -> Transfer:
+        """Start to gather every owner's results on all ranks, in the list's order."""
+        sent = like.new_zeros(max(self._slots) + 1, *self.shape)
+        for slot, i in enumerate(self.owned):
+            sent[slot] = matrices[i]
+        received = sent.new_empty(self.num_ranks, *sent.shape)
+        # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(received.flatten(), sent.flatten(), group=self.group, async_op=True)
+        results = [
+            received[owner, slot] for owner, slot in zip(self.owners, self._slots, strict=True)
+        ]
+        return Transfer(results, work, sent)
+
+
+class OwnerCompute:
+    """Applies a function of whole matrices to weights of any layout, each on one rank.
+
+    Args:
+        weights: 2-dimensional, as the optimizer has them, all of one layout and device; the same
+            list on every rank.
+        replicas: `replica_group` of their model.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> None:
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
+        layout = ShardLayout.of_weight(weights[0])
+        num_ranks = dist.get_world_size(replicas) if replicas else layout.num_shards
+        # The matmuls of an orthogonalisation: min(m, n)^2 max(m, n), up to a factor.
+        owners = balanced_owners([min(shape) * shape[0] * shape[1] for shape in shapes], num_ranks)
+        self._device = weights[0].device
+        self._groups: list[tuple[list[int], MatrixExchange | ReplicaExchange]] = []
+        for shape in dict.fromkeys(shapes):
+            members = [i for i, other in enumerate(shapes) if other == shape]
+            of_members = ([shape] * len(members), [owners[i] for i in members])
+            exchange = (
+                ReplicaExchange(*of_members, replicas)
+                if replicas
+                else MatrixExchange(*of_members, layout)
+            )
+            self._groups.append((members, exchange))
+
+    def map(
+        self,
+        function: Callable[[Tensor], Tensor],
+        inputs: Callable[[list[int]], list[Tensor]],
+        *,
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Compute `function` of every matrix, a shape at a time; all ranks together.
+
+        Args:
+            function: [k, m, n] to [k, m, n], matrix by matrix.
+            inputs: the local shards of the matrices with the given indices.
+            dtype: in which results travel; that of the function's own precision loses nothing.
+
+        Yields:
+            Indices of one shape, and the local shards of their results, in `dtype`.
+        """
+        like = torch.empty(0, dtype=dtype, device=self._device)
+        members, exchange = self._groups[0]
+        arriving = exchange.start_to_owners(inputs(members))
+        leaving: tuple[list[int], Transfer] | None = None
+        for position, (members, exchange) in enumerate(self._groups):
+            current = arriving
+            if position + 1 < len(self._groups):
+                following, next_exchange = self._groups[position + 1]
+                arriving = next_exchange.start_to_owners(inputs(following))
+            results = in_batches(function, exchange.assembled(current), dtype)
+            returning = exchange.start_to_shards(results, like=like)
+            if leaving is not None:
+                yield leaving[0], leaving[1].wait()
+            leaving = (members, returning)
+        if leaving is not None:
+            yield leaving[0], leaving[1].wait()
+
+
+def in_batches(
+    function: Callable[[Tensor], Tensor], matrices: dict[int, Tensor], dtype: torch.dtype
+) -> dict[int, Tensor]:
+    """Apply a function to matrices of one shape, in batches that bound the memory it takes."""
+    results: dict[int, Tensor] = {}
+    indices = list(matrices)
+    size = max(1, _BATCH_ENTRIES // matrices[indices[0]].numel()) if indices else 1
+    for start in range(0, len(indices), size):
+        chosen = indices[start : start + size]
+        values = function(torch.stack([matrices[i] for i in chosen])).to(dtype)
+        results |= dict(zip(chosen, values.unbind(), strict=True))
+    return results
