@@ -29,7 +29,7 @@ from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
-from gns_pretrain.noise_scale.geometries import ESTIMATES
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.runs.directory import git_revision
 
 # What the sub-commands share: how one is described, and its model.
@@ -402,7 +402,7 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", choices=list(OPTIMIZER_SETTINGS), default="adamw", help="rule"
     )
     parser.add_argument(
-        "--geometry", choices=list(ESTIMATES), help="measured in every step; or none"
+        "--geometry", choices=list(GEOMETRIES), help="measured in every step; or none"
     )
     parser.add_argument("--steps", type=int, default=3, help="profiled, after two that are not")
     parser.add_argument("--operators", type=int, default=12, help="how many to name")

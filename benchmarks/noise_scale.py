@@ -112,7 +112,7 @@ def timed_pairs(
                 optimizer,
                 batch,
                 accumulation=accumulation,
-                max_gradient_norm=1.0,
+                gradient_clip=1.0,
                 batch_size=world.num_ranks * accumulation * micro_batch_size,
                 meter=meter if measured else None,
             )

@@ -199,7 +199,7 @@ def statistics_bytes(tap: GradientTap) -> int:
     """Squares in float32 and Grams in float64, as far as the tap gathers them, on one process."""
     squares = sum(4 * weight.shape.numel() for weight in tap.weights)
     grams = sum(8 * min(weight.shape) ** 2 for weight in tap.weights if weight.owner is not None)
-    return squares * tap.needs.squares + grams * tap.needs.grams
+    return squares * tap.needs.squares + grams
 
 
 def freed(device: torch.device) -> None:

@@ -143,7 +143,7 @@ class Training:
             self.optimizer,
             micro_batches or self.micro_batches(),
             accumulation=self.workload.accumulation,
-            max_gradient_norm=1.0,
+            gradient_clip=1.0,
             batch_size=self.workload.batch_size,
             meter=self.meters[geometry] if geometry else None,
         )

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -27,12 +27,15 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Bound:
-    """A rule for one field: what has to hold, how a refusal says so, and a hint."""
+    """A rule for one field: what has to hold, how a refusal says so, and a hint.
+
+    Without a text, the refusal lists the choices.
+    """
 
     holds: Callable[[Any], bool]
     text: str
     hint: str = ""
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,12 @@ def within(low: float, high: float, *, hint: str = "", exclusive: bool = False) 
 
 def one_of(*choices: str, hint: str = "") -> Bound:
     """A name, or each name of a list, that is one of `choices`."""
-    known = f"is not known; use one of {', '.join(choices)}"
-    return Bound(lambda value: all(v in choices for v in _each(value)), known, hint, choices)
+    return key_of(choices, hint=hint)
+
+
+def key_of(registry: Collection[str], *, hint: str = "") -> Bound:
+    """A name, or each name of a list, that a registry holds when the check is made."""
+    return Bound(lambda value: all(v in registry for v in _each(value)), "", hint, registry)
 
 
 class Settings:
@@ -99,7 +106,8 @@ def check_bounds(settings: Any, section: str) -> None:
             if value is not None and not bound.holds(value):
                 hint = f"; {bound.hint}" if bound.hint else ""
                 shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-                raise InputError(f"{setting_name(section, name)}={shown} {bound.text}{hint}")
+                text = bound.text or f"is not known; use one of {', '.join(bound.choices)}"
+                raise InputError(f"{setting_name(section, name)}={shown} {text}{hint}")
 
 
 def setting_name(section: str, name: str) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
-from gns_pretrain.noise_scale.geometries import ESTIMATES
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS
 
 
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-sequences", "the batch, in sequences", type=int, required=True)
     add("--micro-batch-size", "sequences of a sample", type=int, required=True)
     add("--sequence-length", "tokens of a sequence", type=int)
-    geometries = list(ESTIMATES)
+    geometries = list(GEOMETRIES)
     add("--geometry", "default: all three", "geometries", nargs="+", choices=geometries)
-    estimates = ESTIMATES["manhattan"]
+    estimates = GEOMETRIES["manhattan"].estimates
     add("--estimate", "default: plug_in", "estimates", nargs="+", choices=estimates)
     add("--parameters", "that Euclidean and Manhattan look at", choices=PARAMETERS)
     add("--nuclear-parameters", "that Nuclear looks at", choices=NUCLEAR_PARAMETERS)

@@ -1,10 +1,8 @@
 """How many sequences an optimizer step takes: policies, the sizes that ranks can take, decisions.
 
-Pure functions and small classes: no collectives, no configuration library, no logging. What has to
-survive a checkpoint is handed in and out as plain numbers.
+No collectives, no configuration library, no logging.
 """
 
-from gns_pretrain.batch_size.feasible import accumulation_steps
 from gns_pretrain.batch_size.settings import BatchSizeSettings
 
-__all__ = ["BatchSizeSettings", "accumulation_steps"]
+__all__ = ["BatchSizeSettings"]

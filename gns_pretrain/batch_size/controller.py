@@ -1,26 +1,22 @@
-"""From measurements to decisions: a policy's averages, the rounding and the learning rate with it.
+"""From measurements to decisions: averages, rounding, and the learning rate with the batch.
 
-A controller holds nothing that changes: batch size and averages come from the run's state and go
-back to it. A decision between two checkpoints is therefore taken again after a resumption, from the
-same numbers.
+A decision follows from the averages and the position alone, and both are in every checkpoint: one
+that was taken between two checkpoints is taken again after a resumption, from the same numbers.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
-from gns_pretrain.batch_size.policies import Policy, Position, make_policy
-from gns_pretrain.batch_size.settings import PolicySettings
+from gns_pretrain.batch_size.policies import Policy, Position
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import (
-    Averages,
+    NoiseTracker,
     SmoothedNoiseScale,
     SmoothingSettings,
-    include,
-    smoothed,
 )
-
-SavedAverages = dict[str, dict[str, float]]  # by geometry/estimate/policy, as checkpoints hold them
 
 
 @dataclass(frozen=True)
@@ -28,14 +24,19 @@ class Decision:
     """A change of the batch size.
 
     Args:
+        policy: name of the controller that took it.
+        previous: sequences of a step before it.
         split: the new size, as ranks take it.
-        target: what the policy wanted before rounding, in sequences.
+        target: what the policy wanted before rounding, in sequences; None where the ranks alone
+            made another size necessary.
         lr_multiplier: on the scheduled learning rate, from the new size.
-        why: how the one became the other, for people.
+        why: how target or ranks became the new size, for the log.
     """
 
+    policy: str
+    previous: int
     split: Split
-    target: float
+    target: float | None
     lr_multiplier: float
     why: str
 
@@ -45,45 +46,19 @@ class Controller:
     """One policy of a run, whether it is followed or only logged.
 
     Args:
-        name: distinguishes its averages and its lines in the record.
+        name: of its averages, if it has its own, and of its lines in the record.
         policy: wants batch sizes.
         sizes: those that the ranks can take.
-        initial_batch_size: B_0, where the learning rate's multiplier is 1.
-        rounding: "down" or "up".
-        cap: sequences that no decision exceeds; None for no cap.
-        lr_scaling: see `lr_multiplier`.
     """
 
     name: str
     policy: Policy
     sizes: FeasibleSizes
-    initial_batch_size: int
-    rounding: str
-    cap: int | None
-    lr_scaling: str
-
-    def include(self, averages: SavedAverages, measurement: Measurement) -> None:
-        """Add a measurement to this policy's own averages, if it is one that the policy reads.
-
-        A measurement that is not finite changes nothing.
-        """
-        source = self.policy.source
-        if source and (source.geometry, source.estimate) == (
-            measurement.geometry,
-            measurement.estimate,
-        ):
-            before = Averages(**averages.get(self._key, {}))
-            if (after := include(before, measurement, source.smoothing)) != before:
-                averages[self._key] = asdict(after)
-
-    def wanted(self, position: Position, averages: SavedAverages) -> float | None:
-        """The policy's target for the coming step, in sequences; None where it decides nothing."""
-        return self.policy.target(position, self._noise(averages))
 
     def decide(
-        self, position: Position, batch_size: int, averages: SavedAverages
+        self, position: Position, batch_size: int, noise: SmoothedNoiseScale | None
     ) -> Decision | None:
-        """The batch size of the coming step, if it is to change.
+        """Return the batch size of the coming step, if it is to change.
 
             B_(k+1) = max(B_k, rounded(target))   (Algorithm 1, line 9)
 
@@ -93,43 +68,48 @@ class Controller:
         Args:
             position: of the run, before the step.
             batch_size: B_k, sequences.
-            averages: of all policies; only this one's are read.
+            noise: averages of what the policy reads; None before the first measurement.
         """
-        target = self.wanted(position, averages)
+        target = self.policy.target(position, noise)
         if target is None:
             return None
-        limit = min(math.inf if self.cap is None else self.cap, position.sequences_left)
+        cap, rounding = self.policy.settings.cap, self.policy.settings.rounding
+        limit = min(math.inf if cap is None else cap, position.sequences_left)
         split = self.sizes.at_most(min(target, limit))
-        if self.rounding == "up" and target <= limit:
+        if rounding == "up" and target <= limit:
             above = self.sizes.at_least(target)
             split = above if above.batch_size <= limit else self.sizes.at_most(limit)
         if split is None or split.batch_size <= batch_size:
             return None
-        multiplier = lr_multiplier(self.lr_scaling, split.batch_size, self.initial_batch_size)
-        return Decision(split, target, multiplier, self._why(target, limit, split))
-
-    def _why(self, target: float, limit: float, split: Split) -> str:
-        """How a target became a size."""
         if target == split.batch_size:
-            return str(split)
-        if target <= limit and (split.batch_size > target) == (self.rounding == "up"):
-            return f"rounded {self.rounding} to {split}"
-        if limit == self.cap:
-            return f"held to batch_size.cap={self.cap}: {split}"
-        return f"held to what the budget has left: {split}"
+            why = str(split)
+        elif target <= limit and (split.batch_size > target) == (rounding == "up"):
+            why = f"rounded {rounding} to {split}"
+        elif limit == cap:
+            why = f"held to batch_size.cap={cap}: {split}"
+        else:
+            why = f"held to what the budget has left: {split}"
+        return self.changed(batch_size, split, target, why)
 
-    def _noise(self, averages: SavedAverages) -> SmoothedNoiseScale | None:
-        """What the policy's averages say; None before the first measurement."""
-        source = self.policy.source
-        if source is None or self._key not in averages:
-            return None
-        return smoothed(Averages(**averages[self._key]), source.estimate, source.smoothing)
+    def fit(self, batch_size: int) -> Decision:
+        """Split a batch over the ranks at hand; one that they cannot take becomes the next larger.
 
-    @property
-    def _key(self) -> str:
-        source = self.policy.source
-        assert source is not None
-        return f"{source.geometry}/{source.estimate}/{self.name}"
+        That may lie above the cap: a batch never shrinks, and its cap need not be feasible here.
+        """
+        split, cap = self.sizes.at_least(batch_size), self.policy.settings.cap
+        why = f"{batch_size} is not feasible on {self.sizes}: the next larger size, {split}"
+        if cap is not None and split.batch_size > cap:
+            why += f", above batch_size.cap={cap}"
+        return self.changed(batch_size, split, None, why)
+
+    def changed(self, previous: int, split: Split, target: float | None, why: str) -> Decision:
+        """A decision, with the learning rate's multiplier of its size."""
+        multiplier = lr_multiplier(
+            self.policy.settings.lr_scaling or "none",
+            split.batch_size,
+            self.policy.initial_batch_size,
+        )
+        return Decision(self.name, previous, split, target, multiplier, why)
 
 
 def lr_multiplier(scaling: str, batch_size: int, initial_batch_size: int) -> float:
@@ -141,38 +121,89 @@ def lr_multiplier(scaling: str, batch_size: int, initial_batch_size: int) -> flo
     return float((batch_size / initial_batch_size) ** exponent)
 
 
-def make_controller(
-    settings: PolicySettings,
-    name: str,
-    *,
-    sizes: FeasibleSizes,
-    initial_batch_size: int,
-    total_steps: int,
-    smoothing: SmoothingSettings,
-) -> Controller:
-    """The controller of one policy.
+class BatchSizer:
+    """Follows one policy, lets shadows decide beside it, and owns the averages that all read.
+
+    A policy without decays of its own follows the average of its geometry and estimate that is
+    logged; another one has an average of its own.
 
     Args:
-        settings: checked.
-        name: distinguishes it from the run's other policies.
-        sizes: that the ranks can take.
-        initial_batch_size: B_0, sequences.
-        total_steps: S, steps that the token budget takes at B_0.
-        smoothing: of the noise scale, where the policy has no decays of its own.
+        controllers: the one that is followed, then the shadows.
+        smoothing: of the logged averages.
+        measured: geometry and estimate of each measurement; the policies' are added.
     """
-    assert settings.rounding is not None
-    assert settings.lr_scaling is not None
-    return Controller(
-        name=name,
-        policy=make_policy(
-            settings,
-            initial_batch_size=initial_batch_size,
-            total_steps=total_steps,
-            smoothing=smoothing,
-        ),
-        sizes=sizes,
-        initial_batch_size=initial_batch_size,
-        rounding=settings.rounding,
-        cap=settings.cap,
-        lr_scaling=settings.lr_scaling,
-    )
+
+    def __init__(
+        self,
+        controllers: Sequence[Controller],
+        smoothing: SmoothingSettings,
+        *,
+        measured: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        self.followed, *self.shadows = controllers
+        self._shadow_sizes: dict[str, int] = {}  # sequences, of the shadows that have decided
+        # By geometry/estimate; by geometry/estimate/policy where a policy has its own.
+        self._trackers = {f"{g}/{e}": NoiseTracker(g, e, smoothing) for g, e in measured}
+        self._read: dict[str, NoiseTracker] = {}  # by policy
+        for controller in controllers:
+            policy = controller.policy
+            if (source := policy.reads(policy.settings)) is not None:
+                own = policy.own_smoothing(smoothing)
+                key = "/".join(source if own is None else (*source, controller.name))
+                tracker = NoiseTracker(*source, own or smoothing)
+                self._read[controller.name] = self._trackers.setdefault(key, tracker)
+
+    @property
+    def averages(self) -> Mapping[str, NoiseTracker]:
+        """What is logged, by geometry/estimate."""
+        return self._trackers
+
+    def noise_for(self, controller: Controller) -> SmoothedNoiseScale | None:
+        """The averages that a policy follows; None before its first measurement."""
+        tracker = self._read.get(controller.name)
+        return tracker.smoothed if tracker else None
+
+    def decide(self, position: Position, batch_size: int) -> tuple[Decision | None, list[Decision]]:
+        """Let every policy decide on the coming step.
+
+        Args:
+            position: of the run, before the step.
+            batch_size: sequences of the step before.
+
+        Returns:
+            What the run is to do, None to stay as it is; and what shadows would have done.
+        """
+        decision = self.followed.decide(position, batch_size, self.noise_for(self.followed))
+        of_shadows = []
+        for shadow in self.shadows:
+            previous = self._shadow_sizes.get(shadow.name, shadow.policy.initial_batch_size)
+            if change := shadow.decide(position, previous, self.noise_for(shadow)):
+                self._shadow_sizes[shadow.name] = change.split.batch_size
+                of_shadows.append(change)
+        return decision, of_shadows
+
+    def observe(self, measurements: Iterable[Measurement]) -> None:
+        """Average the measurements of a step, each once for every average that wants it."""
+        for measurement in measurements:
+            for tracker in self._trackers.values():
+                tracker.include(measurement)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, the noise scales behind their spread, and the shadows' sizes."""
+        states = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
+        return {
+            "averages": {key: state["averages"] for key, state in states.items()},
+            "recent_noise_scales": {key: state["recent"] for key, state in states.items()},
+            "shadow_batch_sizes": dict(self._shadow_sizes),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; averages of policies that the run no longer has are left out.
+
+        Older checkpoints hold an average for every policy, also where it is the logged one.
+        """
+        for key, tracker in self._trackers.items():
+            if key in state["averages"]:
+                recent = state["recent_noise_scales"].get(key, [])
+                tracker.load_state_dict({"averages": state["averages"][key], "recent": recent})
+        self._shadow_sizes = dict(state["shadow_batch_sizes"])

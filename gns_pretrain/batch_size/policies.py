@@ -1,23 +1,117 @@
-"""Policies, one small class each, and how settings become one of them."""
+"""Policies of the batch size: where a run stands and what was measured in, a wanted size out.
+
+One flat `PolicySettings` serves every policy, and each reads its own: what depends on the size of
+an experiment can then be set whatever the role of a run in it. A new policy is one class decorated
+with `register`, whose name `batch_size.policy` then accepts.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, ClassVar, TypeVar
 
-from gns_pretrain.batch_size.settings import PolicySettings
-from gns_pretrain.noise_scale.critical_batch import (
-    corrected_inflection_batch,
-    dual_norm_fraction_batch,
-    euclidean_fraction_batch,
-    inflection_batch,
-    maximum_efficiency_batch,
-    target_batch_size,
-)
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import at_least, check_bounds, key_of, one_of, positive, within
+from gns_pretrain.noise_scale.equations import target_batch_size
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
 
-# What every policy is: where a run stands and what was measured in, a wanted batch size out.
+ROUNDINGS = ("down", "up")
+LR_SCALINGS = ("sqrt", "linear", "none")
+TARGETS = ("theta", "kappa", *Geometry.targets)
+POLICIES: "dict[str, type[Policy]]" = {}
+
+
+@dataclass
+class PolicySettings:
+    """Which batch size a run should have next.
+
+    Null for rounding, lr_scaling and theta is the policy's own value, which then takes its place.
+    """
+
+    policy: Annotated[str, key_of(POLICIES)] = "constant"
+    # to a feasible size: down (the published runs) | up (Algorithm 1)
+    rounding: Annotated[str | None, one_of(*ROUNDINGS)] = None
+    # sequences, feasible, that no decision exceeds; null: the budget's rest
+    cap: Annotated[int | None, at_least(1, "sequence", hint="or null")] = None
+    # of lr with the batch: sqrt (the paper's) | linear | none
+    lr_scaling: Annotated[str | None, one_of(*LR_SCALINGS)] = None
+    # adaptive (Algorithm 1); the norm test reads theta and decide_every_steps too
+    geometry: Annotated[str, key_of(GEOMETRIES)] = "manhattan"  # whose noise scale; measured
+    estimate: str = "plug_in"  # plug_in (the paper's) | debiased | cross_fitted
+    target: Annotated[str, one_of(*TARGETS)] = "theta"
+    # tolerated noise-to-signal ratio; the paper's: 0.6 (Table 9: 0.3)
+    theta: Annotated[float | None, positive(hint="the paper uses 0.6")] = None
+    # share of the largest gain of a step (Appendix B); theta 0.6's
+    kappa: Annotated[
+        float,
+        within(0, 1, exclusive=True, hint="a share of the largest gain; 0.16 is that of theta=0.6"),
+    ] = 0.16
+    # beta^N and beta^M; null: those of noise_scale.smoothing, whose averages are then followed
+    noise_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
+    signal_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
+    # before each such step; the published runs' (F is their 100)
+    decide_every_steps: Annotated[int, at_least(1, "step", hint="the published runs have 10")] = 10
+    # I, of the sample budget, without a change; the paper's
+    warmup_fraction: Annotated[float, within(0, 1, hint="the paper uses 0.15")] = 0.15
+    # staged
+    stage_tokens: list[int] = field(default_factory=list)  # from so many tokens on,
+    stage_sizes: list[int] = field(default_factory=list)  # so many sequences
+    # linear_ramp
+    ramp_size: int | None = None  # sequences at its end; it begins at batch_size.initial
+    ramp_tokens: int | None = None  # its length in tokens
+
+    def __post_init__(self) -> None:
+        """Fill in what was left to the policy."""
+        for name, value in POLICIES.get(self.policy, Policy).own_values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def kind(self) -> "type[Policy]":
+        """The class of the policy."""
+        return POLICIES[self.policy]
+
+    @property
+    def label(self) -> str:
+        """The name of its averages and of its lines in the record."""
+        return self.policy
+
+    @property
+    def reads(self) -> tuple[str, str] | None:
+        """Geometry and estimate that must be measured for this policy; None if it needs none."""
+        return self.kind.reads(self)
+
+    @property
+    def whole_sizes(self) -> list[tuple[str, int]]:
+        """Sizes that the user names and that must be feasible, each after its setting."""
+        cap = [] if self.cap is None else [("cap", self.cap)]
+        return cap + self.kind.sizes(self)
+
+    def check(self, prefix: str) -> None:
+        """Check every setting, then those that depend on one another, then the policy's own.
+
+        Args:
+            prefix: of the settings' names, as the user types them.
+
+        Raises:
+            InputError: the first rule that is broken.
+        """
+        check_bounds(self, prefix)
+        geometry = GEOMETRIES[self.geometry]
+        if self.estimate not in geometry.estimates:
+            raise InputError(
+                f"{prefix}.estimate={self.estimate} is not known for geometry {self.geometry}; "
+                f"use one of {', '.join(geometry.estimates)}"
+            )
+        if self.target not in ("theta", "kappa", *geometry.targets):
+            raise InputError(
+                f"{prefix}.target={self.target} does not exist for geometry {self.geometry}, whose "
+                f"gain has no such point; use {prefix}.target=theta or kappa"
+            )
+        self.kind.check(self, prefix)
 
 
 @dataclass(frozen=True)
@@ -44,227 +138,273 @@ class Position:
         return cls(steps + 1, samples, tokens, -((tokens - token_budget) // sequence_length))
 
 
-@dataclass(frozen=True)
-class NoiseSource:
-    """Which noise scale a policy reads, and how it is averaged for this policy."""
+class Policy(ABC):
+    """Wants a batch size; which sizes the ranks can take is left to the controller.
 
-    geometry: str
-    estimate: str
-    smoothing: SmoothingSettings
+    Args:
+        settings: checked.
+        initial_batch_size: B_0, sequences.
+        total_steps: S, steps that the token budget takes at B_0.
+    """
 
+    name: ClassVar[str]
+    changes: ClassVar[bool] = True  # whether the batch can ever change
+    # Where a setting is null: those of the published runs.
+    own_values: ClassVar[Mapping[str, str | float]] = {
+        "rounding": "down",
+        "lr_scaling": "sqrt",
+        "theta": 0.6,
+    }
 
-class Policy(Protocol):
-    """Wants a batch size; what ranks can take of it is not its business."""
+    def __init__(
+        self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int
+    ) -> None:
+        assert settings.theta is not None
+        self.settings = settings
+        self.theta = settings.theta
+        self.initial_batch_size = initial_batch_size
+        self.total_steps = total_steps
 
-    @property
-    def source(self) -> NoiseSource | None:
-        """The noise scale that it reads; None if it reads none."""
-
+    @abstractmethod
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """The batch size that it wants for the coming step, in sequences.
+        """Return the batch size that it wants for the coming step, in sequences.
 
         Args:
             position: of the run.
-            noise: averages of its source; None before the first measurement.
+            noise: averages of what it reads; None before the first measurement.
 
         Returns:
             None where it takes no decision: the batch stays as it is.
         """
 
+    def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
+        """How an average of its own is smoothed; None where it follows the logged one.
 
-# The adaptive batch size (arXiv:2602.03001, Algorithm 1).
+        Args:
+            shared: of the logged averages.
+        """
+        return None
+
+    @classmethod
+    def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
+        """Geometry and estimate of the noise scale that it reads; None if it reads none."""
+        return None
+
+    @classmethod
+    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
+        """Sizes of its plan, each after its setting."""
+        return []
+
+    @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """Raise InputError for settings that this policy cannot use."""
+        return  # most have no rule of their own
+
+    @classmethod
+    def describe(cls, settings: PolicySettings) -> str:
+        """Name a shadow that has no name."""
+        return cls.name
+
+    @classmethod
+    def note(cls, settings: PolicySettings) -> str | None:
+        """What the user should know of the settings as the run starts; None for nothing."""
+        return None
 
 
-@dataclass(frozen=True)
-class Adaptive:
-    """The batch size follows the smoothed noise scale, once the warm-up is over.
-
-    A decision is taken before every step that `every_steps` divides, on the measurements so far.
-    With every_steps=10 and a measurement every F = 100 steps this is what the published runs did,
-    to the last token: the measurement of step 3900 changes the batch of step 3910. With
-    every_steps=1 it changes that of the very next step, as Algorithm 1 is printed.
-
-    Args:
-        source: the noise scale it reads.
-        wanted: the batch size that a noise scale asks for; None where it has no signal.
-        every_steps: decision interval.
-        warmup_samples: I, sequences that must have been consumed before a change.
-    """
-
-    source: NoiseSource
-    wanted: Callable[[SmoothedNoiseScale], float | None]
-    every_steps: int
-    warmup_samples: int
-
-    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """What the noise scale asks for (Eq. 7, or a target of Appendix B)."""
-        if noise is None or position.step % self.every_steps:
-            return None
-        return None if position.samples < self.warmup_samples else self.wanted(noise)
+P = TypeVar("P", bound=type[Policy])
 
 
-# The batch size stays as it is.
+def register(policy: P) -> P:
+    """Make a policy known by its name."""
+    POLICIES[policy.name] = policy
+    return policy
 
 
-@dataclass(frozen=True)
-class Constant:
-    """Never wants anything."""
+@register
+class Constant(Policy):
+    """The batch size stays as it is."""
 
-    source: NoiseSource | None = None
+    name = "constant"
+    changes = False
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """No decision, ever."""
         return None
 
 
-# A batch size that grows in proportion to the tokens seen, a baseline.
+@register
+class Adaptive(Policy):
+    """The batch size follows the smoothed noise scale, once the warm-up is over (Algorithm 1).
 
-
-@dataclass(frozen=True)
-class LinearRamp:
-    """From the initial size to the last one over the first tokens of a run.
-
-    Args:
-        initial: sequences a step at the beginning.
-        size: sequences a step from the ramp's end on.
-        tokens: length of the ramp.
+    A decision is taken before every step that `decide_every_steps` divides, on the measurements so
+    far. With decide_every_steps=10 and a measurement every F = 100 steps this is what the published
+    runs did, to the last token: the measurement of step 3900 changes the batch of step 3910. With
+    decide_every_steps=1 it changes that of the very next step, as Algorithm 1 is printed.
     """
 
-    initial: int
-    size: int
-    tokens: int
-    source: NoiseSource | None = None
+    name = "adaptive"
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """The size on the line."""
-        progress = min(position.tokens / self.tokens, 1.0)
-        return self.initial + (self.size - self.initial) * progress
-
-
-# The norm test of AdAdaGrad (arXiv:2402.11215), a baseline.
-
-# The test looks at one step's gradients: nothing is averaged.
-LAST_MEASUREMENT = NoiseSource(
-    "euclidean", "plug_in", SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
-)
-
-
-@dataclass(frozen=True)
-class NormTest:
-    """The batch grows when its gradient's variance is too large for its gradient's norm.
-
-        passed: tr C / B <= eta^2 ||g||_2^2        failed: B = tr C / (eta^2 ||g||_2^2)
-
-    The size after a failed test is Eq. 7 of the Euclidean noise scale, from the last measurement
-    alone and without a warm-up.
-
-    Args:
-        eta: tolerated noise-to-signal ratio of the gradient.
-        every_steps: a test before every step that this divides.
-    """
-
-    eta: float
-    every_steps: int
-    source: NoiseSource = LAST_MEASUREMENT
-
-    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """The smallest batch that would have passed the test."""
-        if noise is None or position.step % self.every_steps:
+        """What the noise scale asks for (Eq. 7, or a target of Appendix B)."""
+        settings = self.settings
+        warmup_steps = math.floor(settings.warmup_fraction * self.total_steps)
+        if noise is None or position.step % settings.decide_every_steps:
             return None
-        return target_batch_size(noise.noise, noise.signal, theta=self.eta)
+        if position.samples < warmup_steps * self.initial_batch_size:
+            return None
+        if settings.target == "theta":
+            return target_batch_size(noise.noise, noise.signal, theta=self.theta)
+        if noise.noise_scale is None:
+            return None
+        geometry = GEOMETRIES[settings.geometry]
+        if settings.target == "kappa":
+            return geometry.fraction_batch(noise.noise_scale, kappa=settings.kappa)
+        return geometry.targets[settings.target](noise.noise_scale)
+
+    def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
+        """Its own decays, and the shared one where it has one of the two."""
+        noise, signal = self.settings.noise_decay, self.settings.signal_decay
+        if noise is None and signal is None:
+            return None
+        return SmoothingSettings(
+            noise_decay=shared.noise_decay if noise is None else noise,
+            signal_decay=shared.signal_decay if signal is None else signal,
+            bias_corrected=shared.bias_corrected,
+        )
+
+    @classmethod
+    def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
+        """The geometry and estimate of its settings."""
+        return settings.geometry, settings.estimate
+
+    @classmethod
+    def describe(cls, settings: PolicySettings) -> str:
+        """`adaptive_manhattan_plug_in_theta_0.6`."""
+        value = {"theta": f"_{settings.theta}", "kappa": f"_{settings.kappa}"}
+        target = f"{settings.target}{value.get(settings.target, '')}"
+        return f"{cls.name}_{settings.geometry}_{settings.estimate}_{target}"
+
+    @classmethod
+    def note(cls, settings: PolicySettings) -> str | None:
+        """What theta means where there is no gradient; None for what no theta governs."""
+        theta, geometry = settings.theta, GEOMETRIES[settings.geometry]
+        threshold = geometry.noise_alone_theta
+        if settings.target != "theta" or theta is None or threshold is None:
+            return None
+        if settings.estimate in geometry.noise_alone_estimates:
+            can = "can" if theta < threshold else "cannot"
+            return (
+                f"theta={theta:g}: the batch {can} grow from noise alone; without a true gradient "
+                f"the {settings.estimate} {settings.geometry} scale asks for more than the batch "
+                f"below theta = {threshold:.3f} (many samples)"
+            )
+        if theta < 1.0:
+            return None
+        return (
+            f"theta={theta:g} lies past Algorithm 1's (0, 1), as a {settings.estimate} scale may "
+            f"need; the plug-in one can grow the batch from noise alone below {threshold:.3f}"
+        )
 
 
-# Batch sizes by plan, a stage after the other, a baseline.
+@register
+class Staged(Policy):
+    """Batch sizes by plan; each stage begins with the first step at or after its tokens.
 
-
-@dataclass(frozen=True)
-class Staged:
-    """Each stage begins with the first step that starts at or after its tokens.
-
-    Args:
-        tokens: thresholds, rising.
-        sizes: sequences a step from each threshold on, rising.
+    A baseline.
     """
 
-    tokens: tuple[int, ...]
-    sizes: tuple[int, ...]
-    source: NoiseSource | None = None
+    name = "staged"
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """The size of the stage that the run has reached; None before the first threshold."""
-        reached = [
-            size
-            for tokens, size in zip(self.tokens, self.sizes, strict=True)
-            if position.tokens >= tokens
-        ]
+        stages = zip(self.settings.stage_tokens, self.settings.stage_sizes, strict=True)
+        reached = [size for tokens, size in stages if position.tokens >= tokens]
         return reached[-1] if reached else None
 
+    @classmethod
+    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
+        """Of every stage."""
+        return [("stage_sizes", size) for size in settings.stage_sizes]
 
-__all__ = ["NoiseSource", "Policy", "Position", "make_policy"]
+    @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """Tokens and sizes of the stages rise, as many of the one as of the other."""
+        tokens, sizes = settings.stage_tokens, settings.stage_sizes
+        rising = all(a < b for values in ([0, *tokens], sizes) for a, b in pairwise(values))
+        if not tokens or len(tokens) != len(sizes) or not rising:
+            raise InputError(
+                f"{prefix}.stage_tokens={tokens} and {prefix}.stage_sizes={sizes} must both rise "
+                "and be of one length, as in stage_tokens=[500000,1000000] stage_sizes=[32,64]"
+            )
 
 
-def make_policy(
-    settings: PolicySettings,
-    *,
-    initial_batch_size: int,
-    total_steps: int,
-    smoothing: SmoothingSettings,
-) -> Policy:
-    """A policy out of its settings.
+@register
+class LinearRamp(Policy):
+    """From the initial size to the last one in proportion to the tokens seen: a baseline."""
 
-    Args:
-        settings: checked.
-        initial_batch_size: B_0, sequences.
-        total_steps: S, steps that the token budget takes at B_0.
-        smoothing: of the noise scale, where the policy has no decays of its own.
+    name = "linear_ramp"
+
+    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
+        """The size on the line."""
+        size, tokens = self.settings.ramp_size, self.settings.ramp_tokens
+        assert size is not None
+        assert tokens is not None
+        progress = min(position.tokens / tokens, 1.0)
+        return self.initial_batch_size + (size - self.initial_batch_size) * progress
+
+    @classmethod
+    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
+        """Of its end."""
+        return [] if settings.ramp_size is None else [("ramp_size", settings.ramp_size)]
+
+    @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """Size and tokens are given."""
+        for name in ("ramp_size", "ramp_tokens"):
+            value = getattr(settings, name)
+            if value is None or value < 1:
+                raise InputError(
+                    f"{prefix}.{name}={'null' if value is None else value} must be at least 1 for "
+                    f"{prefix}.policy=linear_ramp; name the ramp's last size and its tokens"
+                )
+
+
+@register
+class NormTest(Policy):
+    """The norm test of AdAdaGrad (arXiv:2402.11215), a baseline.
+
+    The batch grows when its gradient's variance is too large for its gradient's norm:
+
+        passed: tr C / B <= eta^2 ||g||_2^2        failed: B = tr C / (eta^2 ||g||_2^2)
+
+    eta is `theta`. The size after a failed test is Eq. 7 of the Euclidean noise scale, from the
+    last measurement alone and without a warm-up; a test before every step that `decide_every_steps`
+    divides. Rounding up and the learning rate left alone are the test's, its theta is ours.
     """
-    if settings.policy == "adaptive":
-        own = SmoothingSettings(
-            noise_decay=first_given(settings.noise_decay, smoothing.noise_decay),
-            signal_decay=first_given(settings.signal_decay, smoothing.signal_decay),
-            bias_corrected=smoothing.bias_corrected,
-        )
-        return Adaptive(
-            source=NoiseSource(settings.geometry, settings.estimate, own),
-            wanted=partial(wanted_batch_size, settings=settings),
-            every_steps=settings.decide_every_steps,
-            warmup_samples=math.floor(settings.warmup_fraction * total_steps) * initial_batch_size,
-        )
-    if settings.policy == "norm_test":
-        assert settings.theta is not None
-        return NormTest(eta=settings.theta, every_steps=settings.decide_every_steps)
-    if settings.policy == "staged":
-        return Staged(tuple(settings.stage_tokens), tuple(settings.stage_sizes))
-    if settings.policy == "linear_ramp":
-        assert settings.ramp_size is not None
-        assert settings.ramp_tokens is not None
-        return LinearRamp(initial_batch_size, settings.ramp_size, settings.ramp_tokens)
-    return Constant()
 
-
-def wanted_batch_size(noise: SmoothedNoiseScale, settings: PolicySettings) -> float | None:
-    """The batch size that a noise scale asks for (Eqs. 7, 19, 43, 45), in sequences.
-
-    Returns:
-        None while the signal is not positive.
-    """
-    if settings.target == "theta":
-        assert settings.theta is not None
-        return target_batch_size(noise.noise, noise.signal, theta=settings.theta)
-    if noise.noise_scale is None:
-        return None
-    fraction = (
-        euclidean_fraction_batch if settings.geometry == "euclidean" else dual_norm_fraction_batch
-    )
-    rules: dict[str, Callable[[float], float]] = {
-        "kappa": partial(fraction, kappa=settings.kappa),
-        "inflection": inflection_batch,
-        "corrected_inflection": corrected_inflection_batch,
-        "maximum_efficiency": maximum_efficiency_batch,
+    name = "norm_test"
+    own_values: ClassVar[Mapping[str, str | float]] = {
+        "rounding": "up",
+        "lr_scaling": "none",
+        "theta": 0.3,
     }
-    return rules[settings.target](noise.noise_scale)
 
+    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
+        """The smallest batch that would have passed the test."""
+        if noise is None or position.step % self.settings.decide_every_steps:
+            return None
+        return target_batch_size(noise.noise, noise.signal, theta=self.theta)
 
-def first_given(value: float | None, otherwise: float) -> float:
-    """`value`, unless it was left to `otherwise`."""
-    return otherwise if value is None else value
+    def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
+        """The test looks at one step's gradients: nothing is averaged."""
+        return SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
+
+    @classmethod
+    def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
+        """The Euclidean scale, whatever the settings of the adaptive policy."""
+        return "euclidean", "plug_in"
+
+    @classmethod
+    def describe(cls, settings: PolicySettings) -> str:
+        """`norm_test_0.3`."""
+        return f"{cls.name}_{settings.theta}"

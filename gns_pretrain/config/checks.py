@@ -49,15 +49,6 @@ def feasible_sizes(config: Config, policy: PolicySettings, *, num_ranks: int) ->
     )
 
 
-def policies(config: Config) -> list[tuple[str, PolicySettings]]:
-    """The policy that is followed and the shadows, each after the prefix of its settings."""
-    shadows = enumerate(config.batch_size.shadows)
-    return [
-        ("batch_size", config.batch_size),
-        *((f"batch_size.shadows[{number}]", shadow) for number, shadow in shadows),
-    ]
-
-
 def check_batch_size(config: Config, *, num_ranks: int) -> None:
     """Rules between the batch size's policies, the ranks and what is measured.
 
@@ -65,7 +56,7 @@ def check_batch_size(config: Config, *, num_ranks: int) -> None:
         InputError: the first rule that is broken.
     """
     measured = config.noise_scale
-    for prefix, policy in policies(config):
+    for prefix, policy in config.batch_size.policies:
         if policy.reads is not None:
             geometry, estimate = policy.reads
             for name, value, all_measured in (

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from gns_pretrain.batch_size.controller import Controller, make_controller
-from gns_pretrain.batch_size.settings import ShadowSettings
-from gns_pretrain.config.checks import feasible_sizes, policies
+from gns_pretrain.batch_size.controller import BatchSizer, Controller
+from gns_pretrain.config.checks import feasible_sizes
 from gns_pretrain.config.compose import as_dict
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
@@ -24,7 +23,7 @@ from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints
-from gns_pretrain.training.loop import LoopSettings, Run, fit_to_ranks
+from gns_pretrain.training.loop import Run, fit_to_ranks
 from gns_pretrain.training.schedule import Schedule, steps_in_budget
 from gns_pretrain.training.state import TrainState
 
@@ -93,21 +92,20 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     model = build_model(config, world, data_vocab_size=training.vocab_size)
     optimizer = build_optimizer(config, model)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, world=world)
-    state, damaged = checkpoints.load_latest(model, optimizer)
-    controller, *shadows = controllers(config, num_ranks=world.num_ranks)
+    sizer = build_batch_sizer(config, num_ranks=world.num_ranks)
+    state, damaged = checkpoints.load_latest(model, optimizer, sizer)
     resumed = state is not None
-    state = state or first_state(controller)
+    state = state or first_state(sizer)
     record = open_record(config, world, directory, resume_step=state.step, run_id=run_id)
     for line in damaged:
         record.message(f"{line}; the one before it is used")
     if resumed:
         record.message(f"resumed from step {state.step:,}, {state.tokens:,} tokens")
-    fit_to_ranks(state, controller, optimizer, record)
-    for prefix, policy in policies(config):
-        if (note := policy.threshold_note) is not None:
+    fit_to_ranks(state, sizer, optimizer, record)
+    for prefix, policy in config.batch_size.policies:
+        if (note := policy.kind.note(policy)) is not None:
             record.message(f"{prefix}.{note}")
     return Run(
-        settings=loop_settings(config),
         world=world,
         model=model,
         optimizer=optimizer,
@@ -130,24 +128,17 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         state=state,
         checkpoints=checkpoints,
         record=record,
-        noise_scale=config.noise_scale,
+        batch_sizer=sizer,
         meter=NoiseMeter(model, world, config.noise_scale)
         if config.noise_scale.geometries
         else None,
-        controller=controller,
-        shadows=shadows,
-    )
-
-
-def loop_settings(config: Config) -> LoopSettings:
-    """The numbers that the loop itself turns on."""
-    return LoopSettings(
         token_budget=config.token_budget,
-        sequence_length=config.data.sequence_length,
-        evaluate_every_tokens=config.evaluation.every_tokens,
-        save_every_steps=config.checkpoint.every_steps,
-        log_every_steps=config.metrics.log_every,
-        max_gradient_norm=config.gradient_clip,
+        sequence_length=sequence_length,
+        gradient_clip=config.gradient_clip,
+        noise_scale=config.noise_scale,
+        evaluation=config.evaluation,
+        checkpoint=config.checkpoint,
+        metrics=config.metrics,
     )
 
 
@@ -160,30 +151,34 @@ def initial_total_steps(config: Config) -> int:
     )
 
 
-def controllers(config: Config, *, num_ranks: int) -> list[Controller]:
-    """The controller that is followed, then the shadows."""
-    batch_size = config.batch_size
-    return [
-        make_controller(
-            policy,
-            policy.label if isinstance(policy, ShadowSettings) else policy.policy,
-            sizes=feasible_sizes(config, policy, num_ranks=num_ranks),
-            initial_batch_size=batch_size.initial,
-            total_steps=initial_total_steps(config),
-            smoothing=config.noise_scale.smoothing,
+def build_batch_sizer(config: Config, *, num_ranks: int) -> BatchSizer:
+    """The policy that is followed and the shadows, with the averages that they read."""
+    controllers = [
+        Controller(
+            policy.label,
+            policy.kind(
+                policy,
+                initial_batch_size=config.batch_size.initial,
+                total_steps=initial_total_steps(config),
+            ),
+            feasible_sizes(config, policy, num_ranks=num_ranks),
         )
-        for _, policy in policies(config)
+        for _, policy in config.batch_size.policies
     ]
+    noise_scale = config.noise_scale
+    return BatchSizer(controllers, noise_scale.smoothing, measured=noise_scale.measured)
 
 
-def first_state(controller: Controller) -> TrainState:
+def first_state(sizer: BatchSizer) -> TrainState:
     """The state before the first step.
 
     Raises:
         InputError: the ranks cannot take the initial batch.
     """
-    split = controller.sizes.require(controller.initial_batch_size, "batch_size.initial")
-    return TrainState(batch_size=split.batch_size, micro_batch_size=split.micro_batch_size)
+    followed = sizer.followed
+    return TrainState.before_first_step(
+        followed.sizes.require(followed.policy.initial_batch_size, "batch_size.initial")
+    )
 
 
 def shown_as(config: Config) -> MetricsSettings:

@@ -20,11 +20,9 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.launch.train import place_from
 from gns_pretrain.model.huggingface import load_hf_folder
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.noise_scale.geometries import Measurement, SampleSums
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.noise_scale.sums import SampleSums
-from gns_pretrain.noise_scale.tap import sample_sums
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.checkpoint import load_model
@@ -215,10 +213,10 @@ def estimate(
 ) -> list[Estimated]:
     """Every geometry and estimate over the whole batch, with standard errors where asked for."""
     world = meter.world
-    with meter.armed(rounds):
+    with meter.tap.armed(rounds):
         batch = list(samples_of(split, request, rounds, world))
-        accumulate_gradients(model, batch, accumulation=rounds, meter=meter)
-    whole = sample_sums(meter.tap).copied()
+        accumulate_gradients(model, batch, accumulation=rounds, tap=meter.tap)
+    whole = meter.tap.sums().copied()
     model.zero_grad(set_to_none=True)
     readings = meter.readings_of(whole, request.num_sequences)
     check_finite(readings, request)
@@ -261,8 +259,8 @@ def standard_errors(
     scales: list[list[float]] = []  # [round][reading]
     for index, sequences in enumerate(batch):
         with meter.tap.armed(1, first_round=index):
-            accumulate_gradients(model, [sequences], accumulation=1, meter=meter)
-        left = whole.without(sample_sums(meter.tap))
+            accumulate_gradients(model, [sequences], accumulation=1, tap=meter.tap)
+        left = whole.without(meter.tap.sums())
         model.zero_grad(set_to_none=True)
         remaining = request.num_sequences * left.num_samples // whole.num_samples
         scales.append([scale_of(r) for r in meter.readings_of(left, remaining)])

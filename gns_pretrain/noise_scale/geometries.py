@@ -1,307 +1,66 @@
-"""Noise and signal of a gradient from samples of it (arXiv:2602.03001, Section 4.1).
+"""What a noise scale is in each geometry: one class each (arXiv:2602.03001, Sections 3 and 4.1).
 
-Legend: R samples (micro-batches, over all ranks) of equal size; B sequences per optimizer step; g^j
-the mean gradient of sample j, g their mean, both before clipping; [m, n] a weight's shape.
+`plug_in` is the paper's estimate, unchanged (Eq. 22); the others stand beside it.
 
-A *total* is a number that adds up over coordinates, layers, shards and ranks, so that each owner of
-a part computes its own and one all-reduce ends it. `measurement.measure` turns totals into N and M:
-Euclidean totals are N and M themselves, Manhattan and Nuclear ones are summed first, then squared.
+    geometry   estimate      noise N                     signal M
+    euclidean  plug_in       sum_i sigma_i^2             ||g||_2^2
+    euclidean  debiased      sum_i sigma_i^2             ||g||_2^2 - N / B
+    euclidean  cross_fitted  sum_i sigma_i^2             s |s|
+    manhattan  plug_in       (sum_i sigma_i)^2           ||g||_1^2
+    manhattan  debiased      (sum_i sigma_i)^2 / c4^2    ||g||_1^2
+    manhattan  cross_fitted  (sum_i sigma_i)^2           s |s|
+    nuclear    plug_in       (sum_l tr C_l^(1/2))^2      (sum_l ||G_l||_S1)^2
+    nuclear    cross_fitted  (sum_l tr C_l^(1/2))^2      s |s|
 
-Pure functions: no collectives, no configuration, no logging. Totals are float64 and stay where the
-gradients are.
+What each mends. E||g||_2^2 = ||true gradient||_2^2 + tr C / B: the Euclidean signal is read too
+high, by all of it where noise dominates. E[root of a variance over R samples] = c4(R) * sigma: the
+Manhattan noise is read too low. No such factor is known for tr C^(1/2), so Nuclear has no debiased
+estimate. The cross-fitted s stands for the dual norm in all three geometries, and its noise is the
+plug-in one. A single M of `debiased` or `cross_fitted` may be negative. It is kept that way: s |s|
+gives s back, and only averages are clamped (`smoothing.py`).
+
+A new geometry is one class decorated with `register`, whose name `noise_scale.geometries` and
+`batch_size.geometry` then accept.
+
+Legend as in `equations.py`; W weights. No process groups, no configuration.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign, sign_direction
-from gns_pretrain.geometry.square_root import trace_square_root
-
-# The signal from two independent halves of a step: what a step of half the batch would gain.
-#
-#     s = (<g_A, p(g_B)> + <g_B, p(g_A)>) / 2
-#
-# with p the geometry's steepest-descent direction. g_A has the true gradient as its mean and knows
-# nothing of g_B, so E[s] = E<true gradient, p(gradient of half a batch)>, the left side of Lemma
-# 3.1 of arXiv:2602.03001 at half the batch, for sign, matrix sign and g / ||g|| alike. It is not an
-# estimate of the dual norm, which it nears as the batch grows. A single s can be negative where
-# noise rules; averages of s must keep its sign, or they are biased up.
-#
-# Legend: R samples, even ones in half A and odd ones in half B; g_A, g_B their mean gradients.
-
-# A coordinate below this share of its other half counts as zero: it is the rounding of S and D,
-# which are sums of R float32 terms. At u = 6e-8 these are off by u sqrt(R / 2) of themselves where
-# noise rules and by less than R u where the terms agree: the cut serves 9,000 samples in the one
-# case, 66 in the other. Of true coordinates it takes 5 in a million, of either sign: no bias, and
-# an error of s that falls with the root of their number.
-ROUNDING_CUT = 4e-6
-
-
-def half_means(
-    sample_sum: Tensor, signed_sum: Tensor, *, num_even: int, num_odd: int
-) -> tuple[Tensor, Tensor]:
-    """Mean gradients of the even and the odd samples.
-
-        g_A = (S + D) / (2 n_A)    g_B = (S - D) / (2 n_B)
-
-    Where one half has no gradient, as in the embedding of a token that it lacks, S and D differ by
-    rounding alone. A sign would make a full step of it, so it is set to the zero that it stands
-    for: see `ROUNDING_CUT`. On 3 ranks uncut signs were off by up to 28 %.
-
-    Args:
-        sample_sum: S, the sum of the R sample gradients; any shape.
-        signed_sum: D, the same with +1 for even and -1 for odd sample indices.
-        num_even: n_A, at least 1.
-        num_odd: n_B, at least 1.
-
-    Returns:
-        g_A and g_B, each of that shape.
-    """
-    assert num_even > 0, "half A is empty"
-    assert num_odd > 0, "half B is empty"
-    first = (sample_sum + signed_sum) / (2 * num_even)
-    second = (sample_sum - signed_sum) / (2 * num_odd)
-    return without_rounding(first, of=second), without_rounding(second, of=first)
-
-
-def without_rounding(half: Tensor, *, of: Tensor) -> Tensor:
-    """One half's mean gradient, 0 where it is no more than the rounding of the other's."""
-    return torch.where(half.abs() < ROUNDING_CUT * of.abs(), 0.0, half)
-
-
-def euclidean_cross_totals(first: Tensor, second: Tensor) -> Tensor:
-    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2; [3], float64, added over shards before the next step.
-
-    Args:
-        first: g_A, any shape.
-        second: g_B, same shape.
-    """
-    products = (first * second, first.square(), second.square())
-    return torch.stack([product.sum(dtype=torch.float64) for product in products])
-
-
-def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
-    """s for p(g) = g / ||g||_2 over all coordinates together; 0-dimensional.
-
-        s = <g_A, g_B> / 2 * (1 / ||g_A|| + 1 / ||g_B||)
-
-    Args:
-        cross_totals: [3], from `euclidean_cross_totals`, added over all shards. A half without any
-            gradient has no direction and adds nothing.
-    """
-    product, squares = cross_totals[0], cross_totals[1:]
-    inverse_norms = torch.where(squares > 0, squares, torch.inf).rsqrt()
-    return product / 2 * inverse_norms.sum()
-
-
-def manhattan_cross_total(first: Tensor, second: Tensor) -> Tensor:
-    """s for p(g) = sign(g), which adds up over shards; 0-dimensional, float64.
-
-    Args:
-        first: g_A, any shape.
-        second: g_B, same shape.
-    """
-    gains = first * sign_direction(second) + second * sign_direction(first)
-    return gains.sum(dtype=torch.float64) / 2
-
-
-def nuclear_cross_totals(first: Tensor, second: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
-    """s for p(G) = matrix sign of G, which adds up over matrices; [k], float64.
-
-    A half of few tokens has fewer singular values than the matrix is wide. The cut leaves the
-    others out; without it rounding alone gives them directions, and s is off by tens of per cent.
-
-    Args:
-        first: [k, m, n]; G_A of k matrices.
-        second: same shape; G_B.
-        rank_cut: singular values below this share of the largest count as zero.
-    """
-    first, second = first.double(), second.double()
-    gains = first * matrix_sign(second, rank_cut=rank_cut)
-    gains += second * matrix_sign(first, rank_cut=rank_cut)
-    return gains.sum((-2, -1)) / 2
-
-
-def coordinate_variance(
-    mean_square: Tensor, mean: Tensor, *, batch_size: int, num_samples: int
-) -> Tensor:
-    """Variance of each coordinate of one sequence's gradient (Eq. 20).
-
-        sigma_i^2 = B / (R - 1) * (mean_j (g_i^j)^2 - g_i^2)
-
-    R / (R - 1) removes the bias of a variance over R samples; B / R turns the variance of one
-    sample's mean gradient into that of one sequence.
-
-    Args:
-        mean_square: [any], float32; squares of the sample gradients, averaged over samples.
-        mean: same shape; the mean gradient.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
-
-    Returns:
-        Same shape; clamped at 0, because rounding can leave a small negative.
-    """
-    check_num_samples(num_samples)
-    return (mean_square - mean.square()).clamp_min(0.0) * (batch_size / (num_samples - 1))
-
-
-def gram_covariance(
-    mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int
-) -> Tensor:
-    """Row covariance of one sequence's gradient matrix, or the column one if m > n (Eq. 21).
-
-        C = B / (R - 1) * (mean_j G^j G^j^T - G G^T)
-
-    The factors are those of Eq. 20, whose sum over a row is a diagonal entry of C.
-
-    Args:
-        mean_gram: [..., s, s], s = min(m, n); Grams of the smaller side, averaged over samples.
-        gram_of_mean: same shape; the same Gram of the mean gradient. float64 for both where C is
-            much smaller than they are: the difference keeps their rounding.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
-
-    Returns:
-        Same shape; positive semi-definite up to rounding.
-    """
-    check_num_samples(num_samples)
-    return (mean_gram - gram_of_mean) * (batch_size / (num_samples - 1))
-
-
-def euclidean_noise_total(variance: Tensor) -> Tensor:
-    """tr C = sum_i sigma_i^2, the numerator of Eq. 6; 0-dimensional.
-
-    Args:
-        variance: [any]; from `coordinate_variance`.
-    """
-    return variance.sum(dtype=torch.float64)
-
-
-def euclidean_signal_total(mean: Tensor) -> Tensor:
-    """||g||_2^2, the denominator of Eq. 6; 0-dimensional.
-
-    Args:
-        mean: [any]; the mean gradient.
-    """
-    return mean.square().sum(dtype=torch.float64)
-
-
-def manhattan_noise_total(variance: Tensor) -> Tensor:
-    """||sigma||_1 = sum_i sigma_i, whose square is the numerator of Eq. 13; 0-dimensional.
-
-    Args:
-        variance: [any]; from `coordinate_variance`.
-    """
-    return variance.sqrt().sum(dtype=torch.float64)
-
-
-def manhattan_signal_total(mean: Tensor) -> Tensor:
-    """||g||_1, whose square is the denominator of Eq. 13; 0-dimensional.
-
-    Args:
-        mean: [any]; the mean gradient.
-    """
-    return mean.abs().sum(dtype=torch.float64)
-
-
-class NuclearTotals(NamedTuple):
-    """Noise and signal of k matrices; summed over all layers, then squared, Eq. 17.
-
-    Args:
-        noise: [k], float64; tr C^(1/2) of each matrix.
-        signal: [k], float64; ||G||_S1 of each matrix.
-        num_fallbacks: of the 2k square roots, those that the iteration could not vouch for.
-    """
-
-    noise: Tensor
-    signal: Tensor
-    num_fallbacks: int
-
-
-def nuclear_totals(
-    mean_gram: Tensor,
-    gram_of_mean: Tensor,
-    *,
-    batch_size: int,
-    num_samples: int,
-    mode: str = "auto",
-) -> NuclearTotals:
-    """tr C^(1/2) and ||G||_S1 of each matrix of a stack (Eq. 17).
-
-    ||G||_S1 = tr (G G^T)^(1/2), and C needs that Gram anyway: both square roots are one batch.
-
-    Args:
-        mean_gram: [k, s, s], s = min(m, n), float64; Grams of the smaller side, averaged over
-            samples.
-        gram_of_mean: [k, s, s]; the same Gram of the mean gradients.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
-        mode: of the square roots, see `trace_square_root`.
-    """
-    covariance = gram_covariance(
-        mean_gram, gram_of_mean, batch_size=batch_size, num_samples=num_samples
-    )
-    roots = trace_square_root(torch.cat([covariance, gram_of_mean]), mode=mode)
-    noise, signal = roots.values.split(len(mean_gram))
-    return NuclearTotals(noise, signal, roots.num_fallbacks)
-
-
-def small_sample_factor(num_samples: int) -> float:
-    """c4(R): the mean of a standard deviation over R normal samples, relative to the true one.
-
-        c4(R) = sqrt(2 / (R - 1)) * Gamma(R / 2) / Gamma((R - 1) / 2)
-
-    The variance is unbiased, its root is not: 0.80 at R = 2, 0.97 at R = 8, 0.99 at R = 32.
-    """
-    check_num_samples(num_samples)
-    log_ratio = math.lgamma(num_samples / 2) - math.lgamma((num_samples - 1) / 2)
-    return math.sqrt(2.0 / (num_samples - 1)) * math.exp(log_ratio)
-
-
-def check_num_samples(num_samples: int) -> None:
-    """Raise InputError unless there are two samples to compare."""
-    if num_samples < 2:
-        raise InputError(
-            f"num_samples={num_samples}: a noise scale compares at least 2 micro-batches of one "
-            "step; use more ranks, a smaller micro_batch_size or a larger batch_size.initial"
-        )
-
-
-# One measurement: noise N, signal M and their ratio, by geometry and by estimate.
-#
-# `plug_in` is the paper's estimate, unchanged (arXiv:2602.03001, Eq. 22); the others stand beside
-# it.
-#
-#     geometry   estimate      noise N                     signal M
-#     euclidean  plug_in       sum_i sigma_i^2             ||g||_2^2
-#     euclidean  debiased      sum_i sigma_i^2             ||g||_2^2 - N / B
-#     euclidean  cross_fitted  sum_i sigma_i^2             s |s|
-#     manhattan  plug_in       (sum_i sigma_i)^2           ||g||_1^2
-#     manhattan  debiased      (sum_i sigma_i)^2 / c4^2    ||g||_1^2
-#     manhattan  cross_fitted  (sum_i sigma_i)^2           s |s|
-#     nuclear    plug_in       (sum_l tr C_l^(1/2))^2      (sum_l ||G_l||_S1)^2
-#     nuclear    cross_fitted  (sum_l tr C_l^(1/2))^2      s |s|
-#
-# What each mends. E||g||_2^2 = ||true gradient||_2^2 + tr C / B: the Euclidean signal is read too
-# high, by all of it where noise rules. E[root of a variance over R samples] = c4(R) * sigma: the
-# Manhattan noise is read too low. No such factor is known for tr C^(1/2), so Nuclear has no
-# debiased estimate. The cross-fitted s (`cross_fitted.py`) stands for the dual norm in all three
-# geometries, and its noise is the plug-in one.
-#
-# A single M of `debiased` or `cross_fitted` may be negative. It is kept that way: s |s| gives s
-# back, and only averages are clamped (`smoothing.py`).
-
-# The estimates that each geometry has; the paper's first.
-ESTIMATES = {
-    "euclidean": ("plug_in", "debiased", "cross_fitted"),
-    "manhattan": ("plug_in", "debiased", "cross_fitted"),
-    "nuclear": ("plug_in", "cross_fitted"),
-}
+from gns_pretrain.geometry.square_root import smaller_side_gram
+from gns_pretrain.model.llama import Kind
+from gns_pretrain.noise_scale.equations import (
+    coordinate_variance,
+    corrected_inflection_batch,
+    dual_norm_fraction_batch,
+    euclidean_cross_signal,
+    euclidean_cross_totals,
+    euclidean_fraction_batch,
+    euclidean_signal_total,
+    half_means,
+    inflection_batch,
+    manhattan_cross_total,
+    manhattan_noise_total,
+    manhattan_signal_total,
+    maximum_efficiency_batch,
+    noise_scale,
+    nuclear_cross_totals,
+    nuclear_totals,
+    small_sample_factor,
+)
+
+BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
+# Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
+# the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
+CHUNK_ENTRIES = 2**23
 
 
 @dataclass(frozen=True)
@@ -309,7 +68,7 @@ class Measurement:
     """Noise and signal of one optimizer step, for one geometry and estimate.
 
     Args:
-        geometry: a key of `ESTIMATES`.
+        geometry: a key of `GEOMETRIES`.
         estimate: one of its estimates.
         noise: N, of one sequence.
         signal: M; negative if a debiased or cross-fitted one came out so.
@@ -338,55 +97,352 @@ class Measurement:
         return None
 
 
-def measure(
-    geometry: str,
-    estimate: str,
-    *,
-    noise_total: float,
-    signal_total: float,
-    batch_size: int,
-    num_samples: int,
-) -> Measurement:
-    """N and M from totals over all layers and shards, by the table above.
+@dataclass(frozen=True)
+class Needs:
+    """What the gradient tap gathers beside the samples' norms and the mean gradient.
 
     Args:
-        geometry: "euclidean", "manhattan" or "nuclear".
-        estimate: "plug_in", "debiased" or "cross_fitted".
-        noise_total: sum_i sigma_i^2, sum_i sigma_i or sum_l tr C_l^(1/2).
-        signal_total: ||g||_2^2, ||g||_1 or sum_l ||G_l||_S1; for "cross_fitted" s.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
-
-    Raises:
-        InputError: a geometry without that estimate.
+        squares: sum_j (g^j)^2 of every coordinate.
+        signed_sums: sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices.
+        matrices: kinds of weights of which one owner gets the whole matrix and the Grams' sum.
     """
-    check_estimate(geometry, estimate)
-    euclidean = geometry == "euclidean"
-    noise = noise_total if euclidean else noise_total**2
-    if estimate == "cross_fitted":
-        signal = signal_total * abs(signal_total)
-    else:
-        signal = signal_total if euclidean else signal_total**2
-    if estimate == "debiased" and euclidean:
-        signal -= noise / batch_size
-    elif estimate == "debiased":
-        noise /= small_sample_factor(num_samples) ** 2
-    return Measurement(geometry, estimate, noise, signal, num_samples, batch_size)
 
+    squares: bool = False
+    signed_sums: bool = False
+    matrices: frozenset[Kind] = frozenset()
 
-def noise_scale(noise: float, signal: float) -> float | None:
-    """N / M in sequences (Eq. 22); None where the signal is not positive: no decision follows."""
-    return noise / signal if signal > 0.0 else None
-
-
-def check_estimate(geometry: str, estimate: str) -> None:
-    """Raise InputError unless the geometry is known and has this estimate."""
-    if geometry not in ESTIMATES:
-        raise InputError(
-            f"noise_scale.geometries holds {geometry}, which is unknown; use {', '.join(ESTIMATES)}"
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.squares or other.squares,
+            self.signed_sums or other.signed_sums,
+            self.matrices | other.matrices,
         )
-    if estimate not in ESTIMATES[geometry]:
-        raise InputError(
-            f"noise_scale.estimates holds {estimate}, which geometry {geometry} does not have; "
-            f"use one of {', '.join(ESTIMATES[geometry])}"
+
+
+@dataclass(frozen=True)
+class SampleSums:
+    """One rank's part of R samples; all sums or means over them, so leaving samples out subtracts.
+
+    Every rank holds its own rows of a weight, and the whole of the matrices that it owns.
+
+    Args:
+        num_even: samples over all ranks with an even index.
+        num_odd: those with an odd one.
+        square_norms: [W], float64; ||g^j||_2^2 summed over this rank's own samples.
+        means: this rank's rows of the mean gradient of each weight; empty on a rank whose rows
+            another replica contributes.
+        squares: the same rows of sum_j (g^j)^2, flat, perhaps with padding behind; empty if not
+            needed.
+        signed: the same rows of sum_j (+-1) g^j, likewise; empty if not needed.
+        grams: sum_j of the smaller side's Gram, float64, of each owned matrix by weight.
+        matrices: the mean gradient of each owned matrix, whole.
+        signed_matrices: sum_j (+-1) G^j of each owned matrix; empty if not needed.
+    """
+
+    num_even: int
+    num_odd: int
+    square_norms: Tensor
+    means: list[Tensor]
+    squares: list[Tensor]
+    signed: list[Tensor]
+    grams: dict[int, Tensor]
+    matrices: dict[int, Tensor]
+    signed_matrices: dict[int, Tensor]
+
+    @property
+    def num_samples(self) -> int:
+        """R."""
+        return self.num_even + self.num_odd
+
+    def variance(self, index: int, *, batch_size: int) -> Tensor:
+        """Per-sequence variance of each coordinate of this rank's rows of a weight (Eq. 20)."""
+        mean, samples = self.means[index], self.num_samples
+        mean_square = self.squares[index][: mean.numel()].view_as(mean) / samples
+        return coordinate_variance(mean_square, mean, batch_size=batch_size, num_samples=samples)
+
+    def halves(self, index: int) -> tuple[Tensor, Tensor]:
+        """g_A and g_B of this rank's rows of a weight."""
+        mean = self.means[index]
+        return self._halves(mean, self.signed[index][: mean.numel()].view_as(mean))
+
+    def matrix_halves(self, index: int) -> tuple[Tensor, Tensor]:
+        """g_A and g_B of a matrix that this rank owns."""
+        return self._halves(self.matrices[index], self.signed_matrices[index])
+
+    def _halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+        total = mean * self.num_samples
+        return half_means(total, signed, num_even=self.num_even, num_odd=self.num_odd)
+
+    def without(self, part: "SampleSums") -> "SampleSums":
+        """Leave some of the samples out, as if the others had been summed by themselves.
+
+        Where they were a whole half, nothing cross-fitted is left.
+        """
+        left = self.num_samples - part.num_samples
+        halves = self.num_even > part.num_even and self.num_odd > part.num_odd
+
+        def mean(whole: Tensor, removed: Tensor) -> Tensor:
+            return (whole * self.num_samples - removed * part.num_samples) / left
+
+        return SampleSums(
+            num_even=self.num_even - part.num_even,
+            num_odd=self.num_odd - part.num_odd,
+            square_norms=self.square_norms - part.square_norms,
+            means=[mean(*pair) for pair in zip(self.means, part.means, strict=True)],
+            squares=[a - b for a, b in zip(self.squares, part.squares, strict=True)],
+            signed=[a - b for a, b in zip(self.signed, part.signed, strict=True)] if halves else [],
+            grams={i: gram - part.grams[i] for i, gram in self.grams.items()},
+            matrices={i: mean(m, part.matrices[i]) for i, m in self.matrices.items()},
+            signed_matrices={
+                i: m - part.signed_matrices[i] for i, m in self.signed_matrices.items() if halves
+            },
         )
+
+    def copied(self) -> "SampleSums":
+        """Clone the means: they are the gradients themselves, which will change."""
+        return replace(
+            self,
+            means=[mean.clone() for mean in self.means],
+            matrices={i: matrix.clone() for i, matrix in self.matrices.items()},
+        )
+
+
+class GeometryChoices(Protocol):
+    """What a geometry reads of `NoiseScaleSettings`."""
+
+    parameters: str
+    nuclear_parameters: str
+    nuclear_local_batch_factor: bool
+    square_root: str
+
+
+class Geometry(ABC):
+    """The noise scale of one geometry. What is not overridden is that of a dual norm.
+
+    N and M are then squares of totals over weights, and Appendix B's points of the gain exist.
+
+    Args:
+        settings: of the measurement.
+    """
+
+    name: ClassVar[str]
+    estimates: ClassVar[tuple[str, ...]] = ("plug_in", "cross_fitted")  # the paper's first
+    columns: ClassVar[tuple[str, ...]] = ("noise", "signal", "gain")  # of `totals`
+    # Below this theta the plug-in target exceeds B where there is no true gradient at all, so that
+    # a batch can grow from noise alone: the square root of what the scale then reads, over B. None
+    # where it is not known.
+    noise_alone_theta: ClassVar[float | None] = None
+    noise_alone_estimates: ClassVar[tuple[str, ...]] = ("plug_in",)  # that noise alone raises
+    # Batch sizes from a noise scale by batch_size.target, beside theta and kappa.
+    targets: ClassVar[Mapping[str, Callable[[float], float]]] = {
+        "inflection": inflection_batch,
+        "corrected_inflection": corrected_inflection_batch,
+        "maximum_efficiency": maximum_efficiency_batch,
+    }
+    fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa
+
+    def __init__(self, settings: GeometryChoices) -> None:
+        self.settings = settings
+
+    @property
+    def needs(self) -> Needs:
+        """What its totals read beside norms and mean; `signed_sums` is added for cross_fitted."""
+        return Needs()
+
+    def looks_at(self, kind: Kind) -> bool:
+        """Whether weights of this kind are part of the noise scale."""
+        return self.settings.parameters == "all" or kind in BLOCK_MATRICES
+
+    @abstractmethod
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """Return one rank's part of each weight's totals; they add up over weights and ranks.
+
+        Args:
+            sums: of this rank.
+            batch_size: B, sequences of all the samples.
+
+        Returns:
+            [W, columns], float64: by default the roots of N and of M, and the cross-fitted s.
+        """
+
+    def noise_and_signal(
+        self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
+    ) -> tuple[float, float]:
+        """N and M of an estimate, by the table above.
+
+        Args:
+            estimate: one of `estimates`.
+            totals: `columns`, added over the weights in question and over all ranks.
+            batch_size: B, sequences per optimizer step over all ranks.
+            num_samples: R, at least 2.
+        """
+        noise, signal, gain, *_ = totals
+        return noise**2, gain * abs(gain) if estimate == "cross_fitted" else signal**2
+
+    def measure(
+        self, estimate: str, totals: Sequence[float], *, batch_size: int, num_samples: int
+    ) -> Measurement:
+        """`noise_and_signal` as a measurement.
+
+        Raises:
+            InputError: the geometry does not have that estimate.
+        """
+        if estimate not in self.estimates:
+            raise InputError(
+                f"noise_scale.estimates holds {estimate}, which geometry {self.name} does not "
+                f"have; use one of {', '.join(self.estimates)}"
+            )
+        noise, signal = self.noise_and_signal(estimate, totals, batch_size, num_samples)
+        return Measurement(self.name, estimate, noise, signal, num_samples, batch_size)
+
+    def details(self, totals: Sequence[float]) -> dict[str, Any]:
+        """Further entries of the record's noise line; none by default."""
+        return {}
+
+
+GEOMETRIES: dict[str, type[Geometry]] = {}
+G = TypeVar("G", bound=type[Geometry])
+
+
+def register(geometry: G) -> G:
+    """Make a geometry known by its name."""
+    GEOMETRIES[geometry.name] = geometry
+    return geometry
+
+
+@register
+class Euclidean(Geometry):
+    """SGD's geometry (Eq. 6). Its signal is ||g||^2 itself, and its gain has no inflection."""
+
+    name = "euclidean"
+    estimates = ("plug_in", "debiased", "cross_fitted")
+    columns = ("sample_squares", "mean_squares", "product", "first_squares", "second_squares")
+    noise_alone_theta = 1.0  # E||g||_2^2 = tr C / B, so that the scale reads B
+    targets: ClassVar[Mapping[str, Callable[[float], float]]] = {}
+    fraction_batch = staticmethod(euclidean_fraction_batch)
+
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """sum_j ||g^j||^2, ||g||^2; <g_A, g_B>, ||g_A||^2 and ||g_B||^2."""
+        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        totals[:, 0] = sums.square_norms
+        for index, mean in enumerate(sums.means):
+            totals[index, 1] = euclidean_signal_total(mean)
+            if sums.signed:
+                totals[index, 2:] = euclidean_cross_totals(*sums.halves(index))
+        return totals
+
+    def noise_and_signal(
+        self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
+    ) -> tuple[float, float]:
+        """Eq. 20 summed over coordinates needs the samples' norms alone."""
+        sample_squares, mean_squares, *cross = totals
+        spread = max(sample_squares / num_samples - mean_squares, 0.0)
+        noise = spread * batch_size / (num_samples - 1)
+        if estimate == "cross_fitted":
+            gain = euclidean_cross_signal(torch.tensor(cross)).item()
+            return noise, gain * abs(gain)
+        return noise, mean_squares - noise / batch_size if estimate == "debiased" else mean_squares
+
+
+@register
+class Manhattan(Geometry):
+    """The geometry of signSGD and Signum (Eq. 13)."""
+
+    name = "manhattan"
+    estimates = ("plug_in", "debiased", "cross_fitted")
+    # E|g_i| = (2 / pi)^(1/2) sigma_i B^(-1/2), so that the scale reads (pi / 2) B (many samples).
+    noise_alone_theta = math.sqrt(math.pi / 2.0)
+    noise_alone_estimates = ("plug_in", "debiased")  # debiased mends the noise, not the signal
+
+    @property
+    def needs(self) -> Needs:
+        """Squares of every coordinate."""
+        return Needs(squares=True)
+
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """sum_i sigma_i, ||g||_1 and s of the sign."""
+        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        for index, mean in enumerate(sums.means):
+            totals[index, 0] = manhattan_noise_total(sums.variance(index, batch_size=batch_size))
+            totals[index, 1] = manhattan_signal_total(mean)
+            if sums.signed:
+                totals[index, 2] = manhattan_cross_total(*sums.halves(index))
+        return totals
+
+    def noise_and_signal(
+        self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
+    ) -> tuple[float, float]:
+        """Debiased, the noise is divided by c4^2."""
+        noise, signal = super().noise_and_signal(estimate, totals, batch_size, num_samples)
+        if estimate == "debiased":
+            noise /= small_sample_factor(num_samples) ** 2
+        return noise, signal
+
+
+@register
+class Nuclear(Geometry):
+    """The geometry of specSGD and Muon (Eq. 17), of matrices and not of the other weights."""
+
+    name = "nuclear"
+    columns = ("noise", "signal", "gain", "fallbacks")
+    # Between the other two, by shape: E||g||_S1 of a square matrix of independent entries is
+    # 8 / (3 pi) of tr C^(1/2) B^(-1/2), that of a very wide one all of it.
+    noise_alone_theta = 3.0 * math.pi / 8.0
+
+    @property
+    def needs(self) -> Needs:
+        """Whole matrices and their Grams."""
+        if self.settings.nuclear_parameters == "all_2d":
+            return Needs(matrices=BLOCK_MATRICES | {Kind.EMBEDDING, Kind.OUTPUT})
+        return Needs(matrices=BLOCK_MATRICES)
+
+    def looks_at(self, kind: Kind) -> bool:
+        """The blocks' matrices; embedding and output too with nuclear_parameters=all_2d."""
+        return kind in self.needs.matrices
+
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """tr C^(1/2), ||G||_S1 and s of the matrix sign; a chunk's fallbacks on its first weight.
+
+        Fallbacks are square roots that took the exact route after all.
+        """
+        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        for members in chunks_of_one_size(sums.grams):
+            nuclear = nuclear_totals(
+                torch.stack([sums.grams[i] for i in members]) / sums.num_samples,
+                torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in members]),
+                batch_size=batch_size,
+                num_samples=sums.num_samples,
+                mode=self.settings.square_root,
+            )
+            totals[members, 0] = nuclear.noise
+            totals[members, 1] = nuclear.signal
+            totals[members[0], 3] = nuclear.num_fallbacks
+        for index in sums.signed_matrices:
+            first, second = sums.matrix_halves(index)
+            totals[index, 2] = nuclear_cross_totals(first[None], second[None])[0]
+        return totals
+
+    def noise_and_signal(
+        self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
+    ) -> tuple[float, float]:
+        """The authors' code multiplies the noise scale by the local batch size, on request."""
+        noise, signal = super().noise_and_signal(estimate, totals, batch_size, num_samples)
+        if self.settings.nuclear_local_batch_factor:
+            noise = noise * batch_size / num_samples
+        return noise, signal
+
+    def details(self, totals: Sequence[float]) -> dict[str, Any]:
+        """How many square roots took the slow route, if any: a GPU pays for those."""
+        fallbacks = round(totals[3])
+        return {"square_root_fallbacks": fallbacks} if fallbacks else {}
+
+
+def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices of one size, as many as `CHUNK_ENTRIES` holds and at least one."""
+    sizes: dict[int, list[int]] = {}
+    for index, gram in grams.items():
+        sizes.setdefault(len(gram), []).append(index)
+    for size, members in sizes.items():
+        count = max(1, CHUNK_ENTRIES // size**2)
+        for start in range(0, len(members), count):
+            yield members[start : start + count]

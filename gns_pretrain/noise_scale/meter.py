@@ -1,18 +1,17 @@
 """From what the tap has gathered to noise and signal: each rank its part, then one all-reduce."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import or_
+from typing import Any
 
 import torch
 from torch import nn
 
-from gns_pretrain.model.llama import Kind
-from gns_pretrain.noise_scale.geometries import Measurement, euclidean_cross_signal, measure
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, Needs, SampleSums
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.noise_scale.sums import COLUMN, SampleSums, totals_of
-from gns_pretrain.noise_scale.tap import GradientTap, TapNeeds, sample_sums
+from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 
@@ -24,14 +23,14 @@ class Reading:
     total: Measurement
     parts: dict[str, Measurement]  # by kind of parameter and by block, where asked for
     seconds: float  # host time of the whole step's measurement, all geometries together
-    num_fallbacks: int = 0  # of Nuclear's square roots, those that took eigenvalues after all
+    details: dict[str, Any] = field(default_factory=dict)  # of the geometry, for the record
 
 
 class NoiseMeter:
-    """Measures the noise scale of single steps.
+    """Measures the noise scale of single steps, whose samples its `tap` gathers.
 
     Args:
-        model: laid over ranks by `parallelize`.
+        model: parallelized.
         world: its ranks; all of them measure together.
         settings: geometries, estimates and what they look at.
     """
@@ -39,21 +38,14 @@ class NoiseMeter:
     def __init__(self, model: nn.Module, world: World, settings: NoiseScaleSettings) -> None:
         self.settings = settings
         self.world = world
-        self.tap = GradientTap(model, world, needs_of(settings))
-
-    @contextmanager
-    def armed(self, accumulation: int) -> Iterator[None]:
-        """Listen during the backward passes of one step."""
-        with self.tap.armed(accumulation):
-            yield
-
-    def end_of_sample(self) -> None:
-        """After each backward pass."""
-        self.tap.end_of_sample()
+        self.geometries = [GEOMETRIES[name](settings) for name in settings.geometries]
+        signed = any(estimate == "cross_fitted" for _, estimate in settings.measured)
+        needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
+        self.tap = GradientTap(model, world, needs | Needs(signed_sums=signed))
 
     @torch.no_grad()
     def read(self, batch_size: int) -> list[Reading]:
-        """Noise and signal of the step, after its backward passes and before clipping.
+        """Return noise and signal of the step, after its backward passes and before clipping.
 
         Args:
             batch_size: B, sequences of the step over all ranks.
@@ -62,66 +54,45 @@ class NoiseMeter:
             One reading for each geometry and estimate that was asked for, the same on every rank.
         """
         started = time.perf_counter()
-        sums = sample_sums(self.tap)
-        table = self._table(sums, batch_size)
+        sums = self.tap.sums()
+        totals = self._totals(sums, batch_size)
         self.tap.release()
         seconds = self.tap.seconds + time.perf_counter() - started
-        return self._readings(table, batch_size, sums.num_samples, seconds)
+        return self._readings(totals, batch_size, sums.num_samples, seconds)
 
     @torch.no_grad()
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:
-        """The same from sums that were gathered before; all ranks together."""
-        return self._readings(self._table(sums, batch_size), batch_size, sums.num_samples, 0.0)
+        """Return the same from sums that were gathered before; all ranks together."""
+        return self._readings(self._totals(sums, batch_size), batch_size, sums.num_samples, 0.0)
 
-    def _table(self, sums: SampleSums, batch_size: int) -> list[list[float]]:
-        """Totals of each weight over all ranks: one all-reduce of kilobytes, one look at it."""
-        totals = totals_of(sums, batch_size=batch_size, square_root=self.settings.square_root)
-        table: list[list[float]] = sum_over_ranks(totals, self.world).tolist()
-        return table
+    def _totals(self, sums: SampleSums, batch_size: int) -> list[list[list[float]]]:
+        """[geometry][weight][column] over all ranks: one all-reduce of kilobytes, one wait."""
+        totals = [geometry.totals(sums, batch_size) for geometry in self.geometries]
+        summed = sum_over_ranks(torch.cat(totals, dim=1), self.world).cpu()
+        return [part.tolist() for part in summed.split([t.shape[1] for t in totals], dim=1)]
 
     def _readings(
-        self, table: list[list[float]], batch_size: int, samples: int, seconds: float
+        self, totals: list[list[list[float]]], batch_size: int, num_samples: int, seconds: float
     ) -> list[Reading]:
         """Measurements of the whole model, and of its parts where asked for."""
         readings = []
-        for geometry in self.settings.geometries:
-            chosen = self._chosen(geometry)
-            for estimate in self.settings.estimates_of(geometry):
-
-                def of(
-                    rows: list[int], geometry: str = geometry, estimate: str = estimate
-                ) -> Measurement:
-                    return self._measurement(table, rows, geometry, estimate, batch_size, samples)
-
-                parts = {name: of(rows) for name, rows in self._parts(chosen).items()}
-                fallbacks = sum(table[i][COLUMN["fallbacks"]] for i in chosen)
-                readings.append(
-                    Reading(
-                        of(chosen),
-                        parts,
-                        seconds,
-                        num_fallbacks=round(fallbacks) if geometry == "nuclear" else 0,
-                    )
+        for geometry, table in zip(self.geometries, totals, strict=True):
+            weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.kind)]
+            whole = added(table, weights)
+            parts = {name: added(table, rows) for name, rows in self._parts(weights).items()}
+            for estimate in self.settings.estimates_of(geometry.name):
+                measure = partial(
+                    geometry.measure, estimate, batch_size=batch_size, num_samples=num_samples
                 )
+                of_parts = {name: measure(part) for name, part in parts.items()}
+                details = geometry.details(whole)
+                readings.append(Reading(measure(whole), of_parts, seconds, details))
         return readings
 
-    def _chosen(self, geometry: str) -> list[int]:
-        """Weights that a geometry looks at."""
-        blocks = (Kind.ATTENTION, Kind.FEED_FORWARD)
-        return [
-            index
-            for index, weight in enumerate(self.tap.weights)
-            if (
-                weight.owner is not None
-                if geometry == "nuclear"
-                else self.settings.parameters == "all" or weight.kind in blocks
-            )
-        ]
-
-    def _parts(self, chosen: list[int]) -> dict[str, list[int]]:
-        """The chosen weights by kind and by block, as far as the settings ask for them."""
+    def _parts(self, weights: list[int]) -> dict[str, list[int]]:
+        """Weights by kind and by block, as far as the settings ask for them."""
         parts: dict[str, list[int]] = {}
-        for index in chosen:
+        for index in weights:
             weight = self.tap.weights[index]
             if self.settings.per_kind:
                 parts.setdefault(weight.kind.name.lower(), []).append(index)
@@ -129,45 +100,7 @@ class NoiseMeter:
                 parts.setdefault(weight.block, []).append(index)
         return parts
 
-    def _measurement(
-        self,
-        table: list[list[float]],
-        rows: list[int],
-        geometry: str,
-        estimate: str,
-        batch_size: int,
-        samples: int,
-    ) -> Measurement:
-        """Noise and signal from the table's sums over some weights."""
-        sums = {name: sum(table[row][column] for row in rows) for name, column in COLUMN.items()}
-        if geometry == "euclidean":
-            spread = max(sums["sample_squares"] / samples - sums["mean_squares"], 0.0)
-            noise, signal = spread * batch_size / (samples - 1), sums["mean_squares"]
-            cross = euclidean_cross_signal(
-                torch.tensor([sums["cross_product"], sums["cross_first"], sums["cross_second"]])
-            ).item()
-        elif geometry == "manhattan":
-            noise, signal, cross = sums["sigma"], sums["mean_abs"], sums["manhattan_cross"]
-        else:
-            noise, signal, cross = sums["trace_root"], sums["nuclear_norm"], sums["nuclear_cross"]
-        measurement = measure(
-            geometry,
-            estimate,
-            noise_total=noise,
-            signal_total=cross if estimate == "cross_fitted" else signal,
-            batch_size=batch_size,
-            num_samples=samples,
-        )
-        if geometry == "nuclear" and self.settings.nuclear_local_batch_factor:
-            return replace(measurement, noise=measurement.noise * batch_size / samples)
-        return measurement
 
-
-def needs_of(settings: NoiseScaleSettings) -> TapNeeds:
-    """What the tap must gather for what the settings ask for."""
-    return TapNeeds(
-        squares="manhattan" in settings.geometries,
-        signed_sums="cross_fitted" in settings.estimates,
-        grams="nuclear" in settings.geometries,
-        all_2d=settings.nuclear_parameters == "all_2d",
-    )
+def added(table: list[list[float]], rows: list[int]) -> list[float]:
+    """Each column of a table, added over some of its rows."""
+    return [sum(table[row][column] for row in rows) for column in range(len(table[0]))]

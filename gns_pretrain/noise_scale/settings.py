@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Settings, at_least, key_of, one_of
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.noise_scale.geometries import ESTIMATES, check_estimate
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices")
@@ -13,46 +15,36 @@ NUCLEAR_PARAMETERS = ("block_matrices", "all_2d")
 
 
 @dataclass
-class NoiseScaleSettings:
+class NoiseScaleSettings(Settings):
     """Settings of the noise scale's measurement; no geometry measures nothing."""
 
-    geometries: list[str] = field(default_factory=list)  # euclidean, manhattan, nuclear
+    section: ClassVar[str] = "noise_scale"
+
+    geometries: Annotated[list[str], key_of(GEOMETRIES)] = field(default_factory=list)
     estimates: list[str] = field(default_factory=lambda: ["plug_in"])  # the paper's comes first
-    every_steps: int = 100  # F; at step 1 and every F steps; the paper's value
-    min_samples: int = 8  # micro-batches that a step keeps where a policy changes the batch; ours
-    parameters: str = "all"  # of Euclidean and Manhattan: all | block_matrices
-    nuclear_parameters: str = "block_matrices"  # block_matrices | all_2d (the authors' code)
+    # F; at step 1 and every F steps; the paper's value
+    every_steps: Annotated[int, at_least(1, "step", hint="the paper measures every 100")] = 100
+    # micro-batches that a step keeps where a policy changes the batch; ours
+    min_samples: Annotated[
+        int,
+        at_least(
+            2,
+            hint="a noise scale compares micro-batches; 8 keeps the bias of the paper's estimate "
+            "near 7 %",
+        ),
+    ] = 8
+    parameters: Annotated[str, one_of(*PARAMETERS)] = "all"  # of Euclidean and Manhattan
+    # all_2d: the authors' code
+    nuclear_parameters: Annotated[str, one_of(*NUCLEAR_PARAMETERS)] = "block_matrices"
     nuclear_local_batch_factor: bool = False  # the authors' code: noise scale x local batch size
-    square_root: str = "auto"  # auto | iterative | exact, of tr C^(1/2) and the nuclear norm
+    square_root: Annotated[str, one_of(*MODES)] = "auto"  # of tr C^(1/2) and the nuclear norm
     per_kind: bool = False  # also log noise and signal by kind of parameter
     per_layer: bool = False  # also log noise and signal by block
     smoothing: SmoothingSettings = field(default_factory=SmoothingSettings)
 
     def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        self._check_geometries_and_estimates()
-        if self.every_steps < 1:
-            raise InputError(
-                f"noise_scale.every_steps={self.every_steps} must be at least 1 step; "
-                "the paper measures every 100"
-            )
-        if self.min_samples < 2:
-            raise InputError(
-                f"noise_scale.min_samples={self.min_samples} must be at least 2: a noise scale "
-                "compares micro-batches; 8 keeps the bias of the paper's estimate near 7 %"
-            )
-        for name, choices in (
-            ("parameters", PARAMETERS),
-            ("nuclear_parameters", NUCLEAR_PARAMETERS),
-            ("square_root", MODES),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"noise_scale.{name}={getattr(self, name)} is not known; "
-                    f"use one of {', '.join(choices)}"
-                )
-
-    def _check_geometries_and_estimates(self) -> None:
+        """Check each field, then that every geometry has something to measure, once."""
+        super().__post_init__()
         for name in ("geometries", "estimates"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -60,20 +52,31 @@ class NoiseScaleSettings:
                     f"noise_scale.{name}={listed(given)} names one twice, which would be measured, "
                     f"written and averaged twice; use {listed(dict.fromkeys(given))}"
                 )
+        known = {estimate for geometry in GEOMETRIES.values() for estimate in geometry.estimates}
+        for estimate in self.estimates:
+            if estimate not in known:
+                raise InputError(
+                    f"noise_scale.estimates holds {estimate}, which no geometry has; use one of "
+                    f"{', '.join(sorted(known))}"
+                )
         if self.geometries and not self.estimates:
             raise InputError("noise_scale.estimates=[] names none; use [plug_in], the paper's")
         for geometry in self.geometries:
-            for estimate in self.estimates_of(geometry):
-                check_estimate(geometry, estimate)
             if not self.estimates_of(geometry):
                 raise InputError(
                     f"noise_scale.estimates={listed(self.estimates)} leaves geometry {geometry} "
-                    f"nothing to measure; add {' or '.join(ESTIMATES[geometry])}, or leave it out"
+                    f"nothing to measure; add {' or '.join(GEOMETRIES[geometry].estimates)}, or "
+                    "leave it out"
                 )
 
     def estimates_of(self, geometry: str) -> list[str]:
         """The estimates asked for, less those that a geometry has no equation for."""
-        return [e for e in self.estimates if (geometry, e) != ("nuclear", "debiased")]
+        return [e for e in self.estimates if e in GEOMETRIES[geometry].estimates]
+
+    @property
+    def measured(self) -> list[tuple[str, str]]:
+        """Geometry and estimate of each measurement of a step."""
+        return [(g, estimate) for g in self.geometries for estimate in self.estimates_of(g)]
 
     def measures_at(self, step: int) -> bool:
         """Whether the noise scale is measured in a step, counted from 1."""

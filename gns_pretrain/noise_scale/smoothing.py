@@ -11,34 +11,35 @@ M = max(average of M, 0).
 """
 
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
 
-from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.geometries import Measurement, noise_scale
+from gns_pretrain.fields import Settings, within
+from gns_pretrain.noise_scale.equations import noise_scale
+from gns_pretrain.noise_scale.geometries import Measurement
+
+SPREAD_OVER = 10  # measurements
 
 
 @dataclass
-class SmoothingSettings:
+class SmoothingSettings(Settings):
     """How much of an average survives a measurement."""
 
-    noise_decay: float = 0.9  # beta^N, the paper's
-    signal_decay: float = 0.9  # beta^M, the paper's
-    bias_corrected: bool = True  # ours: divide by the weight given so far
+    section: ClassVar[str] = "noise_scale.smoothing"
 
-    def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        for name in ("noise_decay", "signal_decay"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise InputError(
-                    f"noise_scale.smoothing.{name}={value} must be at least 0 and below 1; "
-                    "0 keeps only the last measurement, the paper uses 0.9"
-                )
+    noise_decay: Annotated[
+        float, within(0, 1, hint="0 keeps only the last measurement, the paper uses 0.9")
+    ] = 0.9  # beta^N, the paper's
+    signal_decay: Annotated[
+        float, within(0, 1, hint="0 keeps only the last measurement, the paper uses 0.9")
+    ] = 0.9  # beta^M, the paper's
+    bias_corrected: bool = True  # ours: divide by the weight given so far
 
 
 @dataclass(frozen=True)
 class Averages:
-    """Averages of one geometry and estimate; `asdict` saves, `Averages(**values)` loads.
+    """Averages of one geometry and estimate.
 
     Args:
         noise: average of N, before any bias correction.
@@ -69,9 +70,7 @@ class SmoothedNoiseScale:
 
 
 def include(averages: Averages, measurement: Measurement, settings: SmoothingSettings) -> Averages:
-    """Averages after one more measurement; the same ones if it is not finite (`skip_reason`)."""
-    if measurement.skip_reason is not None:
-        return averages
+    """Return the averages after one more measurement (Eq. 23)."""
     beta_noise, beta_signal = settings.noise_decay, settings.signal_decay
     signal = _linear(measurement.signal, measurement.estimate)
     return Averages(
@@ -83,7 +82,7 @@ def include(averages: Averages, measurement: Measurement, settings: SmoothingSet
 
 
 def smoothed(averages: Averages, estimate: str, settings: SmoothingSettings) -> SmoothedNoiseScale:
-    """Noise, signal and noise scale that the averages stand for; zeros before any measurement."""
+    """Return noise, signal and noise scale by the averages; zeros before any measurement."""
     noise, signal = averages.noise, averages.signal
     if settings.bias_corrected and averages.noise_weight > 0.0:
         noise, signal = noise / averages.noise_weight, signal / averages.signal_weight
@@ -96,3 +95,53 @@ def smoothed(averages: Averages, estimate: str, settings: SmoothingSettings) -> 
 def _linear(signal: float, estimate: str) -> float:
     """The quantity whose mean is unbiased: s of M = s |s| for a cross-fitted estimate, else M."""
     return math.copysign(math.sqrt(abs(signal)), signal) if estimate == "cross_fitted" else signal
+
+
+class NoiseTracker:
+    """Follows one geometry and estimate: its averages, and how far its single scales spread.
+
+    Args:
+        geometry: a key of `GEOMETRIES`.
+        estimate: one of its estimates.
+        settings: of the averages.
+    """
+
+    def __init__(self, geometry: str, estimate: str, settings: SmoothingSettings) -> None:
+        self.geometry = geometry
+        self.estimate = estimate
+        self.settings = settings
+        self._averages = Averages()
+        self._recent: list[float] = []  # noise scales of single measurements, newest last
+
+    def include(self, measurement: Measurement) -> None:
+        """Average a measurement; one of another kind or not finite (`skip_reason`) is left out."""
+        kind = (measurement.geometry, measurement.estimate)
+        if kind != (self.geometry, self.estimate) or measurement.skip_reason is not None:
+            return
+        self._averages = include(self._averages, measurement, self.settings)
+        if measurement.noise_scale is not None:
+            self._recent = [*self._recent, measurement.noise_scale][-SPREAD_OVER:]
+
+    @property
+    def smoothed(self) -> SmoothedNoiseScale | None:
+        """What the averages say; None before the first measurement."""
+        if self._averages.noise_weight == 0.0:
+            return None
+        return smoothed(self._averages, self.estimate, self.settings)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the last single noise scales, in sequences; None below two.
+
+        It stands in for an interval, which would need every sample's gradient.
+        """
+        return statistics.stdev(self._recent) if len(self._recent) > 1 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and recent noise scales."""
+        return {"averages": asdict(self._averages), "recent": list(self._recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._averages = Averages(**state["averages"])
+        self._recent = list(state["recent"])

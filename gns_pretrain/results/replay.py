@@ -17,19 +17,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain.batch_size.controller import Controller, SavedAverages, make_controller
+from gns_pretrain.batch_size.controller import BatchSizer, Controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
-from gns_pretrain.batch_size.policies import Position
-from gns_pretrain.batch_size.settings import (
+from gns_pretrain.batch_size.policies import (
     LR_SCALINGS,
-    OWN_VALUES,
     POLICIES,
     ROUNDINGS,
     TARGETS,
-    BatchSizeSettings,
+    Policy,
+    Position,
 )
+from gns_pretrain.batch_size.settings import BatchSizeSettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.geometries import ESTIMATES
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 from gns_pretrain.results.reading import History, Row, read_history
 from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_budget
@@ -161,7 +161,7 @@ def as_json(path: list[Replayed]) -> dict[str, Any]:
 
 # Settings of a replay: the published runs', or a run's own, with the command's options on top.
 
-ESTIMATE_NAMES = sorted({name for names in ESTIMATES.values() for name in names})
+ESTIMATE_NAMES = sorted({name for it in GEOMETRIES.values() for name in it.estimates})
 
 # The published signSGD runs, as Figure 3's files show them.
 PUBLISHED: dict[str, Any] = {
@@ -180,11 +180,11 @@ PUBLISHED: dict[str, Any] = {
 
 # Name, type, choices and meaning of each option that sets a field of the same name.
 POLICY_OPTIONS: tuple[tuple[str, Any, tuple[str, ...] | None, str], ...] = (
-    ("policy", str, POLICIES, "what chooses the batch size"),
+    ("policy", str, tuple(POLICIES), "what chooses the batch size"),
     ("theta", float, None, "tolerated noise-to-signal ratio; eta of the norm test"),
     ("target", str, TARGETS, "how a noise scale becomes a batch size"),
     ("kappa", float, None, "share of the largest gain, for --target kappa"),
-    ("geometry", str, tuple(ESTIMATES), "whose noise scale"),
+    ("geometry", str, tuple(GEOMETRIES), "whose noise scale"),
     ("estimate", str, tuple(ESTIMATE_NAMES), "which estimate of it"),
     ("noise_decay", float, None, "beta^N; averages the single measurements anew"),
     ("signal_decay", float, None, "beta^M; likewise"),
@@ -292,7 +292,7 @@ def policy_settings(
     options = {name: getattr(given, name) for name in names}
     values |= {"initial": initial} if initial is not None else {}
     if (recorded == "norm_test") != ((options["policy"] or recorded) == "norm_test"):
-        values |= dict.fromkeys(OWN_VALUES)  # the norm test has its own
+        values |= dict.fromkeys(Policy.own_values)  # the norm test has its own
     values |= {name: value for name, value in options.items() if value is not None}
     known = {field.name for field in fields(BatchSizeSettings)}
     return BatchSizeSettings(**{name: values[name] for name in values if name in known})
@@ -367,10 +367,10 @@ def replay(history: History, settings: ReplaySettings) -> list[Replayed]:
     """Every recorded step, with what the policy does there, until it has spent the budget."""
     initial, length = settings.batch_size.initial, settings.sequence_length
     total_steps = steps_in_budget(settings.token_budget, batch_size=initial, sequence_length=length)
-    controller = make_replayed(history, settings, total_steps)
+    sizer = replayed_sizer(history, settings, total_steps)
+    policy = sizer.followed.policy
     schedule = Schedule(settings.schedule, initial, total_steps)
     rows = {row.step: row for row in history.rows}
-    averages: SavedAverages = {}
     batch_size, multiplier, samples, target = initial, 1.0, 0, None
     path = []
     for step in range(1, history.rows[-1].step + 1):
@@ -383,8 +383,10 @@ def replay(history: History, settings: ReplaySettings) -> list[Replayed]:
             token_budget=settings.token_budget,
             sequence_length=length,
         )
-        target = first_not_none(controller.wanted(position, averages), target)
-        if decision := controller.decide(position, batch_size, averages):
+        wanted = policy.target(position, sizer.noise_for(sizer.followed))
+        target = target if wanted is None else wanted
+        decision, _ = sizer.decide(position, batch_size)
+        if decision:
             batch_size, multiplier = decision.split.batch_size, decision.lr_multiplier
         peak = settings.peak_lr
         lr = None if peak is None else peak * (schedule.factor(samples) * multiplier)
@@ -392,28 +394,21 @@ def replay(history: History, settings: ReplaySettings) -> list[Replayed]:
         if step in rows:
             path.append(Replayed(rows[step], batch_size, samples * length, lr, target))
         if step in history.measurements:
-            controller.include(averages, history.measurements[step])
+            sizer.observe([history.measurements[step]])
     last = path[-1].row.step if path else 0
     over = [row for row in history.rows if row.step > last]
     return path + [Replayed(row, None, None, None, None) for row in over]
 
 
-def make_replayed(history: History, settings: ReplaySettings, total_steps: int) -> Controller:
-    """The controller to replay; averages that were recorded are taken as they are."""
+def replayed_sizer(history: History, settings: ReplaySettings, total_steps: int) -> BatchSizer:
+    """The policy to replay; averages that were recorded are taken as they are."""
     policy = settings.batch_size
-    return make_controller(
-        policy,
+    controller = Controller(
         "replay",
-        sizes=settings.sizes,
-        initial_batch_size=policy.initial,
-        total_steps=total_steps,
-        smoothing=AS_RECORDED if history.averaged else settings.smoothing,
+        policy.kind(policy, initial_batch_size=policy.initial, total_steps=total_steps),
+        settings.sizes,
     )
-
-
-def first_not_none(value: float | None, otherwise: float | None) -> float | None:
-    """`value`, unless there is none."""
-    return otherwise if value is None else value
+    return BatchSizer([controller], AS_RECORDED if history.averaged else settings.smoothing)
 
 
 def asked_of_record(policy: BatchSizeSettings) -> dict[str, Any]:

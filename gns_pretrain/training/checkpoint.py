@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.stateful import Stateful
 
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
@@ -170,8 +171,21 @@ class Checkpoints:
         self.keep = keep
         self.world = world
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        *others: Stateful,
+    ) -> Path:
         """Write a checkpoint of this step; older ones beyond `keep` go when it stands.
+
+        Args:
+            model: parallelized.
+            optimizer: over its parameters.
+            state: of the run.
+            others: further parts of the run, whose `state_dict` is fit for JSON and written beside
+                the state's own entries.
 
         Raises:
             TrainingError: it could not be written; what was there before still is.
@@ -185,7 +199,7 @@ class Checkpoints:
             with alone(self.world) as no_dist:
                 tensors = tensors_to_save(model, optimizer)
                 dcp.save(tensors, checkpoint_id=unfinished, no_dist=no_dist)
-            self._main(lambda: write_state(unfinished, model, state))
+            self._main(lambda: write_state(unfinished, model, state, *others))
             # Each rank reads back its own files: the hash covers what the disk holds.
             hashes = self._each(lambda: digests_of(unfinished, self.world.rank))
             self._main(lambda: seal(unfinished, hashes))
@@ -237,9 +251,9 @@ class Checkpoints:
         return f"{whole} is whole and is where a run goes on; {way_out}"
 
     def load_latest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Stateful
     ) -> tuple[TrainState | None, list[str]]:
-        """Load the newest whole checkpoint into model, optimizer and generators.
+        """Load the newest whole checkpoint into model, optimizer, others and generators.
 
         Returns:
             The state it was saved with, None where there is no checkpoint; and a line for each
@@ -267,7 +281,10 @@ class Checkpoints:
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
         restore_generators(torch.load(chosen / GENERATORS, weights_only=True))
-        return TrainState.from_dict(json.loads((chosen / TRAIN_STATE).read_text())), damaged
+        values = json.loads((chosen / TRAIN_STATE).read_text())
+        for other in others:
+            other.load_state_dict(values)
+        return TrainState.from_dict(values), damaged
 
 
 @contextmanager
@@ -301,9 +318,12 @@ def restore_generators(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def write_state(folder: Path, model: nn.Module, state: TrainState) -> None:
+def write_state(folder: Path, model: nn.Module, state: TrainState, *others: Stateful) -> None:
     """What is not a sharded tensor: the run's position, the model's shape, the generators."""
-    write_json(folder / TRAIN_STATE, state.as_dict())
+    values = state.as_dict()
+    for other in others:
+        values |= other.state_dict()
+    write_json(folder / TRAIN_STATE, values)
     write_json(folder / MODEL, asdict(unwrapped(model).config))
     torch.save(generator_states(), folder / GENERATORS)
 

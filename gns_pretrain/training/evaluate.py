@@ -1,28 +1,24 @@
 """Validation loss on a fixed set of sequences, the same whatever the layout."""
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 
 
 @dataclass
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """When and on what the validation loss is taken; also at step 1 and at the end."""
 
-    every_tokens: int = 400_000  # tokens between evaluations
-    num_sequences: int = 64  # the first so many of the validation split
+    section: ClassVar[str] = "evaluation"
 
-    def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        for name in ("every_tokens", "num_sequences"):
-            value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"evaluation.{name}={value} must be at least 1")
+    every_tokens: Annotated[int, at_least(1)] = 400_000  # tokens between evaluations
+    num_sequences: Annotated[int, at_least(1)] = 64  # the first so many of the validation split
 
 
 @torch.no_grad()
@@ -30,7 +26,7 @@ def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -
     """Mean negative log-likelihood per token, in nats.
 
     Args:
-        model: laid over ranks by `parallelize`.
+        model: parallelized.
         sequences: int64 [n, L + 1] on the device, the same on every rank.
         chunk: sequences in a forward pass.
         world: each rank takes every num_ranks-th chunk.
@@ -40,10 +36,10 @@ def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -
     for start in range(0, len(chunks), world.num_ranks):
         index = start + world.rank
         # A rank without a chunk of its own repeats another: sharded weights need all ranks.
-        mine = chunks[index] if index < len(chunks) else chunks[start]
-        loss = model(mine[:, :-1], mine[:, 1:])
+        local = chunks[index] if index < len(chunks) else chunks[start]
+        loss = model(local[:, :-1], local[:, 1:])
         if index < len(chunks):
-            total[0] += loss.double() * len(mine)
-            total[1] += len(mine)
+            total[0] += loss.double() * len(local)
+            total[1] += len(local)
     loss_sum, count = sum_over_ranks(total, world).tolist()
     return loss_sum / count

@@ -2,31 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
-
-KINDS = ("cosine", "constant")
+from gns_pretrain.fields import Settings, one_of, within
 
 
 @dataclass
-class ScheduleSettings:
+class ScheduleSettings(Settings):
     """Shape of the learning rate over the run; the peak itself is `optimizer.lr`."""
 
-    kind: str = "cosine"  # cosine | constant, both after a linear warm-up
-    warmup_fraction: float = 0.15  # of the token budget; the paper's value
+    section: ClassVar[str] = "schedule"
+
+    kind: Annotated[str, one_of("cosine", "constant")] = "cosine"  # after a linear warm-up
+    # of the token budget; the paper's value
+    warmup_fraction: Annotated[float, within(0, 1, hint="0.15 is the paper's value")] = 0.15
     final_fraction: float = 0.0  # of the peak, at the end of the cosine; the paper's value
 
     def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        if self.kind not in KINDS:
-            raise InputError(
-                f"schedule.kind={self.kind} is not known; use one of {', '.join(KINDS)}"
-            )
-        if not 0.0 <= self.warmup_fraction < 1.0:
-            raise InputError(
-                f"schedule.warmup_fraction={self.warmup_fraction} must be at least 0 and below 1; "
-                "0.15 is the paper's value"
-            )
+        """Check each field; a run may end at its peak, so 1 is allowed."""
+        super().__post_init__()
         if not 0.0 <= self.final_fraction <= 1.0:
             raise InputError(
                 f"schedule.final_fraction={self.final_fraction} must lie between 0 and 1; "

@@ -1,7 +1,9 @@
-"""Everything about a run that changes and is neither a weight nor optimizer state."""
+"""Where a run stands: what changes and is neither weight, optimizer state nor average."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from gns_pretrain.batch_size.feasible import Split
 
 
 @dataclass
@@ -13,26 +15,28 @@ class TrainState:
 
     batch_size: int  # sequences per optimizer step
     micro_batch_size: int  # sequences per micro-batch and rank
+    accumulation: int = 1  # micro-batches of each rank per optimizer step
     step: int = 0  # optimizer steps done
     samples: int = 0  # sequences consumed
     tokens: int = 0  # tokens predicted
     lr_multiplier: float = 1.0  # from the batch size, on top of the schedule
-    recent_noise_scales: dict[str, list[float]] = field(default_factory=dict)  # newest last
-    averages: dict[str, dict[str, float]] = field(default_factory=dict)  # noise and signal
-    shadow_batch_sizes: dict[str, int] = field(default_factory=dict)  # of policies only logged
 
-    def advance(self, *, sequences: int, sequence_length: int) -> None:
+    @classmethod
+    def before_first_step(cls, split: Split) -> "TrainState":
+        """The state of a run that has not begun."""
+        return cls(split.batch_size, split.micro_batch_size, split.accumulation)
+
+    def advance(self, *, sequence_length: int) -> None:
         """Count one optimizer step."""
         self.step += 1
-        self.samples += sequences
-        self.tokens += sequences * sequence_length
+        self.samples += self.batch_size
+        self.tokens += self.batch_size * sequence_length
 
-    def change_batch_size(
-        self, batch_size: int, *, micro_batch_size: int, lr_multiplier: float
-    ) -> None:
-        """Take another number of sequences from the coming step on."""
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
+    def take(self, split: Split, *, lr_multiplier: float) -> None:
+        """Split the coming steps another way."""
+        self.batch_size = split.batch_size
+        self.micro_batch_size = split.micro_batch_size
+        self.accumulation = split.accumulation
         self.lr_multiplier = lr_multiplier
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,8 +45,9 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
-        """Inverse of `as_dict`."""
-        return cls(**values)
+        """Inverse of `as_dict`; other entries are left alone."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def crossed(every: int, *, before: int, after: int) -> bool:

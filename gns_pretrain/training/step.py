@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
+from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import clip_gradient_norm
 from gns_pretrain.parallel.sharding import gradient_synchronisation
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured; tensors stay on the device until somebody reads them."""
+    """What one step measured; tensors stay on the device until they are read."""
 
     loss: Tensor  # 0-dim float32, nats per token, mean over this rank's micro-batches
     gradient_norm: Tensor  # 0-dim float32, before clipping, over all ranks
@@ -31,27 +32,29 @@ def train_step(
     micro_batches: Iterable[Tensor],
     *,
     accumulation: int,
-    max_gradient_norm: float | None,
+    gradient_clip: float | None,
     batch_size: int,
     meter: NoiseMeter | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
     Args:
-        model: laid over ranks by `parallelize`.
+        model: parallelized.
         optimizer: over its parameters, learning rates set.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
         accumulation: micro-batches of this rank in the step.
-        max_gradient_norm: clipping threshold of the joint norm; None clips nothing.
+        gradient_clip: largest global gradient norm; None clips nothing.
         batch_size: sequences of the step over all ranks.
         meter: measures the noise scale in this step; None leaves the step as it is.
     """
-    with meter.armed(accumulation) if meter else nullcontext():
-        losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
+    with meter.tap.armed(accumulation) if meter else nullcontext():
+        losses = accumulate_gradients(
+            model, micro_batches, accumulation=accumulation, tap=meter.tap if meter else None
+        )
     with record_function("measurement"):
         readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):
-        norm = clip_gradient_norm(list(model.parameters()), max_gradient_norm)
+        norm = clip_gradient_norm(list(model.parameters()), gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return StepResult(torch.stack(losses).mean(), norm, readings)
@@ -62,15 +65,15 @@ def accumulate_gradients(
     micro_batches: Iterable[Tensor],
     *,
     accumulation: int,
-    meter: NoiseMeter | None = None,
+    tap: GradientTap | None = None,
 ) -> list[Tensor]:
     """Leave the mean gradient over all ranks' micro-batches in the weights' `.grad`.
 
     Args:
-        model: laid over ranks by `parallelize`, without gradients.
+        model: parallelized, without gradients.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
         accumulation: micro-batches of this rank.
-        meter: armed already, told where each sample ends.
+        tap: armed already; it is told where each sample ends.
 
     Returns:
         The loss of each micro-batch, 0-dim, nats per token.
@@ -78,15 +81,15 @@ def accumulate_gradients(
     losses = []
     for index, sequences in enumerate(micro_batches):
         is_last = index == accumulation - 1
-        # Ranks talk once a step: the last micro-batch's backward pass reduces the whole sum.
+        # Ranks communicate once a step: the last micro-batch's backward reduces the whole sum.
         with gradient_synchronisation(model, is_last):
             with record_function("forward"):
                 loss = model(sequences[:, :-1], sequences[:, 1:])
             with record_function("backward"):
                 (loss / accumulation).backward()
         losses.append(loss.detach())
-        if meter:
+        if tap:
             with record_function("measurement"):
-                meter.end_of_sample()
+                tap.end_of_sample()
     assert len(losses) == accumulation
     return losses

@@ -1,9 +1,8 @@
-"""Numbers of recent steps that wait on the device, so that it is read once an interval."""
+"""What steps leave for the record: their numbers wait on the device, read once an interval."""
 
 import math
-import statistics
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,79 +10,60 @@ from torch import Tensor
 
 from gns_pretrain.errors import TrainingError
 from gns_pretrain.noise_scale.meter import Reading
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.noise_scale.smoothing import Averages, include, smoothed
+from gns_pretrain.noise_scale.smoothing import NoiseTracker
 from gns_pretrain.parallel.collectives import mean_over_ranks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.training.state import TrainState
 
-# A measurement of the noise scale, on its way into its averages and into the record.
 
-SPREAD_OVER = 10  # measurements
-
-
-def note_noise(
-    record: Record, state: TrainState, reading: Reading, *, settings: NoiseScaleSettings
+def record_noise(
+    record: Record, step: int, readings: Iterable[Reading], averages: Mapping[str, NoiseTracker]
 ) -> None:
-    """Add a reading to its averages and record both; one that is not finite changes nothing."""
-    total = reading.total
-    if total.skip_reason is not None:
-        record.message(
-            f"step {state.step:,}: the measurement is left out of the averages: {total.skip_reason}"
-        )
-        return
-    key = f"{total.geometry}/{total.estimate}"
-    averages = include(Averages(**state.averages.get(key, {})), total, settings.smoothing)
-    state.averages[key] = asdict(averages)
-    ema = smoothed(averages, total.estimate, settings.smoothing)
-    more: dict[str, Any] = {"spread": spread_of_last(state, key, total.noise_scale)}
-    more |= fallbacks_of(reading) | parts_of(reading)
-    line = NoiseLine(
-        step=state.step,
-        geometry=total.geometry,
-        estimate=total.estimate,
-        noise=total.noise,
-        signal=total.signal,
-        noise_scale=total.noise_scale,
-        noise_ema=ema.noise,
-        signal_ema=ema.signal,
-        noise_scale_ema=ema.noise_scale,
-        num_samples=total.num_samples,
-        seconds=reading.seconds,
-        more=more,
-    )
-    record.write(line)
+    """Write a line for each reading and the averages that it has entered.
 
-
-def spread_of_last(state: TrainState, key: str, noise_scale: float | None) -> float | None:
-    """Standard deviation of the last single noise scales, in sequences; None below two of them.
-
-    It stands in for an interval, which would need every sample's gradient.
+    Args:
+        record: of the run.
+        step: that was measured.
+        readings: of the step.
+        averages: `BatchSizer.averages` after the step.
     """
-    recent = state.recent_noise_scales.setdefault(key, [])
-    if noise_scale is not None:
-        recent.append(noise_scale)
-        del recent[:-SPREAD_OVER]
-    return statistics.stdev(recent) if len(recent) > 1 else None
-
-
-def fallbacks_of(reading: Reading) -> dict[str, int]:
-    """How many square roots took the slow route, which a run on a GPU should not pay unawares."""
-    return {"square_root_fallbacks": reading.num_fallbacks} if reading.num_fallbacks else {}
-
-
-def parts_of(reading: Reading) -> dict[str, Any]:
-    """Noise and signal of each part of the model; nothing where no parts were asked for."""
-    parts = {
-        name: {"noise": part.noise, "signal": part.signal} for name, part in reading.parts.items()
-    }
-    return {"parts": parts} if parts else {}
+    for reading in readings:
+        total = reading.total
+        if total.skip_reason is not None:
+            record.message(
+                f"step {step:,}: the measurement is left out of the averages: {total.skip_reason}"
+            )
+            continue
+        tracker = averages[f"{total.geometry}/{total.estimate}"]
+        smoothed = tracker.smoothed
+        assert smoothed is not None
+        more: dict[str, Any] = {"spread": tracker.spread} | reading.details
+        if reading.parts:
+            more["parts"] = {
+                name: {"noise": part.noise, "signal": part.signal}
+                for name, part in reading.parts.items()
+            }
+        line = NoiseLine(
+            step=step,
+            geometry=total.geometry,
+            estimate=total.estimate,
+            noise=total.noise,
+            signal=total.signal,
+            noise_scale=total.noise_scale,
+            noise_ema=smoothed.noise,
+            signal_ema=smoothed.signal,
+            noise_scale_ema=smoothed.noise_scale,
+            num_samples=total.num_samples,
+            seconds=reading.seconds,
+            more=more,
+        )
+        record.write(line)
 
 
 class StepLog:
-    """Collects steps and hands them to the record with one synchronisation an interval."""
+    """Collects steps and writes them to the record with one synchronisation an interval."""
 
     def __init__(self, record: Record, world: World) -> None:
         self._record = record
@@ -95,7 +75,7 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of the steps' time what was done since the last flush."""
+        """Exclude what was done since the last flush from the steps' time."""
         self._since = time.perf_counter()
 
     def add(
@@ -105,18 +85,16 @@ class StepLog:
         loss: Tensor,
         gradient_norm: Tensor,
         lr: float,
-        accumulation: int,
-        step_tokens: int,
+        tokens_before: int,
     ) -> None:
-        """Note one step, counted in `state` already.
+        """Keep one step, counted in `state` already, for the next flush.
 
         Args:
             state: after the step.
             loss: 0-dim, this rank's mean, nats per token.
             gradient_norm: 0-dim, over all ranks.
             lr: learning rate of the step.
-            accumulation: micro-batches of a rank.
-            step_tokens: tokens of all ranks in the step.
+            tokens_before: the step, of the run.
         """
         self._losses.append(loss)
         self._norms.append(gradient_norm)
@@ -128,11 +106,11 @@ class StepLog:
                 "lr": lr,
                 "batch_size": state.batch_size,
                 "micro_batch_size": state.micro_batch_size,
-                "accumulation": accumulation,
+                "accumulation": state.accumulation,
             }
         )
         if self._tokens_at_last_flush is None:
-            self._tokens_at_last_flush = state.tokens - step_tokens
+            self._tokens_at_last_flush = tokens_before
 
     def flush(self) -> None:
         """Read the pending steps from the device and record them; all ranks together.
@@ -164,7 +142,11 @@ class StepLog:
 
 
 def raise_unless_finite(step: int, name: str, value: float) -> None:
-    """Stop a run one of whose losses, or whose gradient, has left the finite numbers."""
+    """Stop a run whose loss or gradient is not finite.
+
+    Raises:
+        TrainingError: with a hint.
+    """
     if not math.isfinite(value):
         raise TrainingError(
             f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "

@@ -13,7 +13,7 @@ from torch import Tensor
 from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.noise_scale.tap import sample_sums, unsharded_weights
+from gns_pretrain.noise_scale.tap import unsharded_weights
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.shard_layout import local_shards
 from gns_pretrain.parallel.sharding import parallelize, unwrapped
@@ -68,7 +68,7 @@ class Case:
                 torch.optim.SGD(model.parameters(), lr=1.0),
                 self.samples.tensors()[place.rank :: place.num_ranks],
                 accumulation=self.samples.count // place.num_ranks,
-                max_gradient_norm=1.0,
+                gradient_clip=1.0,
                 batch_size=self.samples.count,
                 meter=NoiseMeter(model, world, settings) if settings else None,
             )
@@ -275,11 +275,11 @@ def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
         meter = NoiseMeter(model, world, ALL)
-        with meter.armed(1):
+        with meter.tap.armed(1):
             accumulate_gradients(
-                model, FEW.tensors()[place.rank : place.rank + 1], accumulation=1, meter=meter
+                model, FEW.tensors()[place.rank : place.rank + 1], accumulation=1, tap=meter.tap
             )
-            sums = sample_sums(meter.tap)
+            sums = meter.tap.sums()
         rows = [sum(t.numel() for t in kind) for kind in (sums.squares, sums.signed)]
         return rows, sorted(sums.grams), sum(w.shape.numel() for w in meter.tap.weights)
 

@@ -105,8 +105,8 @@ def die(*arguments, **keywords) -> None:
 def die_before_the_second_change_of_the_batch() -> None:
     decide, taken = Controller.decide, []
 
-    def decide_once(self, position, batch_size, averages):
-        decision = decide(self, position, batch_size, averages)
+    def decide_once(self, position, batch_size, noise):
+        decision = decide(self, position, batch_size, noise)
         if decision is not None:
             taken.append(decision)
             if len(taken) == 2:

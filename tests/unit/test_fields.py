@@ -13,6 +13,7 @@ from gns_pretrain.fields import (
     add_options,
     at_least,
     from_options,
+    key_of,
     one_of,
     positive,
     within,
@@ -84,3 +85,18 @@ def test_command_line_of_a_class_reads_numbers_lists_flags_and_leaves_defaults_t
 def test_command_line_names_the_option_that_is_outside_its_bounds():
     with pytest.raises(InputError, match=r"^--max-steps=0 must be at least 1$"):
         parsed("--out", "x", "--max-steps", "0")
+
+
+def test_registry_may_grow_after_the_class_was_made():
+    registry = {"a": 1}
+
+    @dataclass
+    class Late(Settings):
+        section: ClassVar[str] = "late"
+
+        kind: Annotated[str, key_of(registry)] = "a"
+
+    with pytest.raises(InputError, match=r"late\.kind=b is not known; use one of a$"):
+        Late("b")
+    registry["b"] = 2
+    assert Late("b").kind == "b"

@@ -9,12 +9,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from gns_pretrain.batch_size.policies import Adaptive
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.config.checks import check_batch_size, check_layout
 from gns_pretrain.config.compose import as_dict, settings_from
 from gns_pretrain.config.schema import register_schemas
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.build import controllers
+from gns_pretrain.launch.build import build_batch_sizer
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
@@ -77,8 +78,8 @@ def test_more_ranks_have_more_samples():
 def test_constant_batch_needs_no_samples_and_keeps_its_micro_batch():
     run = config(policy="constant", initial=4, micro_batch_max=4)
     check_batch_size(run, num_ranks=1)
-    (controller,) = controllers(run, num_ranks=1)
-    assert controller.sizes.at_least(4).micro_batch_size == 2
+    sizer = build_batch_sizer(run, num_ranks=1)
+    assert sizer.followed.sizes.at_least(4).micro_batch_size == 2
 
 
 @pytest.mark.parametrize("setting", [{"every_steps": 0}, {"min_samples": 1}])
@@ -103,9 +104,7 @@ def test_every_policy_composes_into_a_run_that_may_start(policy):
     check_layout(run, num_ranks=1, ranks_per_node=1)
     check_batch_size(run, num_ranks=1)
     assert run.batch_size.policy == policy
-    assert [type(it.policy).__name__.lower() for it in controllers(run, num_ranks=1)] == [
-        policy.replace("_", "")
-    ]
+    assert build_batch_sizer(run, num_ranks=1).followed.policy.name == policy
 
 
 def test_initial_size_of_the_default_run_stands_whatever_the_policy():
@@ -159,7 +158,7 @@ def test_resolved_values_are_what_an_earlier_runs_file_holds():
     ],
 )
 def test_note_on_theta_names_the_threshold(settings, told):
-    note = BatchSizeSettings(policy="adaptive", **settings).threshold_note
+    note = Adaptive.note(BatchSizeSettings(policy="adaptive", **settings))
     assert note.startswith(f"theta={settings['theta']:g}")
     assert re.search(told, note), note
 
@@ -173,7 +172,8 @@ def test_note_on_theta_names_the_threshold(settings, told):
     ],
 )
 def test_where_no_theta_grows_from_noise_nothing_is_noted(settings):
-    assert BatchSizeSettings(**settings).threshold_note is None
+    policy = BatchSizeSettings(**settings)
+    assert policy.kind.note(policy) is None
 
 
 # Record

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns_pretrain.batch_size import accumulation_steps
-from gns_pretrain.batch_size.feasible import FeasibleSizes
+from gns_pretrain.batch_size.feasible import FeasibleSizes, accumulation_steps
 from gns_pretrain.errors import InputError
 
 PUBLISHED = FeasibleSizes(

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.critical_batch import (
-    NOISE_ALONE_THETA,
+from gns_pretrain.noise_scale.equations import (
     corrected_inflection_batch,
     dual_norm_fraction_batch,
     euclidean_fraction_batch,
@@ -15,6 +14,7 @@ from gns_pretrain.noise_scale.critical_batch import (
     maximum_efficiency_batch,
     target_batch_size,
 )
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 
 NOISE_SCALE = 10.0
 
@@ -125,7 +125,9 @@ def test_without_a_gradient_each_plug_in_scale_reads_its_threshold_squared_times
     # 4 standard errors of a mean over 40 x 64 x 64 entries are below 2 % of each; the nuclear
     # constant is the limit of large matrices, within 1 % at 64.
     for geometry, read in noise_alone((64, 64), batch_size=16).items():
-        assert read == pytest.approx(NOISE_ALONE_THETA[geometry] ** 2, rel=0.02), geometry
+        threshold = GEOMETRIES[geometry].noise_alone_theta
+        assert threshold is not None
+        assert read == pytest.approx(threshold**2, rel=0.02), geometry
 
 
 def test_without_a_gradient_a_wide_matrix_reads_the_batch() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gns_pretrain.geometry.directions import matrix_sign
-from gns_pretrain.noise_scale.geometries import (
+from gns_pretrain.noise_scale.equations import (
     euclidean_cross_signal,
     euclidean_cross_totals,
     half_means,

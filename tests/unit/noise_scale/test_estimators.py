@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.geometries import (
+from gns_pretrain.noise_scale.equations import (
     coordinate_variance,
-    euclidean_noise_total,
     euclidean_signal_total,
     gram_covariance,
     manhattan_noise_total,
@@ -56,7 +55,6 @@ def test_gram_covariance_is_the_covariance_summed_over_the_other_side(
 
 def test_totals_by_hand() -> None:
     variance, mean = torch.tensor([4.0, 9.0]), torch.tensor([-3.0, 4.0])
-    assert euclidean_noise_total(variance) == 13.0
     assert euclidean_signal_total(mean) == 25.0
     assert manhattan_noise_total(variance) == 5.0
     assert manhattan_signal_total(mean) == 7.0
@@ -64,7 +62,7 @@ def test_totals_by_hand() -> None:
 
 def test_totals_of_shards_add_up() -> None:
     variance = torch.rand(11, generator=torch.Generator().manual_seed(0))
-    for total in (euclidean_noise_total, manhattan_noise_total):
+    for total in (euclidean_signal_total, manhattan_noise_total):
         parts = total(variance[:7]) + total(variance[7:])
         assert parts.item() == pytest.approx(total(variance).item(), rel=1e-15)
 

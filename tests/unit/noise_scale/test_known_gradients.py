@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gns_pretrain.geometry import directions, dual_norms
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.noise_scale import geometries as cross_fitted
-from gns_pretrain.noise_scale import geometries as estimators
-from gns_pretrain.noise_scale.geometries import measure
+from gns_pretrain.noise_scale import equations
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 NUM_SAMPLES = 8
 NUM_DRAWS = 2000
@@ -64,7 +64,7 @@ def agree(values: Tensor, expected: float | Tensor) -> bool:
 
 def variances(samples: Tensor, batch_size: int) -> Tensor:
     """Eq. 20 for each draw; [num_draws, *shape]."""
-    return estimators.coordinate_variance(
+    return equations.coordinate_variance(
         samples.square().mean(1),
         samples.mean(1),
         batch_size=batch_size,
@@ -72,11 +72,22 @@ def variances(samples: Tensor, batch_size: int) -> Tensor:
     )
 
 
+def measure(
+    geometry: str, estimate: str, totals: list[Tensor], batch_size: int, num_samples: int
+) -> Measurement:
+    """From totals without a cross-fitted signal."""
+    columns = [*(total.item() for total in totals), 0.0, 0.0, 0.0]
+    it = GEOMETRIES[geometry](NoiseScaleSettings())
+    return it.measure(
+        estimate, columns[: len(it.columns)], batch_size=batch_size, num_samples=num_samples
+    )
+
+
 def halves(samples: Tensor) -> tuple[Tensor, Tensor]:
     """g_A and g_B of each draw."""
     signed = samples[:, 0::2].sum(1) - samples[:, 1::2].sum(1)
     num_odd = samples.shape[1] // 2
-    return cross_fitted.half_means(
+    return equations.half_means(
         samples.sum(1), signed, num_even=samples.shape[1] - num_odd, num_odd=num_odd
     )
 
@@ -87,7 +98,7 @@ def test_variances_and_covariances_are_unbiased(num_samples: int) -> None:
     samples = gradient.samples(64, num_samples)
     assert agree(variances(samples, 64), gradient.sigma.square())
     mean = samples.mean(1)
-    covariance = estimators.gram_covariance(
+    covariance = equations.gram_covariance(
         (samples @ samples.mT).mean(1), mean @ mean.mT, batch_size=64, num_samples=num_samples
     )
     assert agree(covariance, torch.diag(gradient.sigma.square().sum(1)))
@@ -101,16 +112,10 @@ def test_euclidean_estimates(regime: int) -> None:
     batch_size = batch_sizes(noise / squared_norm)[regime]
     samples = gradient.samples(batch_size)
     measured = []
-    for squares, mean in zip(variances(samples, batch_size), samples.mean(1), strict=True):
+    for draw in samples:
+        totals = [draw.square().sum(), equations.euclidean_signal_total(draw.mean(0))]
         plug_in, debiased = (
-            measure(
-                "euclidean",
-                estimate,
-                noise_total=estimators.euclidean_noise_total(squares).item(),
-                signal_total=estimators.euclidean_signal_total(mean).item(),
-                batch_size=batch_size,
-                num_samples=NUM_SAMPLES,
-            )
+            measure("euclidean", estimate, totals, batch_size, NUM_SAMPLES)
             for estimate in ("plug_in", "debiased")
         )
         measured.append([plug_in.noise, plug_in.signal, debiased.noise, debiased.signal])
@@ -125,7 +130,7 @@ def test_euclidean_cross_fitted_signal_is_the_gain_of_half_the_batch(regime: int
     batch_size = batch_sizes(1000)[regime]
     signals = torch.stack(
         [
-            cross_fitted.euclidean_cross_signal(cross_fitted.euclidean_cross_totals(first, second))
+            equations.euclidean_cross_signal(equations.euclidean_cross_totals(first, second))
             for first, second in zip(*halves(gradient.samples(batch_size)), strict=True)
         ]
     )
@@ -144,15 +149,12 @@ def test_manhattan_estimates(regime: int) -> None:
     samples = gradient.samples(batch_size)
     measured = []
     for squares, sample_mean in zip(variances(samples, batch_size), samples.mean(1), strict=True):
+        totals = [
+            equations.manhattan_noise_total(squares),
+            equations.manhattan_signal_total(sample_mean),
+        ]
         plug_in, debiased = (
-            measure(
-                "manhattan",
-                estimate,
-                noise_total=estimators.manhattan_noise_total(squares).item(),
-                signal_total=estimators.manhattan_signal_total(sample_mean).item(),
-                batch_size=batch_size,
-                num_samples=NUM_SAMPLES,
-            )
+            measure("manhattan", estimate, totals, batch_size, NUM_SAMPLES)
             for estimate in ("plug_in", "debiased")
         )
         measured.append([math.sqrt(m) for m in (plug_in.noise, plug_in.signal, debiased.noise)])
@@ -162,7 +164,7 @@ def test_manhattan_estimates(regime: int) -> None:
     folded = deviation * math.sqrt(2 / math.pi) * (-ratio.square() / 2).exp() + mean * torch.erf(
         ratio / math.sqrt(2)
     )
-    factor = estimators.small_sample_factor(NUM_SAMPLES)
+    factor = equations.small_sample_factor(NUM_SAMPLES)
     total = sigma.sum().item()
     assert agree(torch.tensor(measured), torch.tensor([factor * total, folded.sum(), total]))
 
@@ -173,7 +175,7 @@ def test_manhattan_cross_fitted_signal_is_the_gain_of_half_the_batch(regime: int
     batch_size = batch_sizes(1000)[regime]
     signals = torch.stack(
         [
-            cross_fitted.manhattan_cross_total(first, second)
+            equations.manhattan_cross_total(first, second)
             for first, second in zip(*halves(gradient.samples(batch_size)), strict=True)
         ]
     )
@@ -190,7 +192,7 @@ def test_nuclear_estimates(regime: int, shape: tuple[int, int]) -> None:
     batch_size = batch_sizes(1000)[regime]
     samples = gradient.samples(batch_size, num_draws=500)
     wide = samples if shape[0] < shape[1] else samples.mT
-    totals = estimators.nuclear_totals(
+    totals = equations.nuclear_totals(
         (wide @ wide.mT).mean(1),
         smaller_side_gram(samples.mean(1)),
         batch_size=batch_size,
@@ -213,7 +215,7 @@ def test_nuclear_cross_fitted_signal_is_the_gain_of_half_the_batch(
 ) -> None:
     gradient = KnownGradient(*shape)
     batch_size = batch_sizes(1000)[regime]
-    signals = cross_fitted.nuclear_cross_totals(*halves(gradient.samples(batch_size)))
+    signals = equations.nuclear_cross_totals(*halves(gradient.samples(batch_size)))
     steps = directions.matrix_sign(gradient.means(batch_size // 2, NUM_DRAWS))
     gains = (steps * gradient.mean).sum((1, 2))
     assert agree(signals, gains)
@@ -237,14 +239,11 @@ def test_without_a_signal_the_plug_in_manhattan_noise_scale_reads_the_batch_size
     gradient.mean.zero_()
     batch_size, num_samples = 64, 32
     samples = gradient.samples(batch_size, num_samples, num_draws=1)
-    measurement = measure(
-        "manhattan",
-        "plug_in",
-        noise_total=estimators.manhattan_noise_total(variances(samples, batch_size)).item(),
-        signal_total=estimators.manhattan_signal_total(samples.mean(1)).item(),
-        batch_size=batch_size,
-        num_samples=num_samples,
-    )
+    totals = [
+        equations.manhattan_noise_total(variances(samples, batch_size)),
+        equations.manhattan_signal_total(samples.mean(1)),
+    ]
+    measurement = measure("manhattan", "plug_in", totals, batch_size, num_samples)
     # (sum sigma)^2 c4^2 / (sum sigma sqrt(2 / (pi B)))^2 = c4^2 (pi / 2) B. One |g_i| deviates by
     # 0.76 of its mean, the sum of 20,000 of unequal sigma by 0.0056, its square by twice that.
     assert measurement.noise_scale is not None
@@ -252,7 +251,7 @@ def test_without_a_signal_the_plug_in_manhattan_noise_scale_reads_the_batch_size
     # At theta = 0.6 the batch would grow more than fourfold from noise alone.
     assert measurement.noise_scale / 0.6**2 > 4 * batch_size
 
-    signal = cross_fitted.manhattan_cross_total(*halves(samples)).item()
+    signal = equations.manhattan_cross_total(*halves(samples)).item()
     # Each half has variance sigma_i^2 / (B / 2); the two terms of s covary by E|g_A| E|g_B|.
     variance = (1 + 2 / math.pi) * gradient.sigma.square().sum().item() / batch_size
     assert abs(signal) < 4 * math.sqrt(variance)

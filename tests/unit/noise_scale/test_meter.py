@@ -34,7 +34,7 @@ def one_step(model: Llama, settings: NoiseScaleSettings | None, count: int = 4) 
         AdamWSettings().build(model),
         micro_batches(count),
         accumulation=count,
-        max_gradient_norm=1.0,
+        gradient_clip=1.0,
         batch_size=2 * count,
         meter=NoiseMeter(model, ALONE, settings) if settings else None,
     )
@@ -58,11 +58,11 @@ def test_measured_step_trains_with_the_bits_of_an_unmeasured_one():
 def test_no_hook_and_no_sum_is_left_after_a_measured_step():
     model = model_of()
     meter = NoiseMeter(model, ALONE, NoiseScaleSettings(GEOMETRIES, ["plug_in", "cross_fitted"]))
-    with meter.armed(2):
+    with meter.tap.armed(2):
         assert all(weight._backward_hooks for weight in model.parameters())
         for batch in micro_batches(2):
             (model(batch[:, :-1], batch[:, 1:]) / 2).backward()
-            meter.end_of_sample()
+            meter.tap.end_of_sample()
     meter.read(batch_size=4)
     assert not any(weight._backward_hooks for weight in model.parameters())
     assert (meter.tap.squares, meter.tap.signed_sums, meter.tap.grams) == ([], [], {})
@@ -88,15 +88,16 @@ def test_parts_by_layer_are_the_blocks_alone():
 
 def test_square_roots_that_took_eigenvalues_are_told_with_the_nuclear_reading(monkeypatch):
     settings = NoiseScaleSettings(["manhattan", "nuclear"], square_root="iterative")
-    assert [r.num_fallbacks for r in readings(settings)] == [0, 0]
+    assert [r.details for r in readings(settings)] == [{}, {}]
     monkeypatch.setattr("gns_pretrain.geometry.square_root.TOLERANCE", 0.0)  # nothing is proven
     # Covariance and mean of 2 blocks of 7 matrices.
-    assert [r.num_fallbacks for r in readings(settings)] == [0, 2 * 2 * 7]
+    fallbacks = {"square_root_fallbacks": 2 * 2 * 7}
+    assert [r.details for r in readings(settings)] == [{}, fallbacks]
 
 
 def test_meter_of_one_geometry_gathers_nothing_for_the_others():
     euclidean = NoiseMeter(model_of(), ALONE, NoiseScaleSettings(["euclidean"]))
-    with euclidean.armed(2):
+    with euclidean.tap.armed(2):
         assert (euclidean.tap.squares, euclidean.tap.signed_sums) == ([], [])
 
 

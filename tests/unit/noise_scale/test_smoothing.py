@@ -9,7 +9,14 @@ import torch
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.geometries import Measurement
-from gns_pretrain.noise_scale.smoothing import Averages, SmoothingSettings, include, smoothed
+from gns_pretrain.noise_scale.smoothing import (
+    SPREAD_OVER,
+    Averages,
+    NoiseTracker,
+    SmoothingSettings,
+    include,
+    smoothed,
+)
 
 
 def measurement(noise: float, signal: float, estimate: str = "plug_in") -> Measurement:
@@ -87,15 +94,47 @@ def test_a_negative_average_is_clamped_and_decides_nothing(estimate: str) -> Non
     assert averages.signal < 0.0  # kept: the next measurement may outweigh it
 
 
-def test_a_skipped_measurement_changes_nothing() -> None:
-    settings = SmoothingSettings()
-    averages = average([measurement(8.0, 16.0)], settings)
-    for bad in (measurement(math.nan, 1.0), measurement(1.0, math.inf)):
-        assert include(averages, bad, settings) == averages
+def tracker(*measurements: Measurement) -> NoiseTracker:
+    it = NoiseTracker("manhattan", "plug_in", SmoothingSettings())
+    for each in measurements:
+        it.include(each)
+    return it
+
+
+def test_a_measurement_that_is_not_finite_or_of_another_kind_changes_nothing() -> None:
+    other = Measurement("nuclear", "plug_in", 1.0, 1.0, num_samples=8, batch_size=64)
+    for left_out in (
+        measurement(math.nan, 1.0),
+        measurement(1.0, math.inf),
+        measurement(1.0, 1.0, "debiased"),
+        other,
+    ):
+        assert tracker(left_out).smoothed is None
+        found = tracker(measurement(8.0, 16.0), left_out).state_dict()
+        assert found == tracker(measurement(8.0, 16.0)).state_dict()
 
 
 def test_before_any_measurement_there_is_no_noise_scale() -> None:
     assert smoothed(Averages(), "plug_in", SmoothingSettings()).noise_scale is None
+    assert tracker().smoothed is None
+
+
+def test_spread_is_the_deviation_of_the_last_measurements_and_skips_those_without_signal() -> None:
+    assert tracker(measurement(3.0, 1.0)).spread is None
+    assert tracker(measurement(3.0, 1.0), measurement(3.0, -1.0)).spread is None
+    # 3 and 5: one apart from their mean on either side, so sqrt(2).
+    assert tracker(measurement(3.0, 1.0), measurement(5.0, 1.0)).spread == pytest.approx(2**0.5)
+    sevens = [measurement(7.0, 1.0)] * SPREAD_OVER
+    assert tracker(measurement(3.0, 1.0), *sevens).spread == 0.0
+
+
+def test_tracker_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
+    first, second, third = (measurement(1 / n, 1 / (n + 4)) for n in (3, 5, 7))
+    resumed = tracker()
+    resumed.load_state_dict(json.loads(json.dumps(tracker(first, second).state_dict())))
+    resumed.include(third)
+    assert resumed.state_dict() == tracker(first, second, third).state_dict()
+    assert resumed.spread == tracker(first, second, third).spread
 
 
 def test_averages_survive_a_json_file_exactly() -> None:

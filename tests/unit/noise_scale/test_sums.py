@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gns_pretrain.noise_scale import sums as module
-from gns_pretrain.noise_scale.sums import COLUMN, SampleSums, totals_of
+from gns_pretrain.noise_scale import geometries as module
+from gns_pretrain.noise_scale.geometries import Nuclear, SampleSums
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 MATRICES, ROWS, COLUMNS = 24, 16, 20
 
@@ -60,6 +61,10 @@ def sums_of_matrices() -> SampleSums:
     )
 
 
+def totals_of(sums: SampleSums, *, batch_size: int, square_root: str) -> torch.Tensor:
+    return Nuclear(NoiseScaleSettings(square_root=square_root)).totals(sums, batch_size)
+
+
 def test_roots_of_many_matrices_take_the_memory_of_a_chunk(monkeypatch):
     sums = sums_of_matrices()
     together = totals_of(sums, batch_size=4, square_root="exact")
@@ -81,7 +86,7 @@ def test_leaving_out_a_whole_half_leaves_nothing_cross_fitted():
     assert (left.num_even, left.num_odd) == (2, 0)
     assert (left.signed, left.signed_matrices) == ([], {})
     totals = totals_of(left, batch_size=2, square_root="exact")
-    assert not totals[:, COLUMN["nuclear_cross"]].any()
+    assert not totals[:, Nuclear.columns.index("gain")].any()
 
 
 def test_square_roots_that_took_eigenvalues_are_counted_once():
@@ -90,7 +95,7 @@ def test_square_roots_that_took_eigenvalues_are_counted_once():
     for i in (3, 4):
         sums.grams[i] = 0.5 * sums.grams[i]
     totals = totals_of(sums, batch_size=4, square_root="iterative")
-    assert totals[:, COLUMN["fallbacks"]].sum() == 2
+    assert totals[:, Nuclear.columns.index("fallbacks")].sum() == 2
 
 
 @pytest.mark.parametrize("entries", [1, ROWS**2, 5 * ROWS**2])

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.launch.build import controllers
+from gns_pretrain.launch.build import build_batch_sizer
 from gns_pretrain.launch.train import launch
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.base import keep_token_half_life
@@ -99,8 +99,7 @@ def moved(
     record = Told()
     optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
     keep_token_half_life(optimizer, 8)
-    (controller,) = controllers(config, num_ranks=num_ranks)
-    fit_to_ranks(state, controller, optimizer, record)
+    fit_to_ranks(state, build_batch_sizer(config, num_ranks=num_ranks), optimizer, record)
     return state, record.changes, optimizer.param_groups[0]["momentum"]
 
 

@@ -5,12 +5,10 @@ import math
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.geometries import (
-    ESTIMATES,
-    Measurement,
-    check_estimate,
-    measure,
-)
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+
+BATCH_SIZE, NUM_SAMPLES = 16, 2
 
 # Totals of noise 6 and of signal 2, B = 16, R = 2 (c4^2 = 2 / pi).
 BY_HAND = [
@@ -25,13 +23,23 @@ BY_HAND = [
 ]
 
 
+def measured(geometry: str, estimate: str, *, noise: float, signal: float) -> Measurement:
+    """From totals of noise and of signal, the cross-fitted one included."""
+    if geometry == "euclidean":
+        # N = (sum_j ||g^j||^2 / R - ||g||^2) B / (R - 1); <g_A, g_B> of halves of norm 1 is s.
+        squares = NUM_SAMPLES * (noise * (NUM_SAMPLES - 1) / BATCH_SIZE + signal)
+        totals = [squares, signal, signal, 1.0, 1.0]
+    else:
+        totals = [noise, signal, signal]
+    it = GEOMETRIES[geometry](NoiseScaleSettings())
+    return it.measure(estimate, totals, batch_size=BATCH_SIZE, num_samples=NUM_SAMPLES)
+
+
 @pytest.mark.parametrize(("geometry", "estimate", "noise", "signal"), BY_HAND)
 def test_noise_and_signal_by_hand(
     geometry: str, estimate: str, noise: float, signal: float
 ) -> None:
-    measurement = measure(
-        geometry, estimate, noise_total=6.0, signal_total=2.0, batch_size=16, num_samples=2
-    )
+    measurement = measured(geometry, estimate, noise=6.0, signal=2.0)
     assert measurement.noise == pytest.approx(noise)
     assert measurement.signal == pytest.approx(signal)
     assert measurement.noise_scale == pytest.approx(noise / signal)
@@ -39,37 +47,28 @@ def test_noise_and_signal_by_hand(
 
 def test_every_estimate_of_every_geometry_is_covered_by_hand() -> None:
     assert {(geometry, estimate) for geometry, estimate, _, _ in BY_HAND} == {
-        (geometry, estimate) for geometry, estimates in ESTIMATES.items() for estimate in estimates
+        (name, estimate) for name, it in GEOMETRIES.items() for estimate in it.estimates
     }
 
 
-@pytest.mark.parametrize("geometry", ESTIMATES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_negative_cross_fitted_signal_keeps_its_sign_and_decides_nothing(geometry: str) -> None:
-    measurement = measure(
-        geometry, "cross_fitted", noise_total=6.0, signal_total=-2.0, batch_size=16, num_samples=2
-    )
+    measurement = measured(geometry, "cross_fitted", noise=6.0, signal=-2.0)
     assert measurement.signal == -4.0
     assert measurement.noise_scale is None
     assert measurement.skip_reason is None
 
 
 def test_a_debiased_euclidean_signal_may_be_negative() -> None:
-    measurement = measure(
-        "euclidean", "debiased", noise_total=64.0, signal_total=2.0, batch_size=16, num_samples=2
-    )
+    measurement = measured("euclidean", "debiased", noise=64.0, signal=2.0)
     assert measurement.signal == -2.0
     assert measurement.noise_scale is None
 
 
 def test_layers_are_summed_before_they_are_squared() -> None:
     layers = {"noise": (1.0, 2.0), "signal": (2.0, 1.0)}
-    measurement = measure(
-        "nuclear",
-        "plug_in",
-        noise_total=sum(layers["noise"]),
-        signal_total=sum(layers["signal"]),
-        batch_size=16,
-        num_samples=2,
+    measurement = measured(
+        "nuclear", "plug_in", noise=sum(layers["noise"]), signal=sum(layers["signal"])
     )
     assert (measurement.noise, measurement.signal) == (9.0, 9.0)  # not 1 + 4
 
@@ -84,9 +83,9 @@ def test_a_measurement_that_is_not_finite_says_why_it_is_skipped() -> None:
 
 
 def test_unknown_geometries_and_missing_estimates_are_refused() -> None:
-    with pytest.raises(InputError, match=r"noise_scale\.geometries holds taxicab, .* use euclid"):
-        check_estimate("taxicab", "plug_in")
+    with pytest.raises(InputError, match=r"noise_scale\.geometries=\[taxicab\] .* one of eu"):
+        NoiseScaleSettings(["taxicab"])
+    with pytest.raises(InputError, match=r"noise_scale\.estimates holds plugin"):
+        NoiseScaleSettings(["nuclear"], ["plugin"])
     with pytest.raises(InputError, match="holds debiased, which geometry nuclear does not"):
-        measure(
-            "nuclear", "debiased", noise_total=1.0, signal_total=1.0, batch_size=16, num_samples=2
-        )
+        measured("nuclear", "debiased", noise=1.0, signal=1.0)

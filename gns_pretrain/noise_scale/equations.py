@@ -1,0 +1,316 @@
+"""Equations of the noise scale, one function each (arXiv:2602.03001).
+
+    noise and signal from samples         Section 4.1, Eqs. 17, 20, 21
+    signal from two independent halves    ours, after Lemma 3.1
+    batch size from a noise scale         Eqs. 7 and 19, Appendix B
+
+Legend: R samples (micro-batches, over all ranks) of equal size; B sequences per optimizer step; g^j
+the mean gradient of sample j, g their mean, both before clipping; g_A and g_B the mean gradients of
+the even and of the odd samples; [m, n] a weight's shape.
+
+A *total* adds up over coordinates, layers, shards and ranks, so each owner of a part computes its
+own and one all-reduce ends it; `geometries.py` turns totals into noise and signal. Totals are
+float64 and stay on the gradients' device. Pure functions: no collectives, no configuration.
+
+The cross-fitted signal is what a step of half the batch would gain,
+
+    s = (<g_A, p(g_B)> + <g_B, p(g_A)>) / 2
+
+with p the geometry's steepest-descent direction. g_A has the true gradient as its mean and is
+independent of g_B, so E[s] = E<true gradient, p(gradient of half a batch)>, the left side of Lemma
+3.1 at half the batch, for sign, matrix sign and g / ||g|| alike. It is not an estimate of the dual
+norm, which it nears as the batch grows. A single s can be negative where noise dominates; averages
+must keep its sign, or they are biased up.
+
+The best expected gain of one step, relative to that of a step without noise (Eq. 18), is
+
+    Euclidean                1 / (1 + noise scale / B)
+    Manhattan and Nuclear    (1 - sqrt(noise scale / B))^2 for B > noise scale
+
+The second is a lower bound, first convex and then concave in B, so it has an inflection and a batch
+size of largest gain per sequence; the first has neither. Batch sizes are in sequences, not rounded.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign, sign_direction
+from gns_pretrain.geometry.square_root import trace_square_root
+
+# A coordinate below this share of its other half counts as zero: it is the rounding of S and D,
+# which are sums of R float32 terms. At u = 6e-8 these are off by u sqrt(R / 2) of themselves where
+# noise rules and by less than R u where the terms agree: the cut serves 9,000 samples in the one
+# case, 66 in the other. Of true coordinates it takes 5 in a million, of either sign: no bias, and
+# an error of s that falls with the root of their number.
+ROUNDING_CUT = 4e-6
+
+
+def coordinate_variance(
+    mean_square: Tensor, mean: Tensor, *, batch_size: int, num_samples: int
+) -> Tensor:
+    """Variance of each coordinate of one sequence's gradient (Eq. 20).
+
+        sigma_i^2 = B / (R - 1) * (mean_j (g_i^j)^2 - g_i^2)
+
+    R / (R - 1) removes the bias of a variance over R samples; B / R turns the variance of one
+    sample's mean gradient into that of one sequence.
+
+    Args:
+        mean_square: [any], float32; squares of the sample gradients, averaged over samples.
+        mean: same shape; the mean gradient.
+        batch_size: B, sequences per optimizer step over all ranks.
+        num_samples: R, at least 2.
+
+    Returns:
+        Same shape; clamped at 0, because rounding can leave a small negative.
+    """
+    check_num_samples(num_samples)
+    return (mean_square - mean.square()).clamp_min(0.0) * (batch_size / (num_samples - 1))
+
+
+def gram_covariance(
+    mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int
+) -> Tensor:
+    """Row covariance of one sequence's gradient matrix, or the column one if m > n (Eq. 21).
+
+        C = B / (R - 1) * (mean_j G^j G^j^T - G G^T)
+
+    The factors are those of Eq. 20, whose sum over a row is a diagonal entry of C.
+
+    Args:
+        mean_gram: [..., s, s], s = min(m, n); Grams of the smaller side, averaged over samples.
+        gram_of_mean: same shape; the same Gram of the mean gradient. float64 for both where C is
+            much smaller than they are: the difference keeps their rounding.
+        batch_size: B, sequences per optimizer step over all ranks.
+        num_samples: R, at least 2.
+
+    Returns:
+        Same shape; positive semi-definite up to rounding.
+    """
+    check_num_samples(num_samples)
+    return (mean_gram - gram_of_mean) * (batch_size / (num_samples - 1))
+
+
+def small_sample_factor(num_samples: int) -> float:
+    """c4(R): the mean of a standard deviation over R normal samples, relative to the true one.
+
+        c4(R) = sqrt(2 / (R - 1)) * Gamma(R / 2) / Gamma((R - 1) / 2)
+
+    The variance is unbiased, its root is not: 0.80 at R = 2, 0.97 at R = 8, 0.99 at R = 32.
+    """
+    check_num_samples(num_samples)
+    log_ratio = math.lgamma(num_samples / 2) - math.lgamma((num_samples - 1) / 2)
+    return math.sqrt(2.0 / (num_samples - 1)) * math.exp(log_ratio)
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raise InputError unless there are two samples to compare."""
+    if num_samples < 2:
+        raise InputError(
+            f"num_samples={num_samples}: a noise scale compares at least 2 micro-batches of one "
+            "step; use more ranks, a smaller micro_batch_size or a larger batch_size.initial"
+        )
+
+
+def euclidean_signal_total(mean: Tensor) -> Tensor:
+    """||g||_2^2, the denominator of Eq. 6; 0-dimensional."""
+    return mean.square().sum(dtype=torch.float64)
+
+
+def manhattan_noise_total(variance: Tensor) -> Tensor:
+    """||sigma||_1 = sum_i sigma_i, whose square is the numerator of Eq. 13; 0-dimensional."""
+    return variance.sqrt().sum(dtype=torch.float64)
+
+
+def manhattan_signal_total(mean: Tensor) -> Tensor:
+    """||g||_1, whose square is the denominator of Eq. 13; 0-dimensional."""
+    return mean.abs().sum(dtype=torch.float64)
+
+
+class NuclearTotals(NamedTuple):
+    """Noise and signal of k matrices; summed over all layers, then squared, Eq. 17.
+
+    Args:
+        noise: [k], float64; tr C^(1/2) of each matrix.
+        signal: [k], float64; ||G||_S1 of each matrix.
+        num_fallbacks: of the 2k square roots, those that the iteration could not vouch for.
+    """
+
+    noise: Tensor
+    signal: Tensor
+    num_fallbacks: int
+
+
+def nuclear_totals(
+    mean_gram: Tensor,
+    gram_of_mean: Tensor,
+    *,
+    batch_size: int,
+    num_samples: int,
+    mode: str = "auto",
+) -> NuclearTotals:
+    """tr C^(1/2) and ||G||_S1 of each matrix of a stack (Eq. 17).
+
+    ||G||_S1 = tr (G G^T)^(1/2), and C needs that Gram anyway: both square roots are one batch.
+
+    Args:
+        mean_gram: [k, s, s], s = min(m, n), float64; Grams of the smaller side, averaged over
+            samples.
+        gram_of_mean: [k, s, s]; the same Gram of the mean gradients.
+        batch_size: B, sequences per optimizer step over all ranks.
+        num_samples: R, at least 2.
+        mode: of the square roots, see `trace_square_root`.
+    """
+    covariance = gram_covariance(
+        mean_gram, gram_of_mean, batch_size=batch_size, num_samples=num_samples
+    )
+    roots = trace_square_root(torch.cat([covariance, gram_of_mean]), mode=mode)
+    noise, signal = roots.values.split(len(mean_gram))
+    return NuclearTotals(noise, signal, roots.num_fallbacks)
+
+
+def half_means(
+    sample_sum: Tensor, signed_sum: Tensor, *, num_even: int, num_odd: int
+) -> tuple[Tensor, Tensor]:
+    """Mean gradients of the even and the odd samples.
+
+        g_A = (S + D) / (2 n_A)    g_B = (S - D) / (2 n_B)
+
+    Where one half has no gradient, as in the embedding of a token that it lacks, S and D differ by
+    rounding alone. A sign would make a full step of it, so it is set to the zero that it stands
+    for: see `ROUNDING_CUT`. On 3 ranks uncut signs were off by up to 28 %.
+
+    Args:
+        sample_sum: S, the sum of the R sample gradients; any shape.
+        signed_sum: D, the same with +1 for even and -1 for odd sample indices.
+        num_even: n_A, at least 1.
+        num_odd: n_B, at least 1.
+
+    Returns:
+        g_A and g_B, each of that shape.
+    """
+    assert num_even > 0, "half A is empty"
+    assert num_odd > 0, "half B is empty"
+    first = (sample_sum + signed_sum) / (2 * num_even)
+    second = (sample_sum - signed_sum) / (2 * num_odd)
+    return without_rounding(first, of=second), without_rounding(second, of=first)
+
+
+def without_rounding(half: Tensor, *, of: Tensor) -> Tensor:
+    """One half's mean gradient, 0 where it is no more than the rounding of the other's."""
+    return torch.where(half.abs() < ROUNDING_CUT * of.abs(), 0.0, half)
+
+
+def euclidean_cross_totals(first: Tensor, second: Tensor) -> Tensor:
+    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2; [3], float64, added over shards before the next step.
+
+    Args:
+        first: g_A, any shape.
+        second: g_B, same shape.
+    """
+    products = (first * second, first.square(), second.square())
+    return torch.stack([product.sum(dtype=torch.float64) for product in products])
+
+
+def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
+    """s for p(g) = g / ||g||_2 over all coordinates together; 0-dimensional.
+
+        s = <g_A, g_B> / 2 * (1 / ||g_A|| + 1 / ||g_B||)
+
+    Args:
+        cross_totals: [3], from `euclidean_cross_totals`, added over all shards. A half without any
+            gradient has no direction and adds nothing.
+    """
+    product, squares = cross_totals[0], cross_totals[1:]
+    inverse_norms = torch.where(squares > 0, squares, torch.inf).rsqrt()
+    return product / 2 * inverse_norms.sum()
+
+
+def manhattan_cross_total(first: Tensor, second: Tensor) -> Tensor:
+    """s for p(g) = sign(g), which adds up over shards; 0-dimensional, float64.
+
+    Args:
+        first: g_A, any shape.
+        second: g_B, same shape.
+    """
+    gains = first * sign_direction(second) + second * sign_direction(first)
+    return gains.sum(dtype=torch.float64) / 2
+
+
+def nuclear_cross_totals(first: Tensor, second: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
+    """s for p(G) = matrix sign of G, which adds up over matrices; [k], float64.
+
+    A half of few tokens has fewer singular values than the matrix is wide. The cut leaves the
+    others out; without it rounding alone gives them directions, and s is off by tens of per cent.
+
+    Args:
+        first: [k, m, n]; G_A of k matrices.
+        second: same shape; G_B.
+        rank_cut: singular values below this share of the largest count as zero.
+    """
+    first, second = first.double(), second.double()
+    gains = first * matrix_sign(second, rank_cut=rank_cut)
+    gains += second * matrix_sign(first, rank_cut=rank_cut)
+    return gains.sum((-2, -1)) / 2
+
+
+def noise_scale(noise: float, signal: float) -> float | None:
+    """N / M in sequences (Eq. 22); None where the signal is not positive: no decision follows."""
+    return noise / signal if signal > 0.0 else None
+
+
+def target_batch_size(noise: float, signal: float, *, theta: float) -> float | None:
+    """B = N / (theta^2 M) (Eq. 7); None where the signal is not positive: no decision.
+
+    In the Manhattan and Nuclear geometries it reaches (1 - theta)^2 of the largest gain.
+
+    Args:
+        noise: N, of one sequence.
+        signal: M.
+        theta: tolerated noise-to-signal ratio of the gradient, positive; the paper's is 0.6, and
+            0.3 for the Euclidean one of its Table 9. Algorithm 1 has it below 1; an estimate that
+            reads the noise scale higher than the plug-in one does may need more.
+
+    Raises:
+        InputError: theta is not positive.
+    """
+    if not theta > 0.0:
+        raise InputError(f"batch_size.theta={theta} must be positive; the paper uses 0.6")
+    # Divided twice: the square of a tiny theta is 0.
+    return noise / signal / theta / theta if signal > 0.0 else None
+
+
+def euclidean_fraction_batch(noise_scale: float, *, kappa: float) -> float:
+    """The batch size with a fraction kappa in (0, 1) of the largest gain, Euclidean (Eq. 19)."""
+    return kappa / (1.0 - kappa) * noise_scale
+
+
+def dual_norm_fraction_batch(noise_scale: float, *, kappa: float) -> float:
+    """The same for Manhattan and Nuclear (Eqs. 19, 39); kappa = (1 - theta)^2 gives Eq. 7."""
+    return noise_scale / (1.0 - math.sqrt(kappa)) ** 2
+
+
+def inflection_batch(noise_scale: float) -> float:
+    """The inflection as the paper prints it, Manhattan and Nuclear (Eq. 43).
+
+    It is the root of Eq. 42, whose last term has 4 where differentiating Eq. 41 gives 2; the gain
+    really bends at `corrected_inflection_batch`, and at 64/9 it reaches 39 % of its largest value.
+    """
+    return 64.0 / 9.0 * noise_scale
+
+
+def corrected_inflection_batch(noise_scale: float) -> float:
+    """Where the gain of one more sequence starts to fall, Manhattan and Nuclear.
+
+    d^2/dB^2 (1 - sqrt(b / B))^2 = -3/2 sqrt(b) B^(-5/2) + 2 b B^(-3) = 0 at B = 16/9 b
+    """
+    return 16.0 / 9.0 * noise_scale
+
+
+def maximum_efficiency_batch(noise_scale: float) -> float:
+    """The largest gain per sequence, Manhattan and Nuclear (Eq. 45): theta = 1/2, kappa = 1/4."""
+    return 4.0 * noise_scale
