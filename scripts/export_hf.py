@@ -10,47 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
-from gns_pretrain.data.shards import (
-    META_FILE,
-    CorpusMeta,
-    check_tokenizer,
-    joint_fingerprint,
-    read_meta,
-)
+from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.model.huggingface import ExportedText
+from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG, read_provenance
 
 
 def main() -> int:
     """Exit code 0: the folder is written; 2: bad input, and nothing is."""
-    arguments = _parser().parse_args()
-    console = Console(stderr=True, soft_wrap=True)
-    try:
-        row = _export(arguments)
-    except InputError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        return 2
-    if arguments.json:
-        sys.stdout.write(json.dumps(row) + "\n")
-        return 0
-    tokenizer = row["tokenizer"] or "without a tokenizer: name one with --tokenizer"
-    Console(soft_wrap=True).print(
-        f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} "
-        f"positions, {tokenizer}",
-        markup=False,
-        highlight=False,
-    )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,15 +35,29 @@ def _parser() -> argparse.ArgumentParser:
         "or with RoPE scaling the scaled context, whichever is longer)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    return parser
+    arguments = parser.parse_args()
+    try:
+        row = export(arguments)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if arguments.json:
+        sys.stdout.write(json.dumps(row) + "\n")
+        return 0
+    tokenizer = row["tokenizer"] or "without a tokenizer: name one with --tokenizer"
+    sys.stdout.write(
+        f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} "
+        f"positions, {tokenizer}\n"
+    )
+    return 0
 
 
-def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gns_pretrain.model.huggingface import export_hf_folder
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the folder and describe it."""
     from gns_pretrain.training.checkpoint import load_model
 
     model = load_model(arguments.checkpoint)
-    text = _text_of_run(arguments, model.config)
+    text = text_of_run(arguments, model.config)
     try:
         export_hf_folder(model, arguments.out, text)
     except OSError as error:
@@ -91,45 +76,36 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedText:
-    """Tokenizer and ids of the run's data, as far as it is where config.yaml says."""
-    run_config = arguments.checkpoint.resolve().parents[1] / CONFIG
+def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedText:
+    """Find the tokenizer and its ids in the run's data, if that is still where config.yaml says."""
+    run_directory = arguments.checkpoint.resolve().parents[1]
+    run_config = run_directory / CONFIG
     if not run_config.is_file():
         raise InputError(f"{run_config} is missing; --checkpoint must be inside its run directory")
     settings = DataSettings(**read_yaml(run_config)["data"])
-    max_positions = arguments.max_positions or _max_positions(config, settings.sequence_length)
-    folder = (
-        ensure_embedded(vocab_size=settings.embedded_vocab_size)
-        if settings.path == EMBEDDED
-        else Path(settings.path)
-    )
+    scaling = config.rope_scaling
+    scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
+    max_positions = arguments.max_positions or max(settings.sequence_length, scaled)
+    folder = Path(settings.path)
+    if settings.path == EMBEDDED:
+        folder = ensure_embedded(vocab_size=settings.embedded_vocab_size)
+    tokenizer = arguments.tokenizer
     if not (folder / META_FILE).is_file():
-        return ExportedText(max_positions, arguments.tokenizer)
+        return ExportedText(max_positions, tokenizer)
     meta = read_meta(folder)
-    if not _is_data_of_run(meta, settings, run_config.parent):
-        if arguments.tokenizer is None:
+    splits = (settings.train_split, settings.validation_split)
+    fingerprint = joint_fingerprint(meta.fingerprint(split) for split in splits)
+    if read_provenance(run_directory)["data_fingerprint"] != fingerprint:
+        if tokenizer is None:
             raise InputError(
                 f"{folder} no longer holds the data of this run; name its tokenizer with "
                 "--tokenizer"
             )
-        return ExportedText(max_positions, arguments.tokenizer)
-    tokenizer = arguments.tokenizer
+        return ExportedText(max_positions, tokenizer)
     if tokenizer is None and meta.tokenizer and (folder / meta.tokenizer).is_file():
         check_tokenizer(folder, meta)
         tokenizer = folder / meta.tokenizer
     return ExportedText(max_positions, tokenizer, meta.bos_id, meta.eos_id)
-
-
-def _is_data_of_run(meta: CorpusMeta, settings: DataSettings, run_directory: Path) -> bool:
-    splits = (settings.train_split, settings.validation_split)
-    now = joint_fingerprint(meta.fingerprint(split) for split in splits)
-    return bool(read_provenance(run_directory)["data_fingerprint"] == now)
-
-
-def _max_positions(config: LlamaConfig, sequence_length: int) -> int:
-    scaling = config.rope_scaling
-    scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
-    return max(sequence_length, scaled)
 
 
 if __name__ == "__main__":

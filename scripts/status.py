@@ -1,17 +1,18 @@
-"""How the runs of a folder are.
+"""Show the state of the runs in a folder.
 
     python scripts/status.py outputs              a table: state, step, tokens, loss, speed, end
     python scripts/status.py outputs --watch      the same, refreshed until Ctrl-C
     python scripts/status.py outputs --json       one JSON array
 
-A run's folder or one that holds some; with SLURM, runs that wait for their first start are listed
-too.
+The folder of a run, or one that holds some; with SLURM, runs that wait for their first start are
+listed too.
 """
 
 import argparse
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -25,18 +26,24 @@ WIDTH = 160  # of a table that is not shown on a terminal
 
 
 def main() -> int:
-    """Exit code 0: told; 2: bad input."""
+    """Exit code 0: shown; 2: bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a run's folder, or one that holds some")
+    parser.add_argument("folder", type=Path, help="the folder of a run, or one that holds some")
     parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between refreshes (5)")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead")
     arguments = parser.parse_args()
     try:
         if arguments.watch:
-            watch(arguments.folder, every=arguments.every)
+            with (
+                Live(view(arguments.folder), auto_refresh=False) as live,
+                suppress(KeyboardInterrupt),
+            ):
+                while True:
+                    time.sleep(arguments.every)
+                    live.update(view(arguments.folder), refresh=True)
         elif arguments.json:
             runs = as_dicts(statuses(arguments.folder, job_states()))
             sys.stdout.write(json.dumps(runs, indent=1) + "\n")
@@ -50,19 +57,8 @@ def main() -> int:
 
 
 def view(folder: Path) -> Group:
-    """The runs as they are now."""
+    """Read the runs as they are now."""
     return status_view(statuses(folder, job_states()))
-
-
-def watch(folder: Path, *, every: float) -> None:
-    """Show the table and keep it fresh."""
-    with Live(view(folder), auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(every)
-                live.update(view(folder), refresh=True)
-        except KeyboardInterrupt:
-            return
 
 
 if __name__ == "__main__":
