@@ -1,5 +1,1 @@
-"""Behind scripts/benchmark.py: where a step's time goes, how fast it is, and what it should cost.
-
-What measures one part alone stands beside it: `model/benchmark.py`, `data/benchmark.py`,
-`optim/benchmark.py` and `noise_benchmark.py`.
-"""
+"""How fast a step, a measurement, the data and a start are, and what a step should cost."""

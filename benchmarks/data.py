@@ -1,155 +1,158 @@
 """How fast tokens are read from shards, and how fast shards are made from documents."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.harness import Command, Row, paired, this_process, write_random_tokens
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.embedded import gather_documents
 from gns_pretrain.data.prepare.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.writer import SplitPlan, SplitProgress, write_split
-from gns_pretrain.data.shards import CorpusMeta, TokenShards, token_dtype, write_meta, write_shard
+from gns_pretrain.data.shards import TokenShards, token_dtype
 from gns_pretrain.data.tokenization import train_bpe, vocabulary_size
+from gns_pretrain.fields import About, at_least
 from gns_pretrain.system.processes import available_cores
 
 RANDOM_TOKENS = 2**26  # 128 MiB of uint16: more than a processor's caches hold
 SHARD_TOKENS = 10_000_000
-DOCUMENTS_AT_ONCE = 1000  # that the bare tokenizer is given
+BATCH_SIZE, MICRO_BATCH_SIZE = 64, 8  # sequences, of reading
+DOCUMENTS_PER_CALL = 1000  # of the bare tokenizer
 
 
-def measure_reading(
-    folder: Path | None = None,
-    *,
-    sequence_length: int = 2048,
-    batch_size: int = 64,
-    micro_batch_size: int = 8,
-    seconds: float = 5.0,
-) -> dict[str, Any]:
-    """Tokens per second from training shards to int64 micro-batches on the CPU, on one rank.
+@dataclass
+class Data(Command):
+    """Reading token shards, and preparing them from documents."""
 
-    Args:
-        folder: token shards; None: random tokens, uint16, in a temporary folder.
-        batch_size, micro_batch_size: sequences in a step and in a micro-batch.
-        seconds: how long to read.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        split = TokenShards.open(folder or _write_random_shards(Path(temporary)), "train")
-        device = torch.device("cpu")
-        batches = Batches(split, sequence_length=sequence_length, seed=0, device=device)
+    data: Annotated[Path | None, About("token shards; default: random tokens")] = None
+    files: Annotated[list[str] | None, About("documents; default: the embedded text")] = None
+    tokenizer: Annotated[
+        str | None, About("tokenizer.json; default: a BPE of the embedded text")
+    ] = None
+    sequence_length: Annotated[int, at_least(1), About("tokens, for reading")] = 2048
+    seconds: Annotated[float, About("how long to read")] = 5.0
+    rounds: Annotated[int, at_least(1), About("preparations of each file")] = 3
+
+    def run(self) -> Iterator[Row]:
+        """Yield a row for reading and one for preparation."""
+        with tempfile.TemporaryDirectory() as folder:
+            yield self.reading(Path(folder))
+            yield self.preparation(Path(folder))
+
+    def reading(self, scratch: Path) -> Row:
+        """Count tokens from training shards to int64 micro-batches on the CPU, on one rank."""
+        folder = self.data
+        if folder is None:
+            folder = scratch / "random"
+            write_random_tokens(folder, 32_000, {"train": RANDOM_TOKENS})
+        batches = Batches(
+            TokenShards.open(folder, "train"),
+            sequence_length=self.sequence_length,
+            seed=0,
+            device=torch.device("cpu"),
+        )
         began = time.perf_counter()
         for step in count(1):
             for _ in batches.micro_batches(
-                (step - 1) * batch_size,
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
+                (step - 1) * BATCH_SIZE, batch_size=BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE
             ):
                 pass
             elapsed = time.perf_counter() - began
-            if elapsed > seconds:
+            if elapsed > self.seconds:
                 break
         batches.close()
-    tokens = step * batch_size * sequence_length
-    return {
-        "measured": "reading",
-        "data": str(folder or "random tokens"),
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "tokens": tokens,
-        "seconds": round(elapsed, 3),
-        "tokens_per_second": round(tokens / elapsed),
-    }
+        tokens = step * BATCH_SIZE * self.sequence_length
+        return {
+            "measured": "reading",
+            "data": str(self.data or "random tokens"),
+            "sequence_length": self.sequence_length,
+            "batch_size": BATCH_SIZE,
+            "tokens": tokens,
+            "seconds": round(elapsed, 3),
+            "tokens_per_second": round(tokens / elapsed),
+        }
 
+    def preparation(self, scratch: Path) -> Row:
+        """Time documents to shards against the bare tokenizer, alternating, both on all cores.
 
-def measure_preparation(
-    files: list[str] | None = None, tokenizer: str | None = None, *, rounds: int = 3
-) -> dict[str, Any]:
-    """Tokens per second from documents to shards, against the bare tokenizer, both on all cores.
-
-    The bare tokenizer has its documents in memory, and its results are thrown away. Both take
-    turns, file by file; the ratio is the median over these pairs, so that a busy machine slows
-    both. Starting the worker processes (a second or two) is left out.
-
-    Args:
-        files: documents in C4's schema; None: the embedded text.
-        tokenizer: a tokenizer.json; None: a BPE trained on the embedded text.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if files is None or tokenizer is None:
-            own_files, own_tokenizer = _write_embedded_documents(folder)
-            files, tokenizer = files or own_files, tokenizer or own_tokenizer
-        bare = Tokenizer.from_file(tokenizer)
-        dtype = token_dtype(vocabulary_size(bare))
-        job = EncodingJob(tokenizer, dtype.name, bos_id=0, eos_id=0)
-        pairs = []
+        The bare tokenizer has its documents in memory and its results are thrown away. Starting the
+        worker processes (a second or two) is left out.
+        """
+        files, tokenizer_file = self.files, self.tokenizer
+        if files is None or tokenizer_file is None:
+            own_files, own_tokenizer = write_embedded_documents(scratch)
+            files, tokenizer_file = files or own_files, tokenizer_file or own_tokenizer
+        tokenizer = Tokenizer.from_file(tokenizer_file)
+        dtype = token_dtype(vocabulary_size(tokenizer))
+        job = EncodingJob(tokenizer_file, dtype.name, bos_id=0, eos_id=0)
+        paths = find_files(files, "--files")
+        rates: dict[str, list[float]] = {"shards": [], "bare": []}  # tokens a second, pair by pair
         with EncodingPool(job, available_cores()) as pool:
-            paths = find_files(files, "--files")
-            _preparation_rate(paths[0], pool, dtype, folder / "warm_up")
-            for number in range(rounds):
-                for path in paths:
-                    bare_rate = _bare_rate(path, bare)
-                    rate = _preparation_rate(path, pool, dtype, folder / f"{path.name}_{number}")
-                    pairs.append((bare_rate, rate))
-    bare_rates, rates = zip(*pairs, strict=True)
-    return {
-        "measured": "preparation",
-        "files": len(paths),
-        "cores": available_cores(),
-        "tokens_per_second": round(statistics.median(rates)),
-        "bare_tokens_per_second": round(statistics.median(bare_rates)),
-        "ratio_to_bare": round(statistics.median(ours / theirs for theirs, ours in pairs), 3),
-    }
+            for path in paths:
+                texts = [
+                    t for batch in LocalFiles([path]).batches(None) for t in parse_texts(batch)
+                ]
+                tokens = {
+                    "shards": prepare(path, pool, dtype),
+                    "bare": encode(texts, tokenizer),
+                }
+                steps: dict[str, Callable[[], int]] = {
+                    "shards": partial(prepare, path, pool, dtype),
+                    "bare": partial(encode, texts, tokenizer),
+                }
+                timings = paired(steps, self.rounds, this_process(), warm_up=0)
+                for name, seconds in timings.seconds.items():
+                    rates[name] += [tokens[name] / s for s in seconds]
+        ratios = [a / b for a, b in zip(rates["shards"], rates["bare"], strict=True)]
+        return {
+            "measured": "preparation",
+            "files": len(paths),
+            "cores": available_cores(),
+            "tokens_per_second": round(statistics.median(rates["shards"])),
+            "bare_tokens_per_second": round(statistics.median(rates["bare"])),
+            "ratio_to_bare": round(statistics.median(ratios), 3),
+        }
 
 
-def _write_random_shards(folder: Path) -> Path:
-    tokens = np.random.default_rng(0).integers(0, 32_000, RANDOM_TOKENS, dtype=np.uint16)
-    shards = tuple(
-        write_shard(folder, split="train", index=index, tokens=part)
-        for index, part in enumerate(np.array_split(tokens, 4))
-    )
-    write_meta(folder, CorpusMeta(dtype="uint16", vocab_size=32_000, shards=shards))
-    return folder
-
-
-def _write_embedded_documents(folder: Path) -> tuple[list[str], str]:
-    """(files, tokenizer) of the embedded text as gzipped documents."""
+def write_embedded_documents(folder: Path) -> tuple[list[str], str]:
+    """Write the embedded text as gzipped documents; return their paths and a tokenizer's."""
     texts = list(gather_documents().values())
     paths = [folder / f"documents.{number}.json.gz" for number in range(4)]
     for number, path in enumerate(paths):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[number :: len(paths)]]
-        path.write_bytes(gzip.compress("".join(lines).encode()))
+        write_documents(path, texts[number :: len(paths)])
     train_bpe(texts[:: len(paths)], 4096).save(str(folder / "tokenizer.json"))
     return [str(path) for path in paths], str(folder / "tokenizer.json")
 
 
-def _bare_rate(path: Path, tokenizer: Tokenizer) -> float:
-    """Tokens per second of the tokenizer's own threads."""
-    texts = [text for batch in LocalFiles([path]).batches(None) for text in parse_texts(batch)]
-    seconds, tokens = 0.0, 0
-    for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
-        part = texts[start : start + DOCUMENTS_AT_ONCE]
-        began = time.perf_counter()
-        encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
-        seconds += time.perf_counter() - began
-        tokens += sum(map(len, encodings))
-    return tokens / seconds
+def write_documents(path: Path, texts: list[str]) -> None:
+    """Write documents in C4's schema, gzipped."""
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
 
 
-def _preparation_rate(path: Path, pool: EncodingPool, dtype: np.dtype, out: Path) -> float:
-    """Tokens per second from a file to shards on disk."""
-    out.mkdir()
+def encode(texts: list[str], tokenizer: Tokenizer) -> int:
+    """Encode in memory on the tokenizer's own threads; return the number of tokens."""
+    tokens = 0
+    for start in range(0, len(texts), DOCUMENTS_PER_CALL):
+        part = texts[start : start + DOCUMENTS_PER_CALL]
+        tokens += sum(map(len, tokenizer.encode_batch_fast(part, add_special_tokens=False)))
+    return tokens
+
+
+def prepare(path: Path, pool: EncodingPool, dtype: np.dtype) -> int:
+    """Make shards of a file's documents, throw them away, and return the number of tokens."""
     plan = SplitPlan(
         name="train",
         corpus=LocalFiles([path]),
@@ -159,6 +162,6 @@ def _preparation_rate(path: Path, pool: EncodingPool, dtype: np.dtype, out: Path
         max_tokens=None,
     )
     progress = SplitProgress()
-    began = time.perf_counter()
-    write_split(out, plan, progress, pool, save=lambda: None, report=lambda *_: None)
-    return progress.tokens / (time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as out:
+        write_split(Path(out), plan, progress, pool, save=lambda: None, report=lambda *_: None)
+    return progress.tokens

@@ -1,156 +1,108 @@
-"""What a measurement of the noise scale costs a training step: behind scripts/benchmark.py."""
+"""What a measurement of the noise scale costs a training step, on one process or on several."""
 
 import multiprocessing
 import statistics
 import tempfile
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from gns_pretrain.model.config import LlamaConfig
-from gns_pretrain.model.llama import Llama
+from benchmarks.harness import ModelCommand, Pairs, Row, Timings, paired, workload
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import About, at_least, one_of
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.parallel.collectives import barrier
-from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
-from gns_pretrain.parallel.sharding import parallelize
-from gns_pretrain.training.step import train_step
-
-WARM_UP_PAIRS = 2
-Row = dict[str, Any]
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
 
 
-def measure_cost(
-    config: LlamaConfig,
-    settings: NoiseScaleSettings,
-    *,
-    num_ranks: int,
-    micro_batch_size: int,
-    accumulation: int,
-    sequence_length: int,
-    pairs: int,
-) -> Row:
-    """Time steps with and without a measurement in turns, on one process or on several.
+@dataclass
+class NoiseScale(ModelCommand):
+    """A training step with a measurement of the noise scale against one without."""
 
-    Args:
-        config: the model, with a vocabulary.
-        settings: what is measured.
-        num_ranks: 1 takes this process; more start ranks on this machine, with FSDP2.
-        micro_batch_size: sequences of a sample.
-        accumulation: samples of a rank in a step.
-        sequence_length: tokens.
-        pairs: timed steps of each kind.
+    ranks: Annotated[list[int], at_least(1), About("processes; several: FSDP2 (default: 1)")] = (
+        field(default_factory=lambda: [1])
+    )
+    geometry: Annotated[
+        list[str], one_of(*GEOMETRIES), About("one row each (default: all of them)")
+    ] = field(default_factory=lambda: list(GEOMETRIES))
+    estimate: Annotated[list[str], About("all in one measurement (default: plug_in)")] = field(
+        default_factory=lambda: ["plug_in"]
+    )
+    square_root: Annotated[str, About("auto, iterative or exact")] = "auto"
+    samples: Annotated[int, at_least(2), About("micro-batches over all ranks")] = 8
+    micro_batch_size: Annotated[int, at_least(1), About("sequences")] = 2
+    sequence_length: Annotated[int, at_least(1), About("tokens")] = 128
+    pairs: Pairs = 20
 
-    Returns:
-        One row; `cost_every_step` is the extra time of a measured step over a plain one's, in per
-        cent (median of paired ratios, with quartiles), and `cost_every_100_steps` a hundredth.
-    """
-    arguments = (config, settings, micro_batch_size, accumulation, sequence_length, pairs)
-    if num_ranks == 1:
-        ratios, plain, seconds = timed_pairs(RankInfo(), *arguments)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            meeting = f"file://{Path(folder) / 'meeting'}"
-            places = [
-                RankInfo(rank, num_ranks, rank, num_ranks, meeting) for rank in range(num_ranks)
-            ]
-            with multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
-                results = pool.starmap(timed_pairs, [(place, *arguments) for place in places])
-        ratios, plain, seconds = results[0]
-    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
-    return {
-        "measured": "noise_scale",
-        "geometry": ", ".join(settings.geometries),
-        "estimates": ", ".join(settings.estimates),
-        "square_root": settings.square_root,
-        "model": config.name,
-        "ranks": num_ranks,
-        "samples": num_ranks * accumulation,
-        "micro_batch_size": micro_batch_size,
-        "sequence_length": sequence_length,
-        "pairs": pairs,
-        "plain_step_seconds": round(plain, 4),
-        "measurement_seconds": round(seconds, 4),
-        "cost_every_step_percent": round(middle, 2),
-        "quartiles_percent": [round(low, 2), round(high, 2)],
-        "cost_every_100_steps_percent": round(middle / 100, 4),
-    }
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for ranks in self.ranks:
+            if self.samples % ranks:
+                raise InputError(
+                    f"--samples={self.samples} is not a multiple of --ranks={ranks}; "
+                    "use one that is"
+                )
 
+    def run(self) -> Iterator[Row]:
+        """Yield a row for each number of ranks and geometry; costs are medians of paired ratios."""
+        for num_ranks in self.ranks:
+            for geometry in self.geometry:
+                settings = NoiseScaleSettings(
+                    [geometry], self.estimate, square_root=self.square_root
+                )
+                yield self.measure(settings, num_ranks)
 
-def timed_pairs(
-    place: RankInfo,
-    config: LlamaConfig,
-    settings: NoiseScaleSettings,
-    micro_batch_size: int,
-    accumulation: int,
-    sequence_length: int,
-    pairs: int,
-) -> tuple[list[float], float, float]:
-    """One rank's part: measured / plain of each pair, the plain median, the meter's own time."""
-    device = pick_device("auto", place.local_rank)
-    if place.num_ranks > 1 and device.type == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.num_ranks))
-    with joined(place, ParallelSettings(), device) as world:
-        with device:
-            llama = Llama(config)
-        llama.init_weights(seed=0)
-        on_gpu = device.type == "cuda"
-        model = parallelize(llama, world, compute_dtype=torch.bfloat16 if on_gpu else torch.float32)
-        optimizer = AdamWSettings(lr=1e-4).build(model)
-        meter = NoiseMeter(model, world, settings)
-        batch = random_batch(world, config, micro_batch_size, accumulation, sequence_length)
+    def measure(self, settings: NoiseScaleSettings, num_ranks: int) -> Row:
+        """Time both kinds of steps; several ranks are started on this machine."""
+        if num_ranks == 1:
+            timings, seconds = self.on_rank(settings, RankInfo())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                meeting = f"file://{Path(folder) / 'meeting'}"
+                ranks = [RankInfo(r, num_ranks, r, num_ranks, meeting) for r in range(num_ranks)]
+                with multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
+                    results = pool.starmap(self.on_rank, [(settings, rank) for rank in ranks])
+            timings, seconds = results[0]
+        return {
+            "measured": "noise_scale",
+            "geometry": ", ".join(settings.geometries),
+            "estimates": ", ".join(settings.estimates),
+            "square_root": settings.square_root,
+            "model": self.shape().name,
+            "ranks": num_ranks,
+            "samples": self.samples,
+            "micro_batch_size": self.micro_batch_size,
+            "sequence_length": self.sequence_length,
+            "pairs": self.pairs,
+            "plain_step_seconds": round(timings.median("plain"), 4),
+            "measurement_seconds": round(seconds, 4),
+            **timings.cost("measured", "plain"),
+        }
 
-        def step(measured: bool) -> tuple[float, float]:
-            settle(world)
-            began = time.perf_counter()
-            result = train_step(
-                model,
-                optimizer,
-                batch,
-                accumulation=accumulation,
-                gradient_clip=1.0,
-                batch_size=world.num_ranks * accumulation * micro_batch_size,
-                meter=meter if measured else None,
-            )
-            settle(world)
-            own = result.readings[0].seconds if result.readings else 0.0
-            return time.perf_counter() - began, own
+    def on_rank(self, settings: NoiseScaleSettings, rank: RankInfo) -> tuple[Timings, float]:
+        """Return one rank's timings, and the median seconds that the meter itself counts."""
+        device = pick_device("auto", rank.local_rank)
+        if rank.num_ranks > 1 and device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // rank.num_ranks))
+        with (
+            joined(rank, ParallelSettings(), device) as world,
+            workload(
+                self.shape(),
+                world,
+                batch_size=self.samples * self.micro_batch_size,
+                micro_batch_size=self.micro_batch_size,
+                sequence_length=self.sequence_length,
+            ) as work,
+        ):
+            meter = NoiseMeter(work.run.model, world, settings)
+            own: list[float] = []
 
-        plain: list[float] = []
-        measured: list[float] = []
-        own: list[float] = []
-        for index in range(WARM_UP_PAIRS + pairs):
-            # Who goes first changes, so that a slow moment of the machine hits both alike.
-            for is_measured in (False, True) if index % 2 else (True, False):
-                seconds, meter_seconds = step(is_measured)
-                if index >= WARM_UP_PAIRS:
-                    (measured if is_measured else plain).append(seconds)
-                    if is_measured:
-                        own.append(meter_seconds)
-    ratios = [m / p for m, p in zip(measured, plain, strict=True)]
-    return ratios, statistics.median(plain), statistics.median(own)
+            def measured() -> None:
+                own.append(work.step(meter).readings[0].seconds)
 
-
-def settle(world: World) -> None:
-    """Wait for the device and for the other ranks, so that a clock reads whole steps."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    barrier(world)
-
-
-def random_batch(
-    world: World,
-    config: LlamaConfig,
-    micro_batch_size: int,
-    accumulation: int,
-    sequence_length: int,
-) -> list[Tensor]:
-    """This rank's micro-batches, [micro_batch_size, L + 1] each."""
-    generator = torch.Generator().manual_seed(world.rank)
-    shape = (accumulation, micro_batch_size, sequence_length + 1)
-    tokens = torch.randint(config.known_vocab_size, shape, generator=generator)
-    return list(tokens.to(world.device))
+            timings = paired({"plain": work.step, "measured": measured}, self.pairs, world)
+        return timings, statistics.median(own[-self.pairs :])

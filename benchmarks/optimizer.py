@@ -1,199 +1,137 @@
-"""Speed of the update rules over a model's block weights, in this process.
+"""Update rules over a model's block matrices, against torch.optim.Muon and a memory-bound floor."""
 
-Muon stands against torch.optim.Muon; the sign rules against reading and writing their tensors once.
-"""
-
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from gns_pretrain.model.config import LlamaConfig
+from benchmarks.harness import (
+    ModelCommand,
+    ModelName,
+    Pairs,
+    Row,
+    compute_dtype,
+    device_name,
+    paired,
+    this_process,
+)
+from gns_pretrain.fields import About, at_least
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.base import block_matrices
-from gns_pretrain.optim.signum import Signum
-from gns_pretrain.optim.spectral import MuonSettings, Spectral
-from gns_pretrain.parallel.matrix_ownership import OwnerCompute
-
-WARM_UP_STEPS = 2
+from gns_pretrain.optim.base import OptimizerSettings, block_matrices
+from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.optim.spectral import MuonSettings
+from gns_pretrain.parallel.mesh import World
 
 
-def compare_muon(
-    config: LlamaConfig,
-    *,
-    layers: int | None = None,
-    pairs: int = 5,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Time a step of our Muon and one of torch's in turns, on the same gradients.
+@dataclass
+class Optimizer(ModelCommand):
+    """Muon's step against torch.optim.Muon's; sign rules against one pass over their tensors."""
 
-    Args:
-        config: whose block matrices are updated.
-        layers: blocks of it, all by default; the time is proportional to them.
-        pairs: timed steps of each, at least 2.
-        device: default: the GPU if there is one.
+    model: ModelName = "llama3_160m"
+    vocab_size: Annotated[
+        int, at_least(1), About("tokens; only the block matrices are updated")
+    ] = 2
+    layers: Annotated[
+        int | None, at_least(1), About("blocks; default: all. Time is linear in them")
+    ] = None
+    pairs: Pairs = 5
+    eager: Annotated[bool, About("sign rules without torch.compile")] = False
 
-    Returns:
-        One row: median seconds of both, `ratio` theirs / ours with its quartiles, and how far the
-        two first updates lie apart, relative to their size (torch's is rounded to bfloat16).
-    """
-    device = device or default_device()
-    shapes = block_shapes(config, layers)
-    gradients = filled(shapes, device, seed=0)
-    settings = MuonSettings(lr=0.02)
-    weights = [[nn.Parameter(torch.zeros_like(g)) for g in gradients] for _ in range(2)]
-    for copies in weights:
-        for weight, gradient in zip(copies, gradients, strict=True):
-            weight.grad = gradient
-    theirs = torch.optim.Muon(
-        weights[1], lr=0.02, weight_decay=settings.weight_decay, momentum=settings.momentum
-    )
-    ours = Spectral(weights[0], settings, OwnerCompute(weights[0], None))
-    ours.step()
-    theirs.step()
-    apart = distance(weights[0], weights[1])
-    seconds = alternate({"ours": ours.step, "torch": theirs.step}, pairs, device)
-    return {
-        "measured": "muon",
-        **described(config, shapes, device, pairs),
-        "precision": str(ours.precision).removeprefix("torch."),
-        "seconds": round(statistics.median(seconds["ours"]), 5),
-        "torch_seconds": round(statistics.median(seconds["torch"]), 5),
-        **quartiles("times_as_fast", seconds["torch"], seconds["ours"]),
-        "relative_difference": apart,
-    }
+    def run(self) -> Iterator[Row]:
+        """Yield a row for signSGD, Signum and Muon."""
+        world = this_process()
+        yield self.measure_sign_rule(0.0, world)
+        yield self.measure_sign_rule(0.95, world)
+        yield self.compare_muon(world)
 
+    def build(
+        self, settings: OptimizerSettings, world: World
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """Return a rule as train.py builds it and the block matrices, at zero, with gradients."""
+        shape = self.shape()
+        with world.device:
+            model = Llama(replace(shape, num_layers=self.layers or shape.num_layers))
+        matrices = block_matrices(model)
+        generator = torch.Generator(world.device).manual_seed(0)
+        for matrix in matrices:
+            nn.init.zeros_(matrix)
+            matrix.grad = torch.randn(matrix.shape, generator=generator, device=world.device)
+        return settings.build(model), matrices
 
-def measure_sign_rule(
-    config: LlamaConfig,
-    *,
-    momentum: float,
-    compiled: bool,
-    layers: int | None = None,
-    pairs: int = 20,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Time a step of Signum or signSGD against reading and writing its tensors once.
+    def compare_muon(self, world: World) -> Row:
+        """Time our Muon and torch's alternating, on the same gradients.
 
-    The floor is what torch's own foreach kernels take for that: m += g and w *= c for Signum, which
-    read g, m and w and write m and w; w += g for signSGD.
+        `relative_difference` is between the first updates, relative to their size (torch's is
+        rounded to bfloat16).
+        """
+        settings = MuonSettings(lr=0.02)
+        ours, matrices = self.build(settings, world)
+        copies = [nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+        for copy, matrix in zip(copies, matrices, strict=True):
+            copy.grad = matrix.grad
+        theirs = torch.optim.Muon(
+            copies, lr=0.02, weight_decay=settings.weight_decay, momentum=settings.momentum
+        )
+        ours.step()
+        theirs.step()
+        apart = relative_distance(matrices, copies)
+        timings = paired({"ours": ours.step, "torch": theirs.step}, self.pairs, world)
+        return {
+            "measured": "muon",
+            **self.described(matrices, world),
+            "precision": str(compute_dtype(world.device)).removeprefix("torch."),
+            "seconds": round(timings.median("ours"), 5),
+            "torch_seconds": round(timings.median("torch"), 5),
+            **timings.ratio("torch", "ours").as_row("times_as_fast"),
+            "relative_difference": apart,
+        }
 
-    Args:
-        config: whose block matrices are updated.
-        momentum: of the rule; 0 is signSGD.
-        compiled: one compiled kernel, or foreach operations.
-        layers: blocks of it, all by default.
-        pairs: timed steps of each, at least 2.
-        device: default: the GPU if there is one.
+    def measure_sign_rule(self, momentum: float, world: World) -> Row:
+        """Time Signum, or signSGD at momentum 0, against reading and writing its tensors once.
 
-    Returns:
-        One row: median seconds of both, and `times_the_floor` with its quartiles.
-    """
-    device = device or default_device()
-    shapes = block_shapes(config, layers)
-    weights = [nn.Parameter(weight) for weight in filled(shapes, device, seed=0)]
-    gradients = filled(shapes, device, seed=1)
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient
-    groups = [{"params": weights, "weight_decay": 0.1}]
-    rule = Signum(groups, lr=1e-3, momentum=momentum, compile="always" if compiled else "never")
-    momenta = [torch.zeros_like(gradient) for gradient in gradients]
-    values = [weight.detach() for weight in weights]
+        The floor is torch's own foreach kernels: m += g and w *= c for Signum, which read g, m and
+        w and write m and w; w += g for signSGD.
+        """
+        settings = SignumSettings(
+            lr=1e-3, momentum=momentum, compile="never" if self.eager else "always"
+        )
+        rule, matrices = self.build(settings, world)
+        weights = [matrix.detach() for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        momenta = [torch.zeros_like(gradient) for gradient in gradients]
 
-    def once() -> None:
-        if momentum:
-            torch._foreach_add_(momenta, gradients)
-            torch._foreach_mul_(values, 0.999)
-        else:
-            torch._foreach_add_(values, gradients)
+        def floor() -> None:
+            if momentum:
+                torch._foreach_add_(momenta, gradients)
+                torch._foreach_mul_(weights, 0.999)
+            else:
+                torch._foreach_add_(weights, gradients)
 
-    seconds = alternate({"rule": rule.step, "floor": once}, pairs, device)
-    return {
-        "measured": "signum" if momentum else "signsgd",
-        **described(config, shapes, device, pairs),
-        "compiled": compiled,
-        "seconds": round(statistics.median(seconds["rule"]), 6),
-        "floor_seconds": round(statistics.median(seconds["floor"]), 6),
-        **quartiles("times_the_floor", seconds["rule"], seconds["floor"]),
-    }
+        timings = paired({"rule": rule.step, "floor": floor}, self.pairs, world)
+        return {
+            "measured": "signum" if momentum else "signsgd",
+            **self.described(matrices, world),
+            "compiled": not self.eager,
+            "seconds": round(timings.median("rule"), 6),
+            "floor_seconds": round(timings.median("floor"), 6),
+            **timings.ratio("rule", "floor").as_row("times_the_floor"),
+        }
 
-
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def block_shapes(config: LlamaConfig, layers: int | None) -> list[torch.Size]:
-    """Shapes of the block matrices, of the first `layers` blocks."""
-    with torch.device("meta"):
-        model = Llama(replace(config, num_layers=layers or config.num_layers))
-    return [weight.shape for weight in block_matrices(model)]
+    def described(self, matrices: list[nn.Parameter], world: World) -> Row:
+        """Return what a row was measured on."""
+        return {
+            "model": self.shape().name,
+            "matrices": len(matrices),
+            "parameters": sum(matrix.numel() for matrix in matrices),
+            "device": device_name(world.device),
+            "pairs": self.pairs,
+        }
 
 
-def filled(shapes: list[torch.Size], device: torch.device, *, seed: int) -> list[Tensor]:
-    """Normal random tensors, float32."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-
-
-def distance(first: list[nn.Parameter], second: list[nn.Parameter]) -> float:
-    """||first - second|| / ||second|| over all tensors."""
-    difference = [(a - b).detach() for a, b in zip(first, second, strict=True)]
+def relative_distance(first: list[nn.Parameter], second: list[nn.Parameter]) -> float:
+    """Return ||first - second|| / ||second|| over all tensors."""
     norm = torch.nn.utils.get_total_norm
+    difference: list[Tensor] = [(a - b).detach() for a, b in zip(first, second, strict=True)]
     return (norm(difference) / norm([b.detach() for b in second])).item()
-
-
-def alternate(
-    steps: dict[str, Callable[[], Any]], pairs: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each step, after a warm-up; who goes first changes from pair to pair."""
-    for step in steps.values():
-        for _ in range(WARM_UP_STEPS):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(pairs):
-        for name in order:
-            seconds[name].append(timed(steps[name], device))
-        order.reverse()
-    return seconds
-
-
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one step, to the end of what the device has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def described(
-    config: LlamaConfig, shapes: list[torch.Size], device: torch.device, pairs: int
-) -> dict[str, Any]:
-    """What a row was measured on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return {
-        "model": config.name,
-        "matrices": len(shapes),
-        "parameters": sum(shape.numel() for shape in shapes),
-        "device": name,
-        "pairs": pairs,
-    }
-
-
-def quartiles(name: str, above: list[float], below: list[float]) -> dict[str, Any]:
-    """Median and quartiles of the ratio, pair by pair: what slows the machine slows both."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {name: round(middle, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}

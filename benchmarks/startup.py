@@ -6,49 +6,56 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from benchmarks.harness import ROOT, Command, Row
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import About, at_least
 
-ROOT = Path(__file__).resolve().parents[1]
-LOOKS_SECONDS = 0.02
-GIVES_UP_SECONDS = 600
+POLL_SECONDS = 0.02
+TIMEOUT_SECONDS = 600
 
 
-def measure_startup(overrides: list[str], *, starts: int, cold: bool = True) -> dict[str, Any]:
-    """Start training several times and stop it after its first step.
+@dataclass
+class Startup(Command):
+    """Seconds from `python train.py` to its first step."""
 
-    Args:
-        overrides: of `train.py`, such as data.path=...
-        starts: timed ones.
-        cold: start once before, untimed among the warm ones, to fill the caches.
+    overrides: Annotated[list[str], About("of train.py, such as model=small", positional=True)] = (
+        field(default_factory=list)
+    )
+    starts: Annotated[int, at_least(1), About("timed, with a warm cache")] = 3
+    warm: Annotated[bool, About("the cache is warm: no start before the timed ones")] = False
 
-    Returns:
-        One row: `seconds` is the median of the starts with a warm cache.
+    def run(self) -> Iterator[Row]:
+        """Yield one row; `seconds` is the median of the starts with a warm cache.
 
-    Raises:
-        InputError: a run ended before its first step; its last line says why.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        first = first_step_seconds(overrides, Path(folder) / "cold") if cold else None
-        warm = [first_step_seconds(overrides, Path(folder) / f"{i}") for i in range(starts)]
-    row: dict[str, Any] = {
-        "measured": "startup",
-        "overrides": " ".join(overrides),
-        "starts": starts,
-    }
-    if first is not None:
-        row["first_seconds"] = round(first, 2)
-    return {
-        **row,
-        "seconds": round(statistics.median(warm), 2),
-        "slowest_seconds": round(max(warm), 2),
-    }
+        Raises:
+            InputError: a run ended before its first step; its last line says why.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            first = {}
+            if not self.warm:
+                seconds = first_step_seconds(self.overrides, Path(folder) / "cold")
+                first = {"first_seconds": round(seconds, 2)}
+            warm = [
+                first_step_seconds(self.overrides, Path(folder) / f"{number}")
+                for number in range(self.starts)
+            ]
+        yield {
+            "measured": "startup",
+            "overrides": " ".join(self.overrides),
+            "starts": self.starts,
+            **first,
+            "seconds": round(statistics.median(warm), 2),
+            "slowest_seconds": round(max(warm), 2),
+        }
 
 
 def first_step_seconds(overrides: list[str], outputs: Path) -> float:
-    """One start: from the process to the first training record in metrics.jsonl."""
+    """Start train.py, stop it after its first training record in metrics.jsonl; return the time."""
     outputs.mkdir()
     command = [sys.executable, "train.py", "run_name=startup", f"output_directory={outputs}"]
     log = outputs / "log"
@@ -58,22 +65,20 @@ def first_step_seconds(overrides: list[str], outputs: Path) -> float:
             [*command, "metrics.progress=never", *overrides], cwd=ROOT, stdout=file, stderr=file
         )
     try:
-        while not first_step_is_recorded(outputs / "startup" / "metrics.jsonl"):
+        while not has_trained(outputs / "startup" / "metrics.jsonl"):
             if process.poll() is not None and process.returncode != 0:
                 lines = log.read_text().strip().splitlines() or ["no output"]
                 raise InputError(f"train.py ended before its first step: {lines[-1]}")
-            if time.perf_counter() - began > GIVES_UP_SECONDS:
-                raise InputError(
-                    f"train.py took no step in {GIVES_UP_SECONDS} s; try a smaller run"
-                )
-            time.sleep(LOOKS_SECONDS)
+            if time.perf_counter() - began > TIMEOUT_SECONDS:
+                raise InputError(f"train.py took no step in {TIMEOUT_SECONDS} s; try a smaller run")
+            time.sleep(POLL_SECONDS)
         return time.perf_counter() - began
     finally:
         process.kill()  # its folder is thrown away: nothing to save
         process.wait()
 
 
-def first_step_is_recorded(metrics: Path) -> bool:
-    """Whether the record has a whole line of a training step."""
+def has_trained(metrics: Path) -> bool:
+    """Return whether the record has a whole line of a training step."""
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     return any(line.endswith("\n") and json.loads(line)["kind"] == "train" for line in lines)

@@ -40,9 +40,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class About:
-    """What a field means, for `--help`."""
+    """What a field means, for `--help`; positional: a list that is typed without `--name`."""
 
     text: str
+    positional: bool = False
 
 
 def at_least(bound: float, unit: str = "", *, hint: str = "") -> Bound:
@@ -128,20 +129,23 @@ def add_options(parser: argparse.ArgumentParser, cls: type, *, skip: Iterable[st
         if field.name in skip:
             continue
         notes = _notes(cls).get(field.name, ())
-        about = next((note.text for note in notes if isinstance(note, About)), "")
+        about = next((note for note in notes if isinstance(note, About)), About(""))
         bound = next((note for note in notes if isinstance(note, Bound) and note.choices), None)
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
+        text = about.text
         if isinstance(field.default, int | float | str):
-            about += f" (default: {field.default})"
+            text += f" (default: {field.default})"
+        reading = _reading(hints[field.name])
+        reading |= {"nargs": "*"} if about.positional else {"required": required}
+        if bound:
+            reading["metavar"] = "{" + ",".join(bound.choices) + "}"
         parser.add_argument(
-            setting_name("--", field.name),
-            help=about.replace("%", "%%"),
-            required=required,
+            field.name if about.positional else setting_name("--", field.name),
+            help=text.replace("%", "%%"),
             default=argparse.SUPPRESS,
-            **_reading(hints[field.name]),
-            **({"metavar": "{" + ",".join(bound.choices) + "}"} if bound else {}),
+            **reading,
         )
 
 

@@ -82,6 +82,22 @@ def test_command_line_of_a_class_reads_numbers_lists_flags_and_leaves_defaults_t
     assert parsed(*words) == Options("x", 1000, ["a", "b"], False, 2.0)
 
 
+def test_positional_list_takes_what_is_typed_without_a_name():
+    @dataclass
+    class Launch(Settings):
+        overrides: Annotated[list[str], About("settings", positional=True)] = field(
+            default_factory=list
+        )
+        starts: int = 3
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Launch)
+    assert from_options(Launch, parser.parse_args([])) == Launch([], 3)
+    assert from_options(Launch, parser.parse_args(["--starts", "1", "a=1", "b=2"])) == Launch(
+        ["a=1", "b=2"], 1
+    )
+
+
 def test_command_line_names_the_option_that_is_outside_its_bounds():
     with pytest.raises(InputError, match=r"^--max-steps=0 must be at least 1$"):
         parsed("--out", "x", "--max-steps", "0")

@@ -3,21 +3,32 @@ import json
 import pytest
 import torch
 
-from benchmarks.cli import COMMANDS, cpu_plan, gpu_plan, main, parser
+from benchmarks.cli import COMMANDS, CPU_PLAN, GPU_PLAN, main, parser
+from benchmarks.harness import this_process
 from benchmarks.memory import growth
-from benchmarks.profile import profile_steps
-from benchmarks.speed import cost_rows, product_share, statistics_bytes
-from benchmarks.startup import measure_startup
-from benchmarks.workload import Workload, training
+from benchmarks.profile import Profile
+from benchmarks.speed import Speed, statistics_bytes
+from benchmarks.startup import Startup
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
-CPU = torch.device("cpu")
 # One block: four matrices 4 x 4 and three 6 x 4; 136 + 8 + 2 * 40 + 4 = 228 weights.
 MODEL = LlamaConfig(
     name="test", dim=4, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=6, vocab_size=10
 )
-WORKLOAD = Workload(MODEL, sequence_length=4, batch_size=4, micro_batch_size=2)
+STEP = {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 4}
+
+
+class SmallSpeed(Speed):
+    def shape(self):
+        return MODEL
+
+
+class SmallProfile(Profile):
+    def shape(self):
+        return MODEL
 
 
 def test_every_part_runs_and_says_when_where_and_by_which_command(tmp_path, monkeypatch):
@@ -34,39 +45,44 @@ def test_every_part_runs_and_says_when_where_and_by_which_command(tmp_path, monk
         assert row["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("plan", [cpu_plan, gpu_plan])
-def test_plans_name_commands_and_arguments_that_exist(plan):
-    for words in plan():
-        assert parser(None).parse_args(words).command in COMMANDS
+@pytest.mark.parametrize("line", [*CPU_PLAN, *GPU_PLAN])
+def test_plans_name_commands_and_arguments_that_exist(line):
+    assert parser().parse_args(line.split()).command in COMMANDS.values()
 
 
 def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "benchmarks.cli.quick_plan",
-        lambda folder: [["memory", "--steps", "1"], ["paper", "--ranks", "8"]],
-    )
+    monkeypatch.setattr("benchmarks.cli.QUICK_PLAN", ("memory --steps 1", "paper --ranks 8"))
     path = tmp_path / "figures.jsonl"
     assert main(["all", "--quick", "--json", str(path)]) == 1
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
-    assert "--steps 1 must be at least 10" in first["failed"]
+    assert "--steps=1 must be at least 10" in first["failed"]
     assert "markdown" in second
 
 
-def test_share_of_the_product_rate_by_hand():
-    # 100 tokens/s of 6 P + 6 L D T = 3e9 operations each, on a chip that does 1e12.
-    assert product_share(100.0, 3e9, 1e12) == pytest.approx(0.3)
-
-
-def test_cost_of_a_measurement_by_hand():
-    # Measured steps take 1.2, 1.3 and 1.4 times as long: 30 % every step, 0.3 % every 100.
-    row = cost_rows([1.2, 2.6, 1.4], [1.0, 2.0, 1.0])
-    assert (row["cost_every_step_percent"], row["cost_every_100_steps_percent"]) == (30.0, 0.3)
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("speed --model demo --batch-size 2 --micro-batch-size 2", "is one micro-batch"),
+        ("speed --model demo --batch-size 3 --micro-batch-size 2", "is not a multiple of"),
+        ("noise_scale --samples 3 --ranks 2", "--samples=3 is not a multiple of --ranks=2"),
+        ("model --model nobody", "--model=nobody is not known"),
+        ("roofline --ranks 12", "--ranks=12 are not whole nodes"),
+        ("roofline --json /nowhere/at/all", "cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(words, error, capsys):
+    assert main(words.split()) == 2
+    assert error in capsys.readouterr().err
 
 
 def test_memory_that_a_measurement_may_take_by_hand():
-    with training(WORKLOAD, CPU, ["manhattan", "nuclear"]) as trained:
-        allowed = {name: statistics_bytes(meter.tap) for name, meter in trained.meters.items()}
-    assert allowed == {"manhattan": 4 * 228, "nuclear": 7 * 8 * 16}
+    world = this_process()
+    with SmallSpeed(**STEP).workload(world, "adamw") as work:
+        allowed = [
+            statistics_bytes(NoiseMeter(work.run.model, world, NoiseScaleSettings([name])).tap)
+            for name in ("manhattan", "nuclear")
+        ]
+    assert allowed == [4 * 228, 7 * 8 * 16]
 
 
 def test_growth_by_hand():
@@ -79,7 +95,7 @@ def test_growth_by_hand():
 
 def test_profile_names_every_phase_of_a_measured_step_and_leaves_a_trace(tmp_path):
     trace = tmp_path / "trace.json"
-    row = profile_steps(WORKLOAD, device=CPU, geometry="nuclear", steps=1, trace=trace)
+    (row,) = SmallProfile(**STEP, geometry="nuclear", steps=1, trace=trace).run()
     phases = {entry["phase"]: entry["seconds"] for entry in row["phases"]}
     assert set(phases) >= {"data", "forward", "backward", "measurement", "optimizer"}
     assert min(phases.values()) > 0
@@ -91,10 +107,4 @@ def test_profile_names_every_phase_of_a_measured_step_and_leaves_a_trace(tmp_pat
 def test_a_run_that_ends_before_its_first_step_is_reported(monkeypatch):
     monkeypatch.setattr("benchmarks.startup.sys.executable", "false")
     with pytest.raises(InputError, match="ended before its first step: no output"):
-        measure_startup([], starts=1, cold=False)
-
-
-def test_a_batch_of_one_sample_cannot_be_measured(capsys):
-    words = ["speed", "--model", "demo", "--batch-size", "2", "--micro-batch-size", "2"]
-    assert main(words) == 2
-    assert "one micro-batch" in capsys.readouterr().err
+        list(Startup(starts=1, warm=True).run())

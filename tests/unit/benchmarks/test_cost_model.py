@@ -2,17 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cli import model_config
-from benchmarks.cost_model import (
-    Layout,
-    Load,
-    Machine,
-    manhattan_phases,
-    muon_phases,
-    nuclear_phases,
-    paper_tables,
-    step_phases,
-)
+from benchmarks.cost_model import Cluster, Roofline, StepCost
 from gns_pretrain.model.config import LlamaConfig
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "performance.md"
@@ -22,49 +12,52 @@ MODEL = LlamaConfig(
     name="test", dim=4, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=6, vocab_size=10
 )
 IN_BLOCK, ROOT = 136 + 8, 2 * 40 + 4
-LOAD = Load(MODEL, sequences=1, accumulation=3, sequence_length=5)
-MACHINE = Machine()
 
 
-def named(phases):
-    return {phase.name: phase for phase in phases}
+def cost(num_ranks, num_shards):
+    cluster = Cluster(num_ranks, num_shards)
+    return StepCost(MODEL, cluster, sequences=1, accumulation=3, sequence_length=5)
+
+
+def work(phases):
+    return {phase.name: phase.work for phase in phases}
 
 
 def test_traffic_of_a_step_by_hand():
     # 8 ranks in 2 groups of 4: a rank gets 3/4 of what it gathers, in bfloat16, the block twice and
     # the root once for each of three micro-batches; gradients go once, in float32.
-    phases = named(step_phases(LOAD, Layout(8, 4), MACHINE))
-    assert phases["all-gather"].sent == 3 * 2 * (2 * IN_BLOCK + ROOT) * 3 / 4
-    assert phases["reduce-scatter"].sent == 4 * (IN_BLOCK + ROOT) * 3 / 4
+    phases = work(cost(8, 4).step())
+    assert phases["all-gather"] == 3 * 2 * (2 * IN_BLOCK + ROOT) * 3 / 4
+    assert phases["reduce-scatter"] == 4 * (IN_BLOCK + ROOT) * 3 / 4
     # Twice (R - 1) / R of the shard, R = 2.
-    assert phases["all-reduce over replicas"].sent == 4 * (IN_BLOCK + ROOT) / 4
+    assert phases["all-reduce over replicas"] == 4 * (IN_BLOCK + ROOT) / 4
 
 
-def test_products_of_a_step_by_hand():
+def test_matmuls_of_a_step_by_hand():
     # 15 tokens, 6 operations a weight of block, last norm and output, and attention of 6 L D T.
-    phases = named(step_phases(LOAD, Layout(1, 1), MACHINE))
-    blocks = phases["blocks, forward"].flops + phases["blocks, backward"].flops
-    assert phases["output matrix"].flops == 6 * 15 * 40
+    phases = work(cost(1, 1).step())
+    blocks = phases["blocks, forward"] + phases["blocks, backward"]
+    assert phases["output matrix"] == 6 * 15 * 40
     assert blocks == pytest.approx(15 * (6 * (IN_BLOCK + 4) + 6 * 1 * 4 * 5))
 
 
 def test_newton_schulz_by_hand():
     # Five steps of 4 s^2 l + 2 s^3: 4 x 384 + 3 x 512 operations a step on one rank.
-    phases = named(muon_phases(LOAD, Layout(1, 1), MACHINE))
-    assert phases["Muon: Newton-Schulz"].flops == 5 * (4 * 384 + 3 * 512)
+    phases = work(cost(1, 1).muon())
+    assert phases["Muon: Newton-Schulz"] == 5 * (4 * 384 + 3 * 512)
 
 
 def test_a_measurement_by_hand():
-    manhattan = named(manhattan_phases(LOAD, Layout(4, 4), MACHINE))
-    assert manhattan["Manhattan: reduce-scatter"].sent == 3 * 4 * (IN_BLOCK + ROOT) * 3 / 4
-    nuclear = named(nuclear_phases(LOAD, Layout(4, 4), MACHINE))
+    manhattan = work(cost(4, 4).manhattan())
+    assert manhattan["Manhattan: reduce-scatter"] == 3 * 4 * (IN_BLOCK + ROOT) * 3 / 4
+    nuclear = work(cost(4, 4).nuclear())
     # Seven float64 Grams of 4 x 4 for each of three samples.
-    assert nuclear["Nuclear: Grams to owners"].sent == 3 * 7 * 8 * 16 * 3 / 4
-    assert nuclear["Nuclear: Grams"].flops == 3 * 2 * (4 * 64 + 3 * 96)
+    assert nuclear["Nuclear: Grams to owners"] == 3 * 7 * 8 * 16 * 3 / 4
+    assert nuclear["Nuclear: Grams"] == 3 * 2 * (4 * 64 + 3 * 96)
     # Seven matrices on four ranks: the busiest has two, each with two roots of 36 products.
-    assert nuclear["Nuclear: square roots"].flops == 2 * 2 * 36 * 2 * 64
+    assert nuclear["Nuclear: square roots"] == 2 * 2 * 36 * 2 * 64
 
 
 def test_documented_tables_are_what_the_command_prints():
-    models = [model_config(name, 128_256) for name in ("llama3_160m", "llama3_1b")]
-    assert paper_tables(models, [8, 64]) in DOCUMENT.read_text()
+    (row,) = Roofline().run()
+    assert row["markdown"] in DOCUMENT.read_text()

@@ -1,0 +1,391 @@
+"""What the benchmarks share: options of subcommands, workload, stopwatch and provenance."""
+
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gns_pretrain.batch_size import BatchSizeSettings
+from gns_pretrain.config.compose import read_yaml
+from gns_pretrain.config.schema import Config
+from gns_pretrain.data.settings import DataSettings
+from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_shard
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import About, Settings, at_least, one_of
+from gns_pretrain.launch.build import build_run
+from gns_pretrain.model.config import LlamaConfig, RopeScaling
+from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.optim.base import OptimizerSettings
+from gns_pretrain.optim.sgd import SGDSettings
+from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.optim.spectral import MuonSettings
+from gns_pretrain.parallel.collectives import barrier
+from gns_pretrain.parallel.mesh import World, pick_device
+from gns_pretrain.runs.directory import git_revision
+from gns_pretrain.runs.history import versions
+from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.evaluate import EvaluationSettings
+from gns_pretrain.training.loop import Run
+from gns_pretrain.training.step import StepResult, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {path.stem: path for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+PACKAGES = ("numpy", "tokenizers", "transformers", "triton")
+OPTIMIZERS: dict[str, OptimizerSettings] = {
+    "adamw": AdamWSettings(lr=1e-4),
+    "muon": MuonSettings(lr=1e-3),
+    "signum": SignumSettings(lr=1e-5),
+    "sgd": SGDSettings(lr=1e-3),
+}
+ON_GPU = torch.cuda.is_available()
+WARM_UP_STEPS = 2
+DISTINCT_STEPS = 4  # steps of random tokens on disk; later ones read them again
+
+Row = dict[str, Any]
+
+
+ModelName = Annotated[str, one_of(*MODELS), About("a file in conf/model")]
+Pairs = Annotated[int, at_least(2), About("timed steps of each kind")]
+
+
+class Command(Settings):
+    """A subcommand: a dataclass whose fields are its options and whose docstring is its help."""
+
+    section: ClassVar[str] = "--"
+
+    def run(self) -> Iterable[Row]:
+        """Measure; yield each row as soon as it is known."""
+        raise NotImplementedError
+
+
+def model_config(name: str, vocab_size: int) -> LlamaConfig:
+    """Read a file of conf/model; `vocab_size` is for those that leave it to the data."""
+    values = read_yaml(MODELS[name])
+    del values["defaults"]
+    scaling = RopeScaling(**values.pop("rope_scaling", {}))
+    values["vocab_size"] = values.get("vocab_size") or vocab_size
+    return LlamaConfig(**values, rope_scaling=scaling)
+
+
+@dataclass
+class ModelCommand(Command):
+    """Options of a subcommand that builds a model."""
+
+    model: ModelName = "tiny"
+    vocab_size: Annotated[
+        int, at_least(1), About("tokens, where the model leaves it to the data")
+    ] = 4096
+
+    def shape(self) -> LlamaConfig:
+        """Return the model's shape, with a vocabulary."""
+        return model_config(self.model, self.vocab_size)
+
+
+@dataclass
+class StepCommand(ModelCommand):
+    """Options of a subcommand that trains whole steps on one process."""
+
+    model: ModelName = "llama3_160m" if ON_GPU else "tiny"
+    batch_size: Annotated[int, at_least(1), About("sequences of a step")] = 64 if ON_GPU else 16
+    micro_batch_size: Annotated[int, at_least(1), About("sequences")] = 8 if ON_GPU else 2
+    sequence_length: Annotated[int, at_least(1), About("tokens")] = 2048 if ON_GPU else 128
+    compile: Annotated[bool, About("compile the blocks")] = ON_GPU
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.micro_batch_size:
+            raise InputError(
+                f"--batch-size={self.batch_size} is not a multiple of --micro-batch-size="
+                f"{self.micro_batch_size}; use one that is"
+            )
+
+    def workload(self, world: World, optimizer: str) -> AbstractContextManager["Workload"]:
+        """Build the workload that the options describe, with one of OPTIMIZERS."""
+        return workload(
+            self.shape(),
+            world,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            compile="always" if self.compile else "never",
+            optimizer=OPTIMIZERS[optimizer],
+        )
+
+    def described(self, optimizer: str) -> Row:
+        """Return the entries of a row that say what a step computes."""
+        return {
+            "model": self.model,
+            "vocab_size": self.shape().known_vocab_size,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "optimizer": optimizer,
+            "compiled": self.compile,
+        }
+
+
+def this_process() -> World:
+    """Return the world of a single process, on a GPU where torch sees one."""
+    return World(rank=0, num_ranks=1, device=pick_device("auto", 0), kind="single")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of matmuls under precision=auto: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def write_random_tokens(folder: Path, vocab_size: int, splits: Mapping[str, int]) -> None:
+    """Write token shards of random tokens; `splits` maps a split to its number of tokens."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    dtype = token_dtype(vocab_size)
+    shards = tuple(
+        write_shard(
+            folder, split=name, index=0, tokens=generator.integers(0, vocab_size, count, dtype)
+        )
+        for name, count in splits.items()
+    )
+    write_meta(folder, CorpusMeta(dtype=dtype.name, vocab_size=vocab_size, shards=shards))
+
+
+def run_config(
+    shape: LlamaConfig,
+    folder: Path,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    num_steps: int = DISTINCT_STEPS,
+    policy: BatchSizeSettings | None = None,
+    **sections: Any,
+) -> Config:
+    """Return settings of a run over random tokens, which this writes to `folder`.
+
+    Args:
+        shape: of the model, with a vocabulary.
+        folder: empty; takes the data and the run's directory.
+        batch_size, micro_batch_size: sequences, over all ranks and of one sample.
+        sequence_length: tokens.
+        num_steps: budget, in steps of `batch_size`.
+        policy: of the batch size; None: constant.
+        sections: other fields of `Config`, in place of what stands here.
+    """
+    tokens = num_steps * batch_size * sequence_length
+    config: dict[str, Any] = {
+        "batch_size": policy or BatchSizeSettings(initial=batch_size),
+        "optimizer": OPTIMIZERS["adamw"],
+        "evaluation": EvaluationSettings(num_sequences=1),
+        **sections,
+    }
+    length = max(tokens, DISTINCT_STEPS * sequence_length) + 1
+    validation = config["evaluation"].num_sequences * sequence_length + 1
+    write_random_tokens(
+        folder / "data", shape.known_vocab_size, {"train": length, "validation": validation}
+    )
+    return Config(
+        run_name="run",
+        output_directory=str(folder),
+        token_budget=tokens,
+        micro_batch_size=micro_batch_size,
+        model=shape,
+        data=DataSettings(path=str(folder / "data"), sequence_length=sequence_length),
+        metrics=MetricsSettings(progress="never"),
+        **config,
+    )
+
+
+@contextmanager
+def built_run(config: Config, world: World) -> Iterator[Run]:
+    """Build a run as train.py does; its files and threads end with the block."""
+    run = build_run(config, world, Path(config.output_directory) / config.run_name)
+    try:
+        yield run
+    finally:
+        run.batches.close()
+        run.record.close()
+
+
+class Workload:
+    """The steps of a run, taken one by one: plain, or measured by a meter over its model."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.batch_size = run.state.batch_size
+        self.micro_batch_size = run.state.micro_batch_size
+        self.accumulation = self.batch_size // (self.micro_batch_size * run.world.num_ranks)
+        self.tokens = self.batch_size * run.sequence_length
+        self._cursor = 0
+
+    def micro_batches(self) -> Iterator[Tensor]:
+        """Return the next step's micro-batches."""
+        cursor, self._cursor = self._cursor, self._cursor + self.batch_size
+        return self.run.batches.micro_batches(
+            cursor, batch_size=self.batch_size, micro_batch_size=self.micro_batch_size
+        )
+
+    def step(
+        self, meter: NoiseMeter | None = None, micro_batches: Iterable[Tensor] | None = None
+    ) -> StepResult:
+        """Take one training step, measured or not."""
+        return train_step(
+            self.run.model,
+            self.run.optimizer,
+            self.micro_batches() if micro_batches is None else micro_batches,
+            accumulation=self.accumulation,
+            gradient_clip=self.run.gradient_clip,
+            batch_size=self.batch_size,
+            meter=meter,
+        )
+
+
+@contextmanager
+def workload(shape: LlamaConfig, world: World, **settings: Any) -> Iterator[Workload]:
+    """Build model, optimizer and batches on the ranks at hand; `settings` as for `run_config`."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        built_run(run_config(shape, Path(folder), **settings), world) as run,
+    ):
+        yield Workload(run)
+
+
+class Quartiles(NamedTuple):
+    """Of the paired ratios of two steps."""
+
+    low: float
+    median: float
+    high: float
+
+    def as_row(self, name: str) -> Row:
+        """Return the median as `name` and the quartiles beside it."""
+        return {
+            name: round(self.median, 3),
+            f"{name}_quartiles": [round(self.low, 3), round(self.high, 3)],
+        }
+
+
+class Timings(NamedTuple):
+    """Seconds of each step; entry i of all lists is from the i-th pair."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        """Return the median seconds of a step."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, above: str, below: str) -> Quartiles:
+        """Return the quartiles of above / below, pair by pair: a busy machine slows both."""
+        pairs = zip(self.seconds[above], self.seconds[below], strict=True)
+        return Quartiles(*statistics.quantiles([a / b for a, b in pairs], n=4))
+
+    def cost(self, measured: str, plain: str) -> Row:
+        """Return the extra time of a measured step in per cent, and its share at F = 100."""
+        low, middle, high = (100 * (q - 1) for q in self.ratio(measured, plain))
+        return {
+            "cost_every_step_percent": round(middle, 2),
+            "quartiles_percent": [round(low, 2), round(high, 2)],
+            "cost_every_100_steps_percent": round(middle / 100, 4),
+        }
+
+
+def paired(
+    steps: Mapping[str, Callable[[], Any]],
+    pairs: int,
+    world: World,
+    *,
+    warm_up: int = WARM_UP_STEPS,
+) -> Timings:
+    """Time steps alternating in one process; which goes first changes from pair to pair.
+
+    Args:
+        steps: two or more, by name.
+        pairs: how often each is timed.
+        world: its device and other ranks are waited for before and after each step.
+        warm_up: untimed calls of each before.
+    """
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(pairs):
+        for name in order:
+            synchronize(world)
+            began = time.perf_counter()
+            steps[name]()
+            synchronize(world)
+            seconds[name].append(time.perf_counter() - began)
+        order.reverse()
+    return Timings(seconds)
+
+
+def synchronize(world: World) -> None:
+    """Wait for the device and for the other ranks."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    barrier(world)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of threads on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def provenance(words: Sequence[str]) -> Row:
+    """Return when, by which command, on which machine and with which versions a row was measured.
+
+    Args:
+        words: arguments of scripts/benchmark.py.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = shlex.join(["python", "scripts/benchmark.py", *words])
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"OMP_NUM_THREADS={threads} {command}" if threads else command,
+        "machine": {
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            **versions(),
+            "code": git_revision(),
+            **installed(PACKAGES),
+        },
+    }
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
