@@ -10,26 +10,25 @@ The first N sequences of the validation split, in file order, are one batch, cut
 import argparse
 import json
 import sys
-from dataclasses import MISSING, fields
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry.square_root import MODES
+from gns_pretrain.fields import add_options, from_options
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
-from gns_pretrain.noise_scale.geometries import GEOMETRIES
-from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS
 
 
 def main() -> int:
     """Exit code 0: measured; 2: bad input."""
-    arguments = vars(_parser().parse_args())
-    as_json = arguments.pop("json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, MeasurementRequest)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_args()
     try:
-        report = measure(MeasurementRequest(**arguments))
+        report = measure(from_options(MeasurementRequest, options))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -37,46 +36,15 @@ def main() -> int:
         return 0
     for note in report.notes:
         sys.stderr.write(f"note: {note}\n")
-    if as_json:
+    if options.json:
         sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
     else:
-        Console(soft_wrap=True).print(_table(report))
+        Console(soft_wrap=True).print(table_of(report))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = {f.name: f.default for f in fields(MeasurementRequest)}
-
-    def add(flag: str, about: str, name: str | None = None, **options: Any) -> None:
-        name = name or flag.removeprefix("--").replace("-", "_")
-        value = default[name]
-        told = f" (default: {value})" if value is not MISSING else ""
-        parser.add_argument(
-            flag, dest=name, help=about + told, default=argparse.SUPPRESS, **options
-        )
-
-    add("--checkpoint", "a step_* folder or a Hugging Face Llama folder", type=Path, required=True)
-    add("--data", "folder of token shards with a validation split", type=Path, required=True)
-    add("--num-sequences", "the batch, in sequences", type=int, required=True)
-    add("--micro-batch-size", "sequences of a sample", type=int, required=True)
-    add("--sequence-length", "tokens of a sequence", type=int)
-    geometries = list(GEOMETRIES)
-    add("--geometry", "default: all three", "geometries", nargs="+", choices=geometries)
-    estimates = GEOMETRIES["manhattan"].estimates
-    add("--estimate", "default: plug_in", "estimates", nargs="+", choices=estimates)
-    add("--parameters", "that Euclidean and Manhattan look at", choices=PARAMETERS)
-    add("--nuclear-parameters", "that Nuclear looks at", choices=NUCLEAR_PARAMETERS)
-    add("--square-root", "how tr C^(1/2) is taken", choices=MODES)
-    add("--interval", "standard errors by a jackknife", action=argparse.BooleanOptionalAction)
-    add("--device", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    return parser
-
-
-def _table(report: Report) -> Table:
+def table_of(report: Report) -> Table:
+    """Format one row for each geometry and estimate."""
     table = Table(title=f"{report.num_samples} samples, batch of {report.batch_size} sequences")
     for column in ("geometry", "estimate"):
         table.add_column(column)

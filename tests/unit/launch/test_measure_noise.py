@@ -95,7 +95,7 @@ def test_micro_batches_of_another_size_keep_the_euclidean_signal(checkpoint, sha
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"num_sequences": 2}, r"--num-sequences=2 makes one sample .* use at least 4"),
         ({"num_sequences": 5}, r"--num-sequences=5 cannot be split .* multiple of 2"),
@@ -103,11 +103,11 @@ def test_micro_batches_of_another_size_keep_the_euclidean_signal(checkpoint, sha
         ({"micro_batch_size": 0}, r"--micro-batch-size=0 must be at least 1"),
         ({"sequence_length": 0}, r"--sequence-length=0 must be at least 1"),
         ({"num_sequences": 4000}, r"--num-sequences=4000 is more than the 24 validation"),
-        ({"estimates": ["best"]}, r"noise_scale.estimates holds best"),
+        ({"estimate": ["best"]}, r"--estimate=\[best\] is not known; use one of plug_in, debiased"),
     ],
 )
-def test_bad_request_is_named(changes, told, checkpoint, shards):
-    with pytest.raises(InputError, match=told):
+def test_bad_request_is_named(changes, message, checkpoint, shards):
+    with pytest.raises(InputError, match=message):
         measure(request(checkpoint, shards, **changes))
 
 
@@ -119,7 +119,7 @@ def content(report: Report | None) -> tuple[dict, list[str]]:
 def test_cross_fitted_interval_is_left_out_with_a_note_where_a_half_would_be_empty(
     checkpoint, shards
 ):
-    changes = {"estimates": ["plug_in", "cross_fitted"], "geometries": ["manhattan"]}
+    changes = {"estimate": ["plug_in", "cross_fitted"], "geometry": ["manhattan"]}
     three, notes = content(measure(request(checkpoint, shards, num_sequences=6, **changes)))
     assert three["manhattan"]["standard_error"] > 0
     assert three["manhattan"]["cross_fitted"]["standard_error"] is None
@@ -133,7 +133,7 @@ def test_cross_fitted_interval_is_left_out_with_a_note_where_a_half_would_be_emp
 
 
 def test_interval_of_too_few_micro_batches_is_left_out_with_a_note(checkpoint, shards):
-    changes = {"num_sequences": 4, "geometries": ["euclidean"]}
+    changes = {"num_sequences": 4, "geometry": ["euclidean"]}
     two, notes = content(measure(request(checkpoint, shards, **changes)))
     assert two["euclidean"]["standard_error"] is None
     assert [note.partition(":")[0] for note in notes] == ["no standard error"]
@@ -152,7 +152,7 @@ def test_weight_that_is_not_finite_gives_no_report(geometry, shards, tmp_path):
         ruined, AdamWSettings().build(ruined), state
     )
     with pytest.raises(InputError, match=rf"no noise scale: {geometry} noise is nan; .*earlier"):
-        measure(request(folder, shards, geometries=[geometry]))
+        measure(request(folder, shards, geometry=[geometry]))
 
 
 def test_two_ranks_under_torchrun_print_the_numbers_of_one_process(checkpoint, shards, tmp_path):
