@@ -15,7 +15,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -118,11 +118,24 @@ def setting_name(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, *, skip: Iterable[str] = ()) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    skip: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Give a parser one option for each field of a settings dataclass.
 
     Fields without a default are required; lists take several words; `bool` gets a `--no-` form.
     Options that are not typed stay out of the namespace, so a default has one home: the class.
+
+    Args:
+        parser: gets the options.
+        cls: the dataclass.
+        skip: names of fields that are no options.
+        texts: help by field, in place of the class's and without its defaults: for a command that
+            takes them from elsewhere.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -134,8 +147,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type, *, skip: Iterable[st
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
-        text = about.text
-        if isinstance(field.default, int | float | str):
+        text = about.text if texts is None else texts.get(field.name, "")
+        if texts is None and isinstance(field.default, int | float | str):
             text += f" (default: {field.default})"
         reading = _reading(hints[field.name])
         reading |= {"nargs": "*"} if about.positional else {"required": required}

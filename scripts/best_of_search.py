@@ -12,24 +12,27 @@ import sys
 from pathlib import Path
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.search import FORMATS, searches
-from gns_pretrain.results.tables.selection import runs_of_folders
 
 
 def main() -> int:
-    """Exit code 0: told; 2: bad input."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="run directories or folders of them")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
-    arguments = parser.parse_args()
+    """Exit code 0: printed; 2: bad input."""
     try:
-        found = searches(runs_of_folders(arguments.folders))
+        # Imported here, so that without pandas the error is one line.
+        from gns_pretrain.results.frame import runs_of_folders
+        from gns_pretrain.results.search import FORMATS, searches
+
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        option = parser.add_argument
+        option("folders", nargs="+", type=Path, help="run directories or folders of them")
+        option("--format", choices=FORMATS, default="text", help="default: text")
+        given = parser.parse_args()
+        found = searches(runs_of_folders(given.folders))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sys.stdout.write("\n".join(FORMATS[arguments.format](search) for search in found))
+    sys.stdout.write("\n".join(FORMATS[given.format](search) for search in found))
     return 0
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.figures import draw_runs
+from gns_pretrain.results.figures import draw
+from gns_pretrain.results.frame import read_curves
 from gns_pretrain.runs.directory import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,8 @@ def compare(settings: list[str]) -> None:
         for label, experiment in RUNS.items()
     }
     picture = outputs / f"demo-seed{seed}.png"
-    draw_runs(runs, picture)
+    curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
+    draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     console = Console(soft_wrap=True)
     console.print(closing_table(runs))
     console.print(f"picture: {picture}")

@@ -13,64 +13,57 @@ its seeds.
 import argparse
 import sys
 
-from rich.console import Console
-
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.tables.layouts import LAYOUTS
-from gns_pretrain.results.tables.rendering import FORMATS
-from gns_pretrain.results.tables.table import TableRequest, make_table
 
 
 def main() -> int:
     """Exit code 0: printed; 2: bad input."""
-    arguments = _parser().parse_intermixed_args()
-    console = Console(stderr=True, soft_wrap=True)
     try:
+        # Imported here, so that without pandas the error is one line.
+        from gns_pretrain.results.layouts import LAYOUTS
+        from gns_pretrain.results.render import FORMATS
+        from gns_pretrain.results.tables import make_table
+
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        option = parser.add_argument
+        option("table", choices=LAYOUTS, help="which one")
+        option(
+            "sources",
+            nargs="*",
+            metavar="FOLDER|CELL=PATH",
+            help="run directories or folders of them; a CSV or a folder of CSVs for a cell",
+        )
+        option("--scale", help="the scale to take, where the runs have several")
+        option(
+            "--where",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="only runs with this setting of their config.yaml, as batch_size.theta=0.6; "
+            "repeatable. Runs that do not use it (a constant batch) stay",
+        )
+        option("--wandb", metavar="ENTITY/PROJECT", help="read W&B instead of folders")
+        option("--format", choices=FORMATS, default="text", help="default: text")
+        option(
+            "--json",
+            dest="format",
+            action="store_const",
+            const="json",
+            help="same as --format json",
+        )
+        given = parser.parse_intermixed_args()
         table = make_table(
-            TableRequest(
-                table=arguments.table,
-                sources=arguments.sources,
-                scale=arguments.scale,
-                where=arguments.where,
-                project=arguments.wandb,
-            )
+            given.table, given.sources, scale=given.scale, where=given.where, project=given.wandb
         )
     except InputError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    sys.stdout.write(FORMATS[arguments.format](table))
-    if arguments.format == "csv":  # has no place for them
-        for note in table.notes:
-            console.print(note, markup=False, highlight=False)
+    sys.stdout.write(FORMATS[given.format](table))
+    if given.format == "csv" and table.notes:  # has no place for them
+        print(*table.notes, sep="\n", file=sys.stderr)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", choices=LAYOUTS, help="which one")
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="FOLDER|CELL=PATH",
-        help="run directories or folders of them; a CSV or a folder of CSVs for a cell",
-    )
-    parser.add_argument("--scale", help="the scale to take, where the runs have several")
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="only runs with this setting of their config.yaml, as batch_size.theta=0.6; "
-        "repeatable. Runs that do not use it (a constant batch) stay",
-    )
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read W&B instead of folders")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
-    parser.add_argument(
-        "--json", dest="format", action="store_const", const="json", help="same as --format json"
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -14,90 +14,83 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.curves import AXES, Noise, grouped, read_curves
-from gns_pretrain.results.figures import PANELS, draw
 
 
 def main() -> int:
     """Exit code 0: drawn; 2: bad input."""
-    arguments = _parser().parse_intermixed_args()
     try:
-        groups = grouped(arguments.runs)
-        noise = named_noise(arguments.noise) if arguments.noise else None
+        # Imported here, so that without pandas the error is one line.
+        from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
+        from gns_pretrain.results.frame import grouped, named_noise, read_curves
+
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        option = parser.add_argument
+        option(
+            "runs",
+            nargs="+",
+            metavar="PATH|LABEL=PATH",
+            help="run directory, folder of them, or CSV",
+        )
+        option(
+            "--out",
+            type=Path,
+            action="append",
+            required=True,
+            help="file.png or file.pdf; repeatable",
+        )
+        option("--x", choices=AXIS_LABELS, default="step", help="x-axis (default: step)")
+        option(
+            "--panels",
+            help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)",
+        )
+        option(
+            "--noise",
+            metavar="GEOMETRY/ESTIMATE",
+            help="whose noise scale, as manhattan/plug_in (default: the one that chose the batch)",
+        )
+        option("--each-seed", action="store_true", help="a line for every seed, instead of a band")
+        option(
+            "--focus",
+            type=float,
+            default=0.15,
+            metavar="SHARE",
+            help="the y-axis of a loss fits what comes after this share of a run (default: 0.15, "
+            "the paper's warm-up); 0 shows all",
+        )
+        option("--title", help="over the figure")
+        option("--json", action="store_true", help="print one JSON object")
+        given = parser.parse_intermixed_args()
+        groups = grouped(given.runs)
+        noise = given.noise and named_noise(given.noise)
         panels = draw(
             {
-                label: [read_curves(path, axis=arguments.x, noise=noise) for path in paths]
+                label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
                 for label, paths in groups.items()
             },
-            arguments.out,
-            panels=arguments.panels and arguments.panels.split(","),
-            axis=arguments.x,
-            each_seed=arguments.each_seed,
-            title=arguments.title,
-            focus=arguments.focus,
+            given.out,
+            panels=given.panels and given.panels.split(","),
+            axis=given.x,
+            each_seed=given.each_seed,
+            title=given.title,
+            focus=given.focus,
         )
     except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     drawn = {
-        "out": [str(path) for path in arguments.out],
+        "out": [str(path) for path in given.out],
         "panels": panels,
         "runs": {label: [str(path) for path in paths] for label, paths in groups.items()},
     }
-    if arguments.json:
-        sys.stdout.write(json.dumps(drawn) + "\n")
+    if given.json:
+        print(json.dumps(drawn))
     else:
         seeds = ", ".join(f"{label} ({len(paths)})" for label, paths in groups.items())
-        sys.stdout.write(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}\n")
+        print(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}")
     return 0
-
-
-def named_noise(text: str) -> Noise:
-    """Geometry and estimate of GEOMETRY/ESTIMATE."""
-    geometry, slash, estimate = text.partition("/")
-    if not (geometry and slash and estimate):
-        raise InputError(
-            f"--noise {text} is not GEOMETRY/ESTIMATE, as in --noise manhattan/plug_in"
-        )
-    return geometry, estimate
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="PATH|LABEL=PATH", help="run directory, folder of them, or CSV"
-    )
-    parser.add_argument(
-        "--out", type=Path, action="append", required=True, help="file.png or file.pdf; repeatable"
-    )
-    parser.add_argument("--x", choices=AXES, default="step", help="x-axis (default: step)")
-    parser.add_argument(
-        "--panels", help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)"
-    )
-    parser.add_argument(
-        "--noise",
-        metavar="GEOMETRY/ESTIMATE",
-        help="whose noise scale, as manhattan/plug_in (default: the one that chose the batch)",
-    )
-    parser.add_argument(
-        "--each-seed", action="store_true", help="a line for every seed, instead of a band"
-    )
-    parser.add_argument(
-        "--focus",
-        type=float,
-        default=0.15,
-        metavar="SHARE",
-        help="the y-axis of a loss fits what comes after this share of a run (default: 0.15, "
-        "the paper's warm-up); 0 shows all",
-    )
-    parser.add_argument("--title", help="over the figure")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 if __name__ == "__main__":

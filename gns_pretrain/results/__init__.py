@@ -1,1 +1,1 @@
-"""From the records of runs to what one wants to know of them; nothing here takes part in a run."""
+"""Tables, figures, searches and replays made of the records of runs; no run imports this."""

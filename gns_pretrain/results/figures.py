@@ -1,6 +1,7 @@
 """Runs in figures as the paper's: perplexity, batch size, noise scale and learning rate.
 
-Several seeds of a run become a mean and a band of one sample standard deviation.
+Several seeds of a run become a mean and a band of one sample standard deviation. matplotlib is
+imported where it draws.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +12,27 @@ from typing import Any
 import numpy as np
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.curves import Band, Curve, Values, curves_of_records, over_seeds, thinned
-from gns_pretrain.runs.directory import RunRecord
+from gns_pretrain.results.frame import Curve, pd
 from gns_pretrain.tracking.console import short_number
 
-# What a figure of runs can show, one set of axes each.
-
-Run = Mapping[str, Curve]  # by quantity, as read_curves gives them
+AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
+# Told apart by people who see colours differently (Okabe and Ito); then again with dashes.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "pdf.fonttype": 42,  # text stays text
+}
+MOST_MARKERS = 25  # a line of fewer points shows them
+PANEL_INCHES = (3.5, 2.7)
+MOST_POINTS = 2000  # of a drawn line; more only make the file larger
+Curves = Mapping[str, Curve]  # of one run, by quantity, as read_curves gives them
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Panel:
 
     label: str
     quantity: str
-    transform: Callable[[Values], Values] = np.asarray
+    transform: Callable[[Curve], Curve] = np.positive
     log: bool = False
     stepwise: bool = False
     falls: bool = False
@@ -54,7 +69,9 @@ PANELS = {
 }
 
 
-def chosen_panels(groups: Mapping[str, Sequence[Run]], panels: Sequence[str] | None) -> list[str]:
+def chosen_panels(
+    groups: Mapping[str, Sequence[Curves]], panels: Sequence[str] | None
+) -> list[str]:
     """Names of those to draw.
 
     Args:
@@ -81,26 +98,51 @@ def chosen_panels(groups: Mapping[str, Sequence[Run]], panels: Sequence[str] | N
     return list(panels)
 
 
-AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
-# Told apart by people who see colours differently (Okabe and Ito); then again with dashes.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":")
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "pdf.fonttype": 42,  # text stays text
-}
-MOST_MARKERS = 25  # a line of fewer points shows them
-PANEL_INCHES = (3.5, 2.7)
+def over_seeds(
+    curves: Sequence[Curve],
+    *,
+    transform: Callable[[Curve], Curve] = np.positive,
+    stepwise: bool = False,
+) -> pd.DataFrame:
+    """Mean and sample standard deviation (`std`) of several curves, where all of them are known.
+
+    Runs whose batch adapts were evaluated at different steps: each is interpolated onto all their
+    points, from the latest first to the earliest last one.
+
+    Args:
+        curves: one for each seed.
+        transform: of the interpolated values; a perplexity is interpolated as a loss.
+        stepwise: interpolate by the value before, as a batch size.
+
+    Returns:
+        By steps or tokens; a single curve has a mean alone, at its own points.
+
+    Raises:
+        InputError: they have no range in common.
+    """
+    if len(curves) == 1:
+        return transform(curves[0]).to_frame("mean")
+    first = max(curve.index[0] for curve in curves)
+    last = min(curve.index[-1] for curve in curves)
+    if first > last:
+        raise InputError(
+            f"one seed's curve begins at {first:g}, after another's end at {last:g}; "
+            "leave one of them out, or draw --each-seed"
+        )
+    seeds = pd.concat(curves, axis=1).sort_index()
+    seeds = seeds.ffill() if stepwise else seeds.interpolate(method="index")
+    return transform(seeds.loc[first:last]).agg(["mean", "std"], axis=1)
+
+
+def thinned(curves: Any) -> Any:
+    """At most MOST_POINTS of a curve's or frame's points, evenly, first and last among them."""
+    if len(curves) <= MOST_POINTS:
+        return curves
+    return curves.iloc[np.linspace(0, len(curves) - 1, MOST_POINTS).round().astype(int)]
 
 
 def draw(
-    groups: Mapping[str, Sequence[Run]],
+    groups: Mapping[str, Sequence[Curves]],
     paths: Sequence[Path],
     *,
     panels: Sequence[str] | None = None,
@@ -148,7 +190,12 @@ def draw(
             figure.suptitle(title)
         _legend_below(figure, [pyplot.Line2D([], [], **line) for line in _lines(groups)])
         try:
-            _save(figure, paths)
+            for path in paths:
+                figure.savefig(path, dpi=200)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be written ({error}); use .png or .pdf in a folder that exists"
+            ) from error
         finally:
             pyplot.close(figure)
     return names
@@ -168,16 +215,6 @@ def drawing_library() -> Any:
     return pyplot
 
 
-def _save(figure: Any, paths: Sequence[Path]) -> None:
-    for path in paths:
-        try:
-            figure.savefig(path, dpi=200)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be written ({error}); use .png or .pdf in a folder that exists"
-            ) from error
-
-
 def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
     """A legend in as many columns as fit; in one, and smaller, where a name is longer than that."""
     for columns in range(len(handles), 0, -1):
@@ -192,7 +229,7 @@ def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
         text.set_fontsize(text.get_fontsize() / share * 0.95)
 
 
-def _lines(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _lines(groups: Mapping[str, Sequence[Curves]]) -> list[dict[str, Any]]:
     """How the line of each group looks."""
     return [
         {
@@ -207,16 +244,16 @@ def _lines(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
 def _draw_panel(
     axes: Any,
     panel: Panel,
-    groups: Mapping[str, Sequence[Run]],
+    groups: Mapping[str, Sequence[Curves]],
     *,
     each_seed: bool,
     focus: float,
 ) -> None:
-    shown: list[Values] = []  # what the y-axis has to fit
+    shown: list[Curve] = []  # what the y-axis of a loss has to fit
     for look, runs in zip(_lines(groups), groups.values(), strict=True):
         if panel.behind:
             for curve in (run[panel.behind] for run in runs if panel.behind in run):
-                axes.plot(*thinned(curve.x, curve.y), **(look | {"alpha": 0.25, "lw": 0.8}))
+                axes.plot(thinned(curve), **(look | {"alpha": 0.25, "lw": 0.8}))
         curves = [run[panel.quantity] for run in runs if panel.quantity in run]
         if not curves:
             continue
@@ -224,12 +261,19 @@ def _draw_panel(
         for part in parts:
             band = over_seeds(part, transform=panel.transform, stepwise=panel.stepwise)
             _draw_band(axes, band, look | ({"lw": 0.9} if len(parts) > 1 else {}), panel)
-            shown.append(_to_fit(band, focus if panel.falls else 0.0))
+            first, last = band.index[[0, -1]]
+            shown += [band["mean"].loc[first + focus * (last - first) :], _edges(band)[0].iloc[-1:]]
     if panel.falls and focus > 0:
-        _fit(axes, np.concatenate(shown), log=panel.log)
+        _fit(axes, pd.concat(shown), log=panel.log)
 
 
-def _fit(axes: Any, values: Values, *, log: bool) -> None:
+def _edges(band: pd.DataFrame) -> tuple[Curve, Curve]:
+    """Lower and upper edge; of a single curve the curve."""
+    deviation = band.get("std", 0.0)
+    return band["mean"] - deviation, band["mean"] + deviation
+
+
+def _fit(axes: Any, values: Curve, *, log: bool) -> None:
     """A y-axis around these values, with a little room."""
     low, high = float(values.min()), float(values.max())
     if log:
@@ -242,25 +286,18 @@ def _fit(axes: Any, values: Values, *, log: bool) -> None:
         axes.set_ylim(low, high)
 
 
-def _draw_band(axes: Any, band: Band, look: dict[str, Any], panel: Panel) -> None:
+def _draw_band(axes: Any, band: pd.DataFrame, look: dict[str, Any], panel: Panel) -> None:
     drawn: dict[str, Any] = {}
     if panel.stepwise:
         drawn = {"drawstyle": "steps-post"}
-    elif len(band.x) <= MOST_MARKERS:
+    elif len(band) <= MOST_MARKERS:
         drawn = {"marker": "o", "markersize": 3}
-    axes.plot(*thinned(band.x, band.mean), **look, **drawn)
-    if band.deviation is not None:
-        x, low = thinned(band.x, band.mean - band.deviation)
-        _, high = thinned(band.x, band.mean + band.deviation)
+    band = thinned(band)
+    axes.plot(band["mean"], **look, **drawn)
+    if "std" in band:
         step = "post" if panel.stepwise else None
-        axes.fill_between(x, low, high, step=step, color=look["color"], alpha=0.2, linewidth=0)
-
-
-def _to_fit(band: Band, share: float) -> Values:
-    """Values after a share of the run, and the lower edge of its band."""
-    start = band.x[0] + share * (band.x[-1] - band.x[0])
-    low = band.mean if band.deviation is None else band.mean - band.deviation
-    return np.concatenate([band.mean[band.x >= start], low[-1:]])
+        filled = {"color": look["color"], "alpha": 0.2, "linewidth": 0, "step": step}
+        axes.fill_between(band.index, *_edges(band), **filled)
 
 
 def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
@@ -283,17 +320,3 @@ def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # nothing that is shown can be negative
     if panel.quantity == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
-
-
-# Loss, noise scale, batch size and learning rate of a few runs, in one picture.
-
-
-def draw_runs(runs: dict[str, RunRecord], path: Path) -> None:
-    """Draw runs over optimizer steps and save the picture.
-
-    Args:
-        runs: by the label that the legend shows.
-        path: of the PNG or PDF; its ending decides.
-    """
-    groups = {label: [curves_of_records(run.records)] for label, run in runs.items()}
-    draw(groups, [path], panels=("losses", "noise_scale", "batch_size", "lr"))

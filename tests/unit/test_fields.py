@@ -116,3 +116,10 @@ def test_registry_may_grow_after_the_class_was_made():
         Late("b")
     registry["b"] = 2
     assert Late("b").kind == "b"
+
+
+def test_a_command_with_defaults_of_its_own_shows_its_own_help():
+    parser = argparse.ArgumentParser()
+    add_options(parser, Options, skip=["out"], texts={"max_steps": "of the replay"})
+    assert "of the replay\n" in parser.format_help()
+    assert "default" not in parser.format_help()

@@ -7,20 +7,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.curves import (
+from gns_pretrain.results.figures import (
     MOST_POINTS,
-    Curve,
-    grouped,
+    PANELS,
+    draw,
     over_seeds,
+    thinned,
+)
+from gns_pretrain.results.frame import (
+    grouped,
     read_curves,
     seed_in_name,
-    thinned,
+    to_curve,
     without_seed,
 )
-from gns_pretrain.results.figures import PANELS, draw
 from tests.unit.run_records import write_curve, write_run
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +32,7 @@ REFERENCE = Path(os.environ.get("GNS_REFERENCE", ROOT.parent / "shared" / "refer
 
 
 def curve(*points):
-    return Curve.through([(float(x), float(y)) for x, y in points])
+    return to_curve(points)
 
 
 def write_lines(directory, lines):
@@ -58,17 +62,17 @@ def run(tmp_path):
 
 def test_a_record_gives_its_curves_over_steps_or_tokens(run):
     over_steps, over_tokens = read_curves(run), read_curves(run, axis="tokens")
-    assert over_steps["loss"].x.tolist() == [1.0]
-    assert over_steps["batch_size"].y.tolist() == [16.0, 32.0]
-    assert over_tokens["batch_size"].x.tolist() == [100.0, 300.0]
+    assert over_steps["loss"].index.tolist() == [1.0]
+    assert over_steps["batch_size"].tolist() == [16.0, 32.0]
+    assert over_tokens["batch_size"].index.tolist() == [100.0, 300.0]
     # A noise line has no tokens of its own.
-    assert over_tokens["noise_scale"].x.tolist() == [300.0]
+    assert over_tokens["noise_scale"].index.tolist() == [300.0]
 
 
 def test_the_noise_scale_is_that_of_the_policy_unless_another_is_named(run):
-    assert read_curves(run)["noise_scale"].y.tolist() == [9.0]
+    assert read_curves(run)["noise_scale"].tolist() == [9.0]
     other = read_curves(run, noise=("euclidean", "plug_in"))
-    assert other["noise_scale"].y.tolist() == [7.0]
+    assert other["noise_scale"].tolist() == [7.0]
     assert "noise_scale" not in read_curves(run, noise=("nuclear", "plug_in"))
 
 
@@ -76,15 +80,15 @@ def test_a_published_curve_gives_what_it_has(tmp_path):
     path = write_curve(tmp_path / "a.csv", [(1, 9.0), (5, 4.0)], batch_size=[64, 96], noise=["", 8])
     curves = read_curves(path)
     assert sorted(curves) == ["batch_size", "loss", "noise_scale"]
-    assert curves["noise_scale"].x.tolist() == [5.0]
+    assert curves["noise_scale"].index.tolist() == [5.0]
     with pytest.raises(InputError, match="n_tokens_seen"):
         read_curves(path, axis="tokens")
 
 
 def test_what_a_resumed_run_did_again_replaces_what_it_did_before():
     resumed = curve((1, 9), (2, 8), (3, 7), (2, 6), (4, 5))
-    assert resumed.x.tolist() == [1.0, 2.0, 4.0]
-    assert resumed.y.tolist() == [9.0, 6.0, 5.0]
+    assert resumed.index.tolist() == [1.0, 2.0, 4.0]
+    assert resumed.tolist() == [9.0, 6.0, 5.0]
 
 
 def test_names_lose_their_seed_and_nothing_else():
@@ -128,9 +132,9 @@ def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_
 def test_seeds_become_mean_and_sample_deviation_on_a_common_grid():
     # Evaluated at 0, 10, 20 and at 5, 15: known to both from 5 to 15.
     band = over_seeds([curve((0, 0), (10, 10), (20, 20)), curve((5, 7), (15, 17))])
-    assert band.x.tolist() == [5.0, 10.0, 15.0]
-    assert band.mean.tolist() == [6.0, 11.0, 16.0]
-    np.testing.assert_allclose(band.deviation, np.sqrt(2.0))
+    assert band.index.tolist() == [5.0, 10.0, 15.0]
+    assert band["mean"].tolist() == [6.0, 11.0, 16.0]
+    np.testing.assert_allclose(band["std"], np.sqrt(2.0))
 
 
 def test_seeds_without_a_common_range_are_refused():
@@ -141,24 +145,23 @@ def test_seeds_without_a_common_range_are_refused():
 def test_a_perplexity_is_interpolated_as_a_loss_and_averaged_as_itself():
     # In the middle the loss is 2 in one and 4 in the other.
     band = over_seeds([curve((0, 1), (1, 4), (2, 4)), curve((0, 1), (2, 3))], transform=np.exp)
-    np.testing.assert_allclose(band.mean[1], (np.exp(4) + np.exp(2)) / 2)
+    np.testing.assert_allclose(band["mean"].iloc[1], (np.exp(4) + np.exp(2)) / 2)
 
 
 def test_a_batch_size_stays_until_it_changes():
     band = over_seeds([curve((0, 64), (10, 128)), curve((0, 64), (4, 64), (10, 64))], stepwise=True)
-    assert band.x.tolist() == [0.0, 4.0, 10.0]
-    assert band.mean.tolist() == [64.0, 64.0, 96.0]
+    assert band.index.tolist() == [0.0, 4.0, 10.0]
+    assert band["mean"].tolist() == [64.0, 64.0, 96.0]
 
 
 def test_a_single_run_is_drawn_through_its_own_points():
     band = over_seeds([curve((3, 1), (4, 2))], transform=np.exp)
-    assert band.x.tolist() == [3.0, 4.0]
-    assert band.deviation is None
+    assert band.index.tolist() == [3.0, 4.0]
+    assert list(band) == ["mean"]
 
 
 def test_long_lines_keep_their_ends_and_lose_points_evenly():
-    x = np.arange(100_000.0)
-    kept, _ = thinned(x, x)
+    kept = thinned(pd.Series(np.arange(100_000.0))).to_numpy()
     assert len(kept) == MOST_POINTS
     assert (kept[0], kept[-1]) == (0.0, 99_999.0)
     assert np.diff(kept).max() < 52  # 100,000 / 2,000, rounded

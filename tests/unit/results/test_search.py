@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.results.frame import runs_of_folders
 from gns_pretrain.results.search import FORMATS, searches
-from gns_pretrain.results.tables.selection import runs_of_folders
 from tests.unit.run_records import write_run
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "best_of_search.py"
@@ -47,13 +47,10 @@ def signum(tmp_path):
 
 def test_points_are_sorted_by_their_lowest_loss(signum):
     (search,) = found(signum)
-    assert (search.optimizer, search.scale, search.settings) == (
-        "signum",
-        "demo",
-        ("optimizer.lr",),
-    )
-    assert [point.values["optimizer.lr"] for point in search.points] == [2e-3, 4e-3, 1e-3]
-    assert [point.loss for point in search.points] == [4.0, 4.1, 4.5]
+    assert (search.optimizer, search.scale) == ("signum", "demo")
+    assert search.searched == ["optimizer.lr"]
+    assert list(search.points["optimizer.lr"]) == [2e-3, 4e-3, 1e-3]
+    assert list(search.points["loss"]) == [4.0, 4.1, 4.5]
     assert search.for_the_scale == {"lr": 2e-3, "momentum": 0.9}
     assert search.at_an_end == []
 
@@ -68,7 +65,7 @@ def test_a_best_value_at_an_end_of_what_was_tried_is_told(signum):
 def test_seeds_of_a_point_are_averaged(signum):
     point(signum, "signum", [4.6], seed=1, lr=2e-3, momentum=0.9)
     (search,) = found(signum)
-    assert [point.loss for point in search.points] == [4.1, 4.3, 4.5]
+    assert list(search.points["loss"]) == [4.1, 4.3, 4.5]
     assert "| 0.002 | 4.3000 ± 0.4243 |" in FORMATS["markdown"](search)
 
 
@@ -77,13 +74,13 @@ def test_optimizers_and_their_own_numbers_are_kept_apart(signum):
     muon, signum_search = found(signum)
     assert (muon.optimizer, signum_search.optimizer) == ("muon", "signum")
     assert muon.for_the_scale == {"lr": 2e-2, "momentum": 0.95, "adamw_lr": 3e-3}
-    assert muon.settings == ()
+    assert muon.searched == []
 
 
 def test_a_run_that_is_not_finished_does_not_count_and_is_told(signum):
     point(signum, "signum", [1.0], lr=9e-3, momentum=0.9, finished=False)
     (search,) = found(signum)
-    assert search.points[0].loss == 4.0
+    assert search.points["loss"].iloc[0] == 4.0
     assert "not counted, unfinished: 1 run" in FORMATS["text"](search)
 
 

@@ -6,33 +6,49 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.tables.layouts import (
-    LAYOUTS,
-    LossCurve,
+from gns_pretrain.results.frame import to_curve
+from gns_pretrain.results.layouts import LAYOUTS
+from gns_pretrain.results.render import FORMATS
+from gns_pretrain.results.tables import (
+    by_cell,
+    make_table,
     median_steps,
     minimum_loss,
     reduction_by_first_reaching,
     reduction_by_total_steps,
 )
-from gns_pretrain.results.tables.rendering import FORMATS
-from gns_pretrain.results.tables.table import TableRequest, make_table
 from tests.unit.run_records import write_curve, write_run
 
 ROOT = Path(__file__).parents[3]
 REFERENCE = Path(os.environ.get("GNS_REFERENCE", ROOT.parent / "shared" / "reference"))
+
+
+def run(points, total):
+    """A run with evaluations [(step, loss), ...] and so many steps."""
+    return {"steps": total, "read": lambda: to_curve(points)}
+
+
 # A baseline whose lowest loss, 4.0, is at step 80 of 100.
-BASELINE = LossCurve((20, 40, 60, 80, 100), (8.0, 6.0, 5.0, 4.0, 4.5), total_steps=100)
+BASELINE = run([(20, 8.0), (40, 6.0), (60, 5.0), (80, 4.0), (100, 4.5)], total=100)
 
 
 def adaptive(*losses, total=50):
-    """Evaluated every 10 steps."""
-    return LossCurve(tuple(range(10, 10 * len(losses) + 1, 10)), losses, total_steps=total)
+    """A run that is evaluated every 10 steps."""
+    return run([(10 * number, loss) for number, loss in enumerate(losses, start=1)], total)
+
+
+def seeds(runs):
+    """Runs of one cell by seed."""
+    rows = [{"cell": "a", "seed": seed} | row for seed, row in runs.items()]
+    return by_cell(pd.DataFrame(rows))["a"]
 
 
 # ---- arithmetic
@@ -41,31 +57,35 @@ def adaptive(*losses, total=50):
 def test_a_loss_is_the_mean_of_minima_with_the_sample_deviation():
     # Minima 3 and 5, which are not the last losses: mean 4, deviation sqrt((1 + 1) / 1).
     runs = {0: adaptive(9.0, 3.0, 3.5), 7: adaptive(5.0, 8.0)}
-    statistic = minimum_loss(runs)
+    statistic = minimum_loss(seeds(runs))
     assert statistic.value == 4.0
     assert statistic.deviation == pytest.approx(2**0.5)
     assert statistic.seeds == (0, 7)
 
 
 def test_one_seed_has_no_deviation():
-    assert minimum_loss({0: BASELINE}).deviation is None
+    assert minimum_loss(seeds({0: BASELINE})).deviation is None
 
 
 def test_first_reaching_counts_from_the_first_evaluation_at_or_below_the_baselines_minimum():
     # Loss 4.0 exactly at step 20, below at 30: reached at 20. 1 - 20 / 80 = 75 %, of its minimum's
     # step, not of its 100 steps.
-    statistic = reduction_by_first_reaching({0: adaptive(9.0, 4.0, 3.0)}, {0: BASELINE})
+    statistic = reduction_by_first_reaching(
+        seeds({0: adaptive(9.0, 4.0, 3.0)}), seeds({0: BASELINE})
+    )
     assert (statistic.value, statistic.reached, statistic.seeds) == (75.0, 1, (0,))
 
 
 def test_a_run_that_never_reaches_has_no_reduction():
-    statistic = reduction_by_first_reaching({0: adaptive(9.0, 5.0, 4.001)}, {0: BASELINE})
+    statistic = reduction_by_first_reaching(
+        seeds({0: adaptive(9.0, 5.0, 4.001)}), seeds({0: BASELINE})
+    )
     assert (statistic.value, statistic.reached, statistic.seeds) == (None, 0, (0,))
 
 
 def test_the_median_is_over_the_seeds_that_reach_and_their_share_is_told():
     runs = {0: adaptive(9.0, 4.0), 1: adaptive(4.0), 2: adaptive(9.0, 9.0), 3: adaptive(9, 9, 9, 4)}
-    statistic = reduction_by_first_reaching(runs, dict.fromkeys(range(4), BASELINE))
+    statistic = reduction_by_first_reaching(seeds(runs), seeds(dict.fromkeys(range(4), BASELINE)))
     # 1 - 20/80, 1 - 10/80, never, 1 - 40/80
     assert statistic.value == 75.0
     assert (statistic.reached, len(statistic.seeds)) == (3, 4)
@@ -73,23 +93,24 @@ def test_the_median_is_over_the_seeds_that_reach_and_their_share_is_told():
 
 def test_runs_are_compared_with_the_baseline_of_their_own_seed():
     # Seed 0 has to reach 4.0 and does at once; seed 1 has to reach 1.0 and never does.
-    low = LossCurve((100,), (1.0,), total_steps=100)
+    low = run([(100, 1.0)], total=100)
     runs = {1: adaptive(2.0), 0: adaptive(4.0)}
-    statistic = reduction_by_first_reaching(runs, {0: BASELINE, 1: low, 2: low})
+    statistic = reduction_by_first_reaching(seeds(runs), seeds({0: BASELINE, 1: low, 2: low}))
     assert (statistic.value, statistic.reached, statistic.seeds) == (87.5, 1, (0, 1))
 
 
 def test_the_reduction_by_total_steps_is_the_median_of_the_paired_ratios():
-    half = LossCurve((50,), (9.0,), total_steps=50)
+    half = run([(50, 9.0)], total=50)
     runs = {seed: adaptive(9.0, total=total) for seed, total in enumerate((20, 40, 10))}
-    statistic = reduction_by_total_steps(runs, {0: BASELINE, 1: BASELINE, 2: half})
+    baselines = seeds({0: BASELINE, 1: BASELINE, 2: half})
+    statistic = reduction_by_total_steps(seeds(runs), baselines)
     assert statistic.value == pytest.approx(80.0)  # of 80, 60 and 80 %
-    assert reduction_by_total_steps({0: runs[1]}, {0: BASELINE}).value == 60.0
+    assert reduction_by_total_steps(seeds({0: runs[1]}), baselines).value == 60.0
 
 
 def test_median_steps_of_two_seeds_lie_between_them():
     runs = {0: adaptive(9.0, total=10), 1: adaptive(9.0, total=13)}
-    assert median_steps(runs).value == 11.5
+    assert median_steps(seeds(runs)).value == 11.5
 
 
 # ---- from run directories
@@ -112,7 +133,7 @@ def outputs(tmp_path):
 
 
 def made(*sources, table="table2", **more):
-    return make_table(TableRequest(table, [str(source) for source in sources], **more))
+    return make_table(table, [str(source) for source in sources], **more)
 
 
 def line(table, label, column=None):
@@ -493,3 +514,19 @@ def test_the_command_prints_a_table_or_one_line(outputs, monkeypatch, capsys):
     assert code == 2
     assert refused.err.count("\n") == 1
     assert refused.err.startswith("error: --scale paper")
+
+
+def test_training_needs_no_pandas_and_a_table_names_the_extra_that_has_it():
+    script = ROOT / "scripts" / "make_table.py"
+    code = (
+        "import runpy, sys, gns_pretrain.launch.train\n"
+        "assert not {'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "sys.modules['pandas'] = None\n"
+        "sys.argv = ['make_table.py', 'table2', 'outputs']\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "pip install 'gns-pretrain[results]'" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.tables.table import TableRequest, make_table
+from gns_pretrain.results.tables import make_table
 from gns_pretrain.tracking.settings import WandbSettings
 from gns_pretrain.tracking.wandb import WandbView, tracked_runs
 from tests.unit.run_records import configuration
@@ -255,7 +255,7 @@ def test_a_table_is_read_from_w_and_b_as_from_folders(monkeypatch):
         RemoteRun("late", state="running", **configuration("table2", "muon_adaptive", seed=1)),
     ]
     monkeypatch.setitem(sys.modules, "wandb", Reader(runs))
-    table = make_table(TableRequest("table2", project="team/study"))
+    table = make_table("table2", project="team/study")
     muon = next(row for row in table.rows if row.labels == ("Muon",))
     values = [entry.statistic and entry.statistic.value for entry in muon.entries]
     assert values == [4.0, None, None, 3.0, 75.0, 75.0, 50.0]

@@ -1,0 +1,412 @@
+"""Runs as one pandas frame, whichever source they come from, and their curves as pandas series.
+
+A frame of runs has a row for each run:
+
+    name                        its directory, its name in W&B, or its CSV
+    table, cell, seed, scale    where its settings put it
+    settings                    flat, by dotted name; empty for a CSV
+    finished                    whether it has spent its token budget
+    steps                       all its optimizer steps
+    read                        returns its validation losses: a curve over steps
+
+A curve is a float64 series of a quantity over ascending steps or tokens. A loss is in nats per
+token; a batch size and a noise scale are in sequences.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gns_pretrain.errors import InputError
+from gns_pretrain.runs.directory import (
+    CONFIG,
+    METRICS,
+    read_settings,
+    read_summary,
+    run_directories,
+)
+from gns_pretrain.runs.identity import flatten, settings_of_run
+from gns_pretrain.tracking.jsonl import read_records
+from gns_pretrain.tracking.wandb import TrackedRun, tracked_runs
+
+try:  # the rest of this package takes pd from here, so that the error is always this one
+    import pandas as pd
+except ImportError as error:
+    raise InputError(
+        "results are read with pandas; install it with: pip install 'gns-pretrain[results]'"
+    ) from error
+
+Runs: TypeAlias = pd.DataFrame
+Curve: TypeAlias = pd.Series
+Noise = tuple[str, str]  # geometry and estimate of a noise scale
+
+NOISE_SCALE = "noise_scale"
+QUANTITIES = ("loss", "train_loss", "batch_size", "lr", NOISE_SCALE)  # that have a curve
+PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no file names
+# Columns of a record, and what a CSV may call them: as our runs log them, as the published ones do.
+COLUMNS = {
+    "step": ("trainer/step", "_step", "Step"),
+    "tokens": ("trainer/tokens", "n_tokens_seen"),
+    "loss": ("val/loss", "validation_metrics/loss"),
+    "train_loss": ("train/loss", "loss_metrics/global_avg_loss"),
+    "batch_size": ("train/batch_size", "batch_size/global_batch_size"),
+    "lr": ("train/lr", "lr"),
+    PUBLISHED_AVERAGE: (PUBLISHED_AVERAGE,),
+}
+NOISE_PARTS = ("noise", "signal", "noise_ema", "signal_ema", "noise_scale_ema")
+
+
+def runs_of_folders(paths: Iterable[Path]) -> Runs:
+    """Every run in these folders, of whatever table, once.
+
+    Raises:
+        InputError: a folder is missing, or a file of a run is damaged.
+    """
+    directories = {
+        directory.resolve(): directory for path in paths for directory in run_directories(path)
+    }
+    rows = []
+    for directory in directories.values():
+        summary = read_summary(directory)
+        rows.append(
+            _run(
+                str(directory),
+                settings_of_run(directory),
+                finished=summary.get("state") == "finished",
+                steps=summary.get("steps"),
+                read=partial(_losses_of_run, directory),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def runs_of_project(project: str, table: str) -> Runs:
+    """The runs of a W&B project that carry a table's name.
+
+    Raises:
+        InputError: the project cannot be read.
+    """
+    rows = []
+    for run in tracked_runs(project, filters={"config.table": table}):
+        read = partial(_losses_of_project, run)
+        rows.append(_run(run.name, flatten(run.config), run.finished, run.steps, read))
+    return pd.DataFrame(rows)
+
+
+def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
+    """Published curves as finished runs of their cells.
+
+    A run's seed is the one in its file's name, else its number among the files of the cell, from 0;
+    it has as many steps as the last row with a validation loss says.
+
+    Raises:
+        InputError: a file holds no validation loss, or two files of a cell have one seed.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for cell, paths in cells.items():
+        for number, path in enumerate(paths):
+            named = seed_in_name(path)
+            seed = number if named is None else named
+            if (cell, seed) in rows:
+                raise InputError(
+                    f"{cell}={path}: the cell has a curve of seed {seed} already; give it once"
+                )
+            losses = _losses(read_curves(path).get("loss"), str(path))
+            row = _run(
+                str(path), {}, True, int(losses.index[-1]), partial(_losses, losses, str(path))
+            )
+            rows[cell, seed] = row | {"cell": cell, "seed": seed, "scale": None}
+    return pd.DataFrame(list(rows.values()))
+
+
+def _run(
+    name: str,
+    settings: dict[str, Any],
+    finished: bool,
+    steps: int | None,
+    read: Callable[[], Curve],
+) -> dict[str, Any]:
+    """A row of the frame."""
+    return {
+        "name": name,
+        "table": settings.get("table"),
+        "cell": str(settings.get("cell")),
+        "seed": int(settings.get("seed", 0)),
+        "scale": str(settings.get("scale.name")),
+        "settings": settings,
+        "finished": finished,
+        "steps": steps,
+        "read": read,
+    }
+
+
+def _losses_of_run(directory: Path) -> Curve:
+    return _losses(read_curves(directory).get("loss"), str(directory))
+
+
+def _losses_of_project(run: TrackedRun) -> Curve:
+    return _losses(to_curve(run.validation()), run.name)
+
+
+def _losses(losses: Curve | None, name: str) -> Curve:
+    if losses is None or losses.empty:
+        raise InputError(f"{name} holds no validation loss; a table needs evaluated runs")
+    return losses
+
+
+def to_curve(points: Any) -> Curve:
+    """A curve through points [n, 2] of a record; what a resumed run repeats replaces the first."""
+    pairs = np.array(points, dtype=np.float64).reshape(-1, 2)
+    x = pairs[:, 0]
+    # A point stays if every later one lies to its right.
+    stays = x < np.append(np.minimum.accumulate(x[::-1])[::-1][1:], np.inf)
+    return pd.Series(pairs[stays, 1], index=x[stays])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file holds of a run, in the file's order.
+
+    Args:
+        path: of the file.
+        lines: a row for each line: `where` it stands, `kind` of a metrics.jsonl's line (a row of a
+            CSV has none: it holds all of a step), and as float64, NaN where it holds nothing,
+            COLUMNS and noise/<geometry>/<estimate>/<part>.
+        names: of all columns of a CSV.
+    """
+
+    path: Path
+    lines: pd.DataFrame
+    names: Sequence[str] = ()
+
+    def require(self, *columns: str) -> str:
+        """The first of these columns that is there.
+
+        Raises:
+            InputError: none is; says what a CSV may call them.
+        """
+        for column in columns:
+            if column in self.lines:
+                return column
+        names = [name for column in columns for name in COLUMNS.get(column, (column,))]
+        raise InputError(
+            f"{self.path} has no column {' or '.join(names)}; "
+            f"it has {', '.join(self.names) or 'none'}"
+        )
+
+    def name_of(self, column: str) -> str:
+        """What the file calls a column."""
+        return next((name for name in COLUMNS[column] if name in self.names), column)
+
+    def curves(self, axis: str, noise: Noise | None) -> dict[str, Curve]:
+        """Curves by quantity; of several noise scales that of `noise`, else the first."""
+        self.require(axis)
+        pattern = "noise/.*/noise_scale_ema"
+        if noise is not None:
+            pattern = re.escape(noise_column(noise, "noise_scale_ema"))
+        noise_scales = [name for name in self.lines if re.fullmatch(pattern, name)]
+        found = {}
+        for quantity in QUANTITIES:
+            names = [*noise_scales, PUBLISHED_AVERAGE] if quantity == NOISE_SCALE else [quantity]
+            column = next((name for name in names if name in self.lines), None)
+            if column and len(points := self.lines[[axis, column]].dropna()):
+                found[quantity] = to_curve(points)
+        return found
+
+
+def noise_column(noise: Noise, part: str) -> str:
+    """Name of a column of a record."""
+    return "noise/{}/{}/{}".format(*noise, part)
+
+
+def named_noise(text: str) -> Noise:
+    """Geometry and estimate of GEOMETRY/ESTIMATE."""
+    geometry, _, estimate = text.partition("/")
+    if not (geometry and estimate):
+        raise InputError(
+            f"--noise {text} is not GEOMETRY/ESTIMATE, as in --noise manhattan/plug_in"
+        )
+    return geometry, estimate
+
+
+def read_curves(path: Path, *, axis: str = "step", noise: Noise | None = None) -> dict[str, Curve]:
+    """All curves that a run directory or a CSV holds, by quantity (QUANTITIES).
+
+    Args:
+        path: a run directory, finished or not, or a CSV.
+        axis: step or tokens.
+        noise: whose noise scale; None takes the one that chose the batch, else the first there is.
+
+    Raises:
+        InputError: the file cannot be read, or has no such axis.
+    """
+    if path.is_dir():
+        record = read_jsonl(path / METRICS)
+        policy = read_settings(path).get("batch_size") or {}
+        followed = (str(policy.get("geometry")), str(policy.get("estimate")))
+        if noise is None and noise_column(followed, "noise_scale_ema") in record.lines:
+            noise = followed
+        return record.curves(axis, noise)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; name a run directory or a CSV")
+    record = read_csv(path)
+    if not (found := record.curves(axis, noise)):
+        raise InputError(f"{path} holds no curve; it has {', '.join(record.names) or 'nothing'}")
+    return found
+
+
+def read_jsonl(path: Path) -> Record:
+    """A metrics.jsonl: its lines of training steps, evaluations and noise scales.
+
+    Raises:
+        InputError: a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(read_records(path), start=1):
+        kind = line["kind"]
+        row = {"where": f"line {number}", "kind": kind}
+        row |= {name: line.get(name) for name in ("step", "tokens")}
+        if kind == "train":
+            names = ("batch_size", "lr", "micro_batch_size", "accumulation")
+            row |= {name: line.get(name) for name in names} | {"train_loss": line.get("loss")}
+        elif kind == "validation":
+            row["loss"] = line["loss"]
+        elif kind == "noise":
+            measured = (line["geometry"], line["estimate"])
+            row |= {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
+        else:
+            continue
+        rows.append(row)
+    lines = pd.DataFrame(rows)
+    lines = lines.reindex(columns=list(dict.fromkeys(["where", "kind", *COLUMNS, *lines])))
+    # The lines of one step have its tokens in common.
+    tokens = lines[["step", "tokens"]].dropna().drop_duplicates("step", keep="last")
+    lines["tokens"] = lines["step"].map(tokens.set_index("step")["tokens"])
+    return Record(path, lines)
+
+
+def read_csv(path: Path, run: str | None = None) -> Record:
+    """A published curve or a W&B export, a panel's too: it names a column "<run> - <metric>".
+
+    Args:
+        path: of the file.
+        run: the run to take of a panel's export that holds several.
+
+    Raises:
+        InputError: it is not a CSV, or holds several runs and none is named, or what should be a
+            number is none.
+    """
+    options = {"header": None, "dtype": str, "keep_default_na": False, "na_values": [""]}
+    try:
+        # Without a header pandas leaves repeated names alone: two runs of one name are refused.
+        cells = pd.read_csv(path, encoding="utf-8-sig", **options)
+    except pd.errors.EmptyDataError:
+        cells = pd.DataFrame([[]])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a CSV that can be read ({error})") from error
+    texts: dict[str, Any] = {}
+    for number, name in cells.iloc[0].items():
+        owner, _, plain = str(name).rpartition(" - ")
+        if plain.endswith(("__MIN", "__MAX")) or (owner and run and owner != run):
+            continue
+        if plain in texts:
+            raise InputError(
+                f"{path} holds {plain} of several runs; name one, as in --run '{owner}'"
+            )
+        texts[plain] = cells[number].iloc[1:]
+    lines = pd.DataFrame({"where": [f"row {number}" for number in range(2, len(cells) + 1)]})
+    lines["kind"] = None
+    names = COLUMNS | {name: (name,) for name in texts if name.startswith("noise/")}
+    for column, candidates in names.items():
+        name = next((name for name in candidates if name in texts), None)
+        if name is not None:
+            lines[column] = _numbers(path, name, texts[name])
+    return Record(path, lines, list(texts))
+
+
+def _numbers(path: Path, name: str, texts: Iterable[Any]) -> list[float]:
+    """Cells of a column, exact to the last bit; NaN where empty."""
+    values = []
+    for number, text in enumerate(texts, start=2):
+        try:
+            values.append(float(text))
+        except ValueError:
+            raise InputError(
+                f"{path}, row {number}: {name} is {text!r} and not a number; mend the row"
+            ) from None
+    return values
+
+
+def curve_files(path: Path) -> list[Path]:
+    """Run directories and CSVs that a path names: itself, or what is in it, in natural order.
+
+    Raises:
+        InputError: there is nothing of the kind.
+    """
+    if path.is_file() or (path / CONFIG).is_file() or (path / METRICS).is_file():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder; name a run directory or a CSV")
+    found = sorted([*run_directories(path), *path.glob("*.csv")], key=natural_order)
+    if not found:
+        raise InputError(f"{path} holds neither a run directory nor a CSV; name one that does")
+    return found
+
+
+def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Run directories and CSVs by label, in the order in which labels appear.
+
+    Args:
+        arguments: paths, whose runs are grouped by folder and name without the seed, or
+            label=PATH.
+
+    Raises:
+        InputError: there is no such path.
+    """
+    groups: dict[tuple[str, str], list[Path]] = {}  # folder (of a given label: none) and name
+    for argument in arguments:
+        label, given = _label_and_path(argument)
+        for path in curve_files(given):
+            folder = path.resolve().parent
+            name = without_seed(path.resolve())
+            members = groups.setdefault((str(folder), name) if label is None else ("", label), [])
+            if path not in members:
+                members.append(path)
+    names = [name for _, name in groups]
+    return {
+        f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name: paths
+        for (folder, name), paths in groups.items()
+    }
+
+
+def _label_and_path(argument: str) -> tuple[str | None, Path]:
+    """A path, or label=PATH; both may hold further equals signs."""
+    if Path(argument).exists() or "=" not in argument:
+        return None, Path(argument)
+    parts = argument.split("=")
+    splits = [("=".join(parts[:n]), Path("=".join(parts[n:]))) for n in range(1, len(parts))]
+    return next((split for split in splits if split[1].exists()), splits[-1])
+
+
+def natural_order(path: Path | str) -> tuple[tuple[int, str], ...]:
+    """Sort key that puts seed_10 after seed_9."""
+    parts = re.findall(r"\d+|\D+", str(path))
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
+
+
+def without_seed(path: Path) -> str:
+    """Name of a run without its seed; of the folder where a file's name is nothing but one."""
+    name = path.stem if path.suffix == ".csv" else path.name
+    rest = re.sub(r"(^|[-_])seed[-_]?\d+(?=$|[-_])", "", name).strip("-_")
+    return rest or path.parent.name
+
+
+def seed_in_name(path: Path) -> int | None:
+    """The 3 of seed_3.csv or run-seed3."""
+    match = re.search(r"(?:^|[-_])seed[-_]?(\d+)(?=$|[-_])", path.stem)
+    return int(match[1]) if match else None
