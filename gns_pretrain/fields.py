@@ -52,6 +52,11 @@ def at_least(bound: float, unit: str = "", *, hint: str = "") -> Bound:
     return Bound(lambda value: all(v >= bound for v in _each(value)), text, hint)
 
 
+def at_most(bound: float, *, hint: str = "") -> Bound:
+    """A number that is not above `bound`."""
+    return Bound(lambda value: value <= bound, f"must be at most {bound}", hint)
+
+
 def positive(*, hint: str = "") -> Bound:
     """A number above 0 that is finite."""
     return Bound(lambda value: 0.0 < value < math.inf, "must be positive and finite", hint)

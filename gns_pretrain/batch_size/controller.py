@@ -5,55 +5,45 @@ that was taken between two checkpoints is taken again after a resumption, from t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
-from gns_pretrain.batch_size.policies import Policy, Position
+from gns_pretrain.batch_size.policies import LR_EXPONENTS, Policy, Position
 from gns_pretrain.noise_scale.geometries import Measurement
-from gns_pretrain.noise_scale.smoothing import (
-    NoiseTracker,
-    SmoothedNoiseScale,
-    SmoothingSettings,
-)
+from gns_pretrain.noise_scale.smoothing import NoiseTracker, SmoothedNoiseScale, SmoothingSettings
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A change of the batch size.
+    """A change of the batch size."""
 
-    Args:
-        policy: name of the controller that took it.
-        previous: sequences of a step before it.
-        split: the new size, as ranks take it.
-        target: what the policy wanted before rounding, in sequences; None where the ranks alone
-            made another size necessary.
-        lr_multiplier: on the scheduled learning rate, from the new size.
-        why: how target or ranks became the new size, for the log.
-    """
+    policy: str  # name of the controller that took it
+    previous: int  # sequences of a step before it
+    split: Split  # the new size, as ranks take it
+    target: float | None  # sequences before rounding; None where the ranks alone made it necessary
+    lr_multiplier: float  # on the scheduled learning rate, from the new size
+    why: str  # how target or ranks became the new size, for the log
 
-    policy: str
-    previous: int
-    split: Split
-    target: float | None
-    lr_multiplier: float
-    why: str
+    def fields_of_line(self, step: int) -> dict[str, Any]:
+        """What the record says of it; `step` is the first of the new size."""
+        return {
+            "step": step,
+            "previous": self.previous,
+            "new": self.split.batch_size,
+            "target": self.target,
+            "lr_multiplier": self.lr_multiplier,
+        }
 
 
 @dataclass(frozen=True)
 class Controller:
-    """One policy of a run, whether it is followed or only logged.
+    """One policy of a run, whether it is followed or only logged."""
 
-    Args:
-        name: of its averages, if it has its own, and of its lines in the record.
-        policy: wants batch sizes.
-        sizes: those that the ranks can take.
-    """
-
-    name: str
+    name: str  # of its averages, if it has its own, and of its lines in the record
     policy: Policy
-    sizes: FeasibleSizes
+    sizes: FeasibleSizes  # that the ranks can take
 
     def decide(
         self, position: Position, batch_size: int, noise: SmoothedNoiseScale | None
@@ -89,7 +79,7 @@ class Controller:
             why = f"held to batch_size.cap={cap}: {split}"
         else:
             why = f"held to what the budget has left: {split}"
-        return self.changed(batch_size, split, target, why)
+        return self._decision(batch_size, split, target, why)
 
     def fit(self, batch_size: int) -> Decision:
         """Split a batch over the ranks at hand; one that they cannot take becomes the next larger.
@@ -100,25 +90,13 @@ class Controller:
         why = f"{batch_size} is not feasible on {self.sizes}: the next larger size, {split}"
         if cap is not None and split.batch_size > cap:
             why += f", above batch_size.cap={cap}"
-        return self.changed(batch_size, split, None, why)
+        return self._decision(batch_size, split, None, why)
 
-    def changed(self, previous: int, split: Split, target: float | None, why: str) -> Decision:
-        """A decision, with the learning rate's multiplier of its size."""
-        multiplier = lr_multiplier(
-            self.policy.settings.lr_scaling or "none",
-            split.batch_size,
-            self.policy.initial_batch_size,
-        )
+    def _decision(self, previous: int, split: Split, target: float | None, why: str) -> Decision:
+        scaling, initial = self.policy.settings.lr_scaling, self.policy.initial_batch_size
+        assert scaling is not None
+        multiplier = (split.batch_size / initial) ** LR_EXPONENTS[scaling]
         return Decision(self.name, previous, split, target, multiplier, why)
-
-
-def lr_multiplier(scaling: str, batch_size: int, initial_batch_size: int) -> float:
-    """Factor on the scheduled learning rate (Algorithm 1, line 10): from the realised batch size.
-
-    sqrt: (B / B_0)^(1/2), the paper's    linear: B / B_0    none: 1
-    """
-    exponent = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[scaling]
-    return float((batch_size / initial_batch_size) ** exponent)
 
 
 class BatchSizer:
@@ -142,8 +120,8 @@ class BatchSizer:
     ) -> None:
         self.followed, *self.shadows = controllers
         self._shadow_sizes: dict[str, int] = {}  # sequences, of the shadows that have decided
-        # By geometry/estimate; by geometry/estimate/policy where a policy has its own.
-        self._trackers = {f"{g}/{e}": NoiseTracker(g, e, smoothing) for g, e in measured}
+        # By geometry/estimate what is logged; by geometry/estimate/policy a policy's own.
+        self.averages = {f"{g}/{e}": NoiseTracker(g, e, smoothing) for g, e in measured}
         self._read: dict[str, NoiseTracker] = {}  # by policy
         for controller in controllers:
             policy = controller.policy
@@ -151,12 +129,7 @@ class BatchSizer:
                 own = policy.own_smoothing(smoothing)
                 key = "/".join(source if own is None else (*source, controller.name))
                 tracker = NoiseTracker(*source, own or smoothing)
-                self._read[controller.name] = self._trackers.setdefault(key, tracker)
-
-    @property
-    def averages(self) -> Mapping[str, NoiseTracker]:
-        """What is logged, by geometry/estimate."""
-        return self._trackers
+                self._read[controller.name] = self.averages.setdefault(key, tracker)
 
     def noise_for(self, controller: Controller) -> SmoothedNoiseScale | None:
         """The averages that a policy follows; None before its first measurement."""
@@ -185,12 +158,12 @@ class BatchSizer:
     def observe(self, measurements: Iterable[Measurement]) -> None:
         """Average the measurements of a step, each once for every average that wants it."""
         for measurement in measurements:
-            for tracker in self._trackers.values():
+            for tracker in self.averages.values():
                 tracker.include(measurement)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, the noise scales behind their spread, and the shadows' sizes."""
-        states = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
+        states = {key: tracker.state_dict() for key, tracker in self.averages.items()}
         return {
             "averages": {key: state["averages"] for key, state in states.items()},
             "recent_noise_scales": {key: state["recent"] for key, state in states.items()},
@@ -202,7 +175,7 @@ class BatchSizer:
 
         Older checkpoints hold an average for every policy, also where it is the logged one.
         """
-        for key, tracker in self._trackers.items():
+        for key, tracker in self.averages.items():
             if key in state["averages"]:
                 recent = state["recent_noise_scales"].get(key, [])
                 tracker.load_state_dict({"averages": state["averages"][key], "recent": recent})

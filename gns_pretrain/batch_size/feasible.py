@@ -17,17 +17,11 @@ from gns_pretrain.errors import InputError
 
 @dataclass(frozen=True)
 class Split:
-    """One optimizer step over ranks.
+    """One optimizer step over ranks."""
 
-    Args:
-        num_ranks: data-parallel ranks.
-        micro_batch_size: sequences per micro-batch and rank.
-        accumulation: micro-batches of each rank.
-    """
-
-    num_ranks: int
-    micro_batch_size: int
-    accumulation: int
+    num_ranks: int  # data-parallel ones
+    micro_batch_size: int  # sequences per micro-batch and rank
+    accumulation: int  # micro-batches of each rank
 
     @property
     def batch_size(self) -> int:
@@ -43,21 +37,13 @@ class Split:
 
 @dataclass(frozen=True)
 class FeasibleSizes:
-    """Every size that may be taken, each with its one split.
+    """Every size that may be taken, each with its one split."""
 
-    Args:
-        num_ranks: data-parallel ranks.
-        micro_batch_size: the smallest micro-batch.
-        micro_batch_max: the largest; equal to the smallest, the micro-batch keeps its shape.
-        micro_batch_step: sequences by which it grows; the last step may be shorter.
-        min_samples: micro-batches over all ranks that a step has at least.
-    """
-
-    num_ranks: int
-    micro_batch_size: int
-    micro_batch_max: int
-    micro_batch_step: int = 1
-    min_samples: int = 1
+    num_ranks: int  # data-parallel ones
+    micro_batch_size: int  # the smallest micro-batch
+    micro_batch_max: int  # the largest; equal to the smallest, the micro-batch keeps its shape
+    micro_batch_step: int = 1  # sequences by which it grows; the last step may be shorter
+    min_samples: int = 1  # micro-batches over all ranks that a step has at least
 
     def at_most(self, size: float) -> Split | None:
         """The largest feasible size that is not above `size`; None below the smallest one."""
@@ -78,21 +64,20 @@ class FeasibleSizes:
         return self._accumulated(math.ceil(size / self._unit))
 
     def require(self, size: int, name: str) -> Split:
-        """The split of a size that somebody asked for.
-
-        Args:
-            size: sequences.
-            name: the setting it comes from.
+        """Return the split of a size that the user named in a setting.
 
         Raises:
-            InputError: it is not feasible; names the nearest sizes that are.
+            InputError: it is not feasible; with the nearest sizes that are.
         """
         below = self.at_most(size)
         if below is not None and below.batch_size == size:
             return below
         if self.min_samples <= self.num_ranks and self.micro_batch_max == self.micro_batch_size:
-            accumulation_steps(
-                size, num_ranks=self.num_ranks, micro_batch_size=self.micro_batch_size, name=name
+            raise InputError(
+                f"{name}={size} cannot be split over {ranks_text(self.num_ranks)} in micro-batches "
+                f"of micro_batch_size={self.micro_batch_size} sequences; use a multiple of "
+                f"{self._unit} (nearest: {max(1, round(size / self._unit)) * self._unit}) or "
+                "another micro_batch_size"
             )
         nearest = [below] if below else []
         texts = [f"{name}={split.batch_size}" for split in [*nearest, self.at_least(size)]]
@@ -115,7 +100,7 @@ class FeasibleSizes:
 
     @property
     def _unit(self) -> int:
-        """Sequences that one more micro-batch on every rank adds, once it is at its maximum."""
+        """Sequences that one more micro-batch on every rank adds, at the largest micro-batch."""
         return self.num_ranks * self.micro_batch_max
 
     def _accumulated(self, accumulation: int) -> Split:
@@ -130,37 +115,12 @@ class FeasibleSizes:
         ]
 
     def _other_micro_batch(self, size: int) -> str:
-        """The largest smaller micro-batch with which `size` would be feasible, as a way out."""
+        """Hint at the largest smaller micro-batch with which `size` would be feasible."""
         for smaller in range(self.micro_batch_size - 1, 0, -1):
             accumulation, rest = divmod(size, self.num_ranks * smaller)
             if rest == 0 and accumulation * self.num_ranks >= self.min_samples:
                 return f", or micro_batch_size={smaller}"
         return ""
-
-
-def accumulation_steps(
-    batch_size: int, *, num_ranks: int, micro_batch_size: int, name: str = "batch_size.initial"
-) -> int:
-    """Micro-batches that each rank takes in one optimizer step.
-
-    Args:
-        batch_size: sequences per step over all ranks.
-        num_ranks: data-parallel ranks.
-        micro_batch_size: sequences per micro-batch and rank.
-        name: the setting that the batch size comes from.
-
-    Raises:
-        InputError: the batch is not a whole number of micro-batches on every rank.
-    """
-    unit = num_ranks * micro_batch_size
-    if batch_size % unit:
-        nearest = max(unit, round(batch_size / unit) * unit)
-        raise InputError(
-            f"{name}={batch_size} cannot be split over {ranks_text(num_ranks)} "
-            f"in micro-batches of micro_batch_size={micro_batch_size} sequences; "
-            f"use a multiple of {unit} (nearest: {nearest}) or another micro_batch_size"
-        )
-    return batch_size // unit
 
 
 def ranks_text(num_ranks: int) -> str:

@@ -15,12 +15,12 @@ from typing import Annotated, ClassVar, TypeVar
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, check_bounds, key_of, one_of, positive, within
 from gns_pretrain.noise_scale.equations import target_batch_size
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
 
 ROUNDINGS = ("down", "up")
-LR_SCALINGS = ("sqrt", "linear", "none")
-TARGETS = ("theta", "kappa", *Geometry.targets)
+# Of B / B_0, on the scheduled learning rate (Algorithm 1, line 10); sqrt is the paper's.
+LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 POLICIES: "dict[str, type[Policy]]" = {}
 
 
@@ -37,11 +37,11 @@ class PolicySettings:
     # sequences, feasible, that no decision exceeds; null: the budget's rest
     cap: Annotated[int | None, at_least(1, "sequence", hint="or null")] = None
     # of lr with the batch: sqrt (the paper's) | linear | none
-    lr_scaling: Annotated[str | None, one_of(*LR_SCALINGS)] = None
+    lr_scaling: Annotated[str | None, one_of(*LR_EXPONENTS)] = None
     # adaptive (Algorithm 1); the norm test reads theta and decide_every_steps too
     geometry: Annotated[str, key_of(GEOMETRIES)] = "manhattan"  # whose noise scale; measured
     estimate: str = "plug_in"  # plug_in (the paper's) | debiased | cross_fitted
-    target: Annotated[str, one_of(*TARGETS)] = "theta"
+    target: str = "theta"  # theta | kappa | a point of the geometry's gain curve (Appendix B)
     # tolerated noise-to-signal ratio; the paper's: 0.6 (Table 9: 0.3)
     theta: Annotated[float | None, positive(hint="the paper uses 0.6")] = None
     # share of the largest gain of a step (Appendix B); theta 0.6's
@@ -87,8 +87,13 @@ class PolicySettings:
     @property
     def whole_sizes(self) -> list[tuple[str, int]]:
         """Sizes that the user names and that must be feasible, each after its setting."""
-        cap = [] if self.cap is None else [("cap", self.cap)]
-        return cap + self.kind.sizes(self)
+        given = [(name, getattr(self, name)) for name in ("cap", *self.kind.sizes)]
+        return [
+            (name, size)
+            for name, value in given
+            for size in (value if isinstance(value, list) else [value])
+            if size is not None
+        ]
 
     def check(self, prefix: str) -> None:
         """Check every setting, then those that depend on one another, then the policy's own.
@@ -101,34 +106,26 @@ class PolicySettings:
         """
         check_bounds(self, prefix)
         geometry = GEOMETRIES[self.geometry]
-        if self.estimate not in geometry.estimates:
-            raise InputError(
-                f"{prefix}.estimate={self.estimate} is not known for geometry {self.geometry}; "
-                f"use one of {', '.join(geometry.estimates)}"
-            )
-        if self.target not in ("theta", "kappa", *geometry.targets):
-            raise InputError(
-                f"{prefix}.target={self.target} does not exist for geometry {self.geometry}, whose "
-                f"gain has no such point; use {prefix}.target=theta or kappa"
-            )
+        for name, choices in (
+            ("estimate", geometry.estimates),
+            ("target", ("theta", "kappa", *geometry.targets)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(
+                    f"{prefix}.{name}={value} is not known for geometry {self.geometry}; "
+                    f"use one of {', '.join(choices)}"
+                )
         self.kind.check(self, prefix)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands before a step.
+    """Where a run stands before a step."""
 
-    Args:
-        step: the coming step, from 1.
-        samples: sequences consumed before it.
-        tokens: tokens consumed before it.
-        sequences_left: what the budget has left for it and all later ones, rounded up.
-    """
-
-    step: int
-    samples: int
-    tokens: int
-    sequences_left: int
+    step: int  # the coming one, from 1
+    samples: int  # sequences consumed before it
+    tokens: int  # consumed before it
+    sequences_left: int  # what the budget has left for it and all later ones, rounded up
 
     @classmethod
     def after(
@@ -149,6 +146,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     changes: ClassVar[bool] = True  # whether the batch can ever change
+    sizes: ClassVar[tuple[str, ...]] = ()  # settings that are batch sizes of its plan
+    named_by: ClassVar[tuple[str, ...]] = ()  # settings in the name of a shadow that has none
     # Where a setting is null: those of the published runs.
     own_values: ClassVar[Mapping[str, str | float]] = {
         "rounding": "down",
@@ -191,19 +190,9 @@ class Policy(ABC):
         return None
 
     @classmethod
-    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
-        """Sizes of its plan, each after its setting."""
-        return []
-
-    @classmethod
     def check(cls, settings: PolicySettings, prefix: str) -> None:
         """Raise InputError for settings that this policy cannot use."""
         return  # most have no rule of their own
-
-    @classmethod
-    def describe(cls, settings: PolicySettings) -> str:
-        """Name a shadow that has no name."""
-        return cls.name
 
     @classmethod
     def note(cls, settings: PolicySettings) -> str | None:
@@ -243,6 +232,7 @@ class Adaptive(Policy):
     """
 
     name = "adaptive"
+    named_by = ("geometry", "estimate", "target")
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """What the noise scale asks for (Eq. 7, or a target of Appendix B)."""
@@ -278,13 +268,6 @@ class Adaptive(Policy):
         return settings.geometry, settings.estimate
 
     @classmethod
-    def describe(cls, settings: PolicySettings) -> str:
-        """`adaptive_manhattan_plug_in_theta_0.6`."""
-        value = {"theta": f"_{settings.theta}", "kappa": f"_{settings.kappa}"}
-        target = f"{settings.target}{value.get(settings.target, '')}"
-        return f"{cls.name}_{settings.geometry}_{settings.estimate}_{target}"
-
-    @classmethod
     def note(cls, settings: PolicySettings) -> str | None:
         """What theta means where there is no gradient; None for what no theta governs."""
         theta, geometry = settings.theta, GEOMETRIES[settings.geometry]
@@ -314,17 +297,13 @@ class Staged(Policy):
     """
 
     name = "staged"
+    sizes = ("stage_sizes",)
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """The size of the stage that the run has reached; None before the first threshold."""
         stages = zip(self.settings.stage_tokens, self.settings.stage_sizes, strict=True)
         reached = [size for tokens, size in stages if position.tokens >= tokens]
         return reached[-1] if reached else None
-
-    @classmethod
-    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
-        """Of every stage."""
-        return [("stage_sizes", size) for size in settings.stage_sizes]
 
     @classmethod
     def check(cls, settings: PolicySettings, prefix: str) -> None:
@@ -343,6 +322,7 @@ class LinearRamp(Policy):
     """From the initial size to the last one in proportion to the tokens seen: a baseline."""
 
     name = "linear_ramp"
+    sizes = ("ramp_size",)
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """The size on the line."""
@@ -351,11 +331,6 @@ class LinearRamp(Policy):
         assert tokens is not None
         progress = min(position.tokens / tokens, 1.0)
         return self.initial_batch_size + (size - self.initial_batch_size) * progress
-
-    @classmethod
-    def sizes(cls, settings: PolicySettings) -> list[tuple[str, int]]:
-        """Of its end."""
-        return [] if settings.ramp_size is None else [("ramp_size", settings.ramp_size)]
 
     @classmethod
     def check(cls, settings: PolicySettings, prefix: str) -> None:
@@ -383,6 +358,7 @@ class NormTest(Policy):
     """
 
     name = "norm_test"
+    named_by = ("theta",)
     own_values: ClassVar[Mapping[str, str | float]] = {
         "rounding": "up",
         "lr_scaling": "none",
@@ -403,8 +379,3 @@ class NormTest(Policy):
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
         """The Euclidean scale, whatever the settings of the adaptive policy."""
         return "euclidean", "plug_in"
-
-    @classmethod
-    def describe(cls, settings: PolicySettings) -> str:
-        """`norm_test_0.3`."""
-        return f"{cls.name}_{settings.theta}"

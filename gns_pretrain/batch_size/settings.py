@@ -18,8 +18,13 @@ class ShadowSettings(PolicySettings):
 
     @property
     def label(self) -> str:
-        """The name of its averages and of its lines in the record."""
-        return self.kind.describe(self) if self.name is None else self.name
+        """The name of its averages and of its lines: `adaptive_manhattan_plug_in_theta_0.6`."""
+        if self.name is not None:
+            return self.name
+        words = [self.policy, *(getattr(self, name) for name in self.kind.named_by)]
+        if words[-1] in ("theta", "kappa"):
+            words.append(getattr(self, words[-1]))
+        return "_".join(map(str, words))
 
 
 @dataclass

@@ -4,9 +4,10 @@
     signal from two independent halves    ours, after Lemma 3.1
     batch size from a noise scale         Eqs. 7 and 19, Appendix B
 
-Legend: R samples (micro-batches, over all ranks) of equal size; B sequences per optimizer step; g^j
-the mean gradient of sample j, g their mean, both before clipping; g_A and g_B the mean gradients of
-the even and of the odd samples; [m, n] a weight's shape.
+Legend: R samples (`num_samples`, micro-batches over all ranks, at least 2) of equal size; B
+sequences per optimizer step over all ranks (`batch_size`); g^j the mean gradient of sample j, g
+their mean, both before clipping; g_A and g_B (`first`, `second`) the mean gradients of the even and
+of the odd samples; [m, n] a weight's shape, s = min(m, n).
 
 A *total* adds up over coordinates, layers, shards and ranks, so each owner of a part computes its
 own and one all-reduce ends it; `geometries.py` turns totals into noise and signal. Totals are
@@ -62,8 +63,6 @@ def coordinate_variance(
     Args:
         mean_square: [any], float32; squares of the sample gradients, averaged over samples.
         mean: same shape; the mean gradient.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
 
     Returns:
         Same shape; clamped at 0, because rounding can leave a small negative.
@@ -82,11 +81,9 @@ def gram_covariance(
     The factors are those of Eq. 20, whose sum over a row is a diagonal entry of C.
 
     Args:
-        mean_gram: [..., s, s], s = min(m, n); Grams of the smaller side, averaged over samples.
+        mean_gram: [..., s, s]; Grams of the smaller side, averaged over samples.
         gram_of_mean: same shape; the same Gram of the mean gradient. float64 for both where C is
             much smaller than they are: the difference keeps their rounding.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
 
     Returns:
         Same shape; positive semi-definite up to rounding.
@@ -146,23 +143,15 @@ class NuclearTotals(NamedTuple):
 
 
 def nuclear_totals(
-    mean_gram: Tensor,
-    gram_of_mean: Tensor,
-    *,
-    batch_size: int,
-    num_samples: int,
-    mode: str = "auto",
+    mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int, mode: str
 ) -> NuclearTotals:
     """tr C^(1/2) and ||G||_S1 of each matrix of a stack (Eq. 17).
 
     ||G||_S1 = tr (G G^T)^(1/2), and C needs that Gram anyway: both square roots are one batch.
 
     Args:
-        mean_gram: [k, s, s], s = min(m, n), float64; Grams of the smaller side, averaged over
-            samples.
+        mean_gram: [k, s, s], float64; Grams of the smaller side, averaged over samples.
         gram_of_mean: [k, s, s]; the same Gram of the mean gradients.
-        batch_size: B, sequences per optimizer step over all ranks.
-        num_samples: R, at least 2.
         mode: of the square roots, see `trace_square_root`.
     """
     covariance = gram_covariance(
@@ -189,9 +178,6 @@ def half_means(
         signed_sum: D, the same with +1 for even and -1 for odd sample indices.
         num_even: n_A, at least 1.
         num_odd: n_B, at least 1.
-
-    Returns:
-        g_A and g_B, each of that shape.
     """
     assert num_even > 0, "half A is empty"
     assert num_odd > 0, "half B is empty"
@@ -206,12 +192,7 @@ def without_rounding(half: Tensor, *, of: Tensor) -> Tensor:
 
 
 def euclidean_cross_totals(first: Tensor, second: Tensor) -> Tensor:
-    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2; [3], float64, added over shards before the next step.
-
-    Args:
-        first: g_A, any shape.
-        second: g_B, same shape.
-    """
+    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2 of any shape; [3], float64, to be added over shards."""
     products = (first * second, first.square(), second.square())
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
 
@@ -231,12 +212,7 @@ def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
 
 
 def manhattan_cross_total(first: Tensor, second: Tensor) -> Tensor:
-    """s for p(g) = sign(g), which adds up over shards; 0-dimensional, float64.
-
-    Args:
-        first: g_A, any shape.
-        second: g_B, same shape.
-    """
+    """s for p(g) = sign(g) of any shape, which adds up over shards; 0-dimensional, float64."""
     gains = first * sign_direction(second) + second * sign_direction(first)
     return gains.sum(dtype=torch.float64) / 2
 
@@ -248,8 +224,7 @@ def nuclear_cross_totals(first: Tensor, second: Tensor, *, rank_cut: float = RAN
     others out; without it rounding alone gives them directions, and s is off by tens of per cent.
 
     Args:
-        first: [k, m, n]; G_A of k matrices.
-        second: same shape; G_B.
+        first, second: [k, m, n]; G_A and G_B of k matrices.
         rank_cut: singular values below this share of the largest count as zero.
     """
     first, second = first.double(), second.double()

@@ -65,23 +65,14 @@ CHUNK_ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class Measurement:
-    """Noise and signal of one optimizer step, for one geometry and estimate.
+    """Noise and signal of one optimizer step, for one geometry and estimate."""
 
-    Args:
-        geometry: a key of `GEOMETRIES`.
-        estimate: one of its estimates.
-        noise: N, of one sequence.
-        signal: M; negative if a debiased or cross-fitted one came out so.
-        num_samples: R.
-        batch_size: B, sequences per optimizer step over all ranks.
-    """
-
-    geometry: str
-    estimate: str
-    noise: float
-    signal: float
-    num_samples: int
-    batch_size: int
+    geometry: str  # a key of `GEOMETRIES`
+    estimate: str  # one of its estimates
+    noise: float  # N, of one sequence
+    signal: float  # M; negative if a debiased or cross-fitted one came out so
+    num_samples: int  # R
+    batch_size: int  # B, sequences per optimizer step over all ranks
 
     @property
     def noise_scale(self) -> float | None:
@@ -99,17 +90,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the gradient tap gathers beside the samples' norms and the mean gradient.
+    """What the gradient tap gathers beside the samples' norms and the mean gradient."""
 
-    Args:
-        squares: sum_j (g^j)^2 of every coordinate.
-        signed_sums: sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices.
-        matrices: kinds of weights of which one owner gets the whole matrix and the Grams' sum.
-    """
-
-    squares: bool = False
-    signed_sums: bool = False
-    matrices: frozenset[Kind] = frozenset()
+    squares: bool = False  # sum_j (g^j)^2 of every coordinate
+    signed_sums: bool = False  # sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices
+    matrices: frozenset[Kind] = frozenset()  # whole, and their Grams' sum, on one owner each
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -123,31 +108,19 @@ class Needs:
 class SampleSums:
     """One rank's part of R samples; all sums or means over them, so leaving samples out subtracts.
 
-    Every rank holds its own rows of a weight, and the whole of the matrices that it owns.
-
-    Args:
-        num_even: samples over all ranks with an even index.
-        num_odd: those with an odd one.
-        square_norms: [W], float64; ||g^j||_2^2 summed over this rank's own samples.
-        means: this rank's rows of the mean gradient of each weight; empty on a rank whose rows
-            another replica contributes.
-        squares: the same rows of sum_j (g^j)^2, flat, perhaps with padding behind; empty if not
-            needed.
-        signed: the same rows of sum_j (+-1) g^j, likewise; empty if not needed.
-        grams: sum_j of the smaller side's Gram, float64, of each owned matrix by weight.
-        matrices: the mean gradient of each owned matrix, whole.
-        signed_matrices: sum_j (+-1) G^j of each owned matrix; empty if not needed.
+    Every rank holds its own rows of a weight, and the whole of the matrices that it owns. What is
+    not needed is empty, and so are the rows of a rank whose rows another replica contributes.
     """
 
-    num_even: int
+    num_even: int  # samples over all ranks with an even index
     num_odd: int
-    square_norms: Tensor
-    means: list[Tensor]
-    squares: list[Tensor]
-    signed: list[Tensor]
-    grams: dict[int, Tensor]
-    matrices: dict[int, Tensor]
-    signed_matrices: dict[int, Tensor]
+    square_norms: Tensor  # [W], float64; ||g^j||_2^2 summed over this rank's own samples
+    means: list[Tensor]  # this rank's rows of each weight's mean gradient
+    squares: list[Tensor]  # of sum_j (g^j)^2, flat, perhaps with padding behind
+    signed: list[Tensor]  # of sum_j (+-1) g^j, likewise
+    grams: dict[int, Tensor]  # by owned weight: sum_j of the smaller side's Gram, float64
+    matrices: dict[int, Tensor]  # its mean gradient, whole
+    signed_matrices: dict[int, Tensor]  # its sum_j (+-1) G^j
 
     @property
     def num_samples(self) -> int:
@@ -220,9 +193,6 @@ class Geometry(ABC):
     """The noise scale of one geometry. What is not overridden is that of a dual norm.
 
     N and M are then squares of totals over weights, and Appendix B's points of the gain exist.
-
-    Args:
-        settings: of the measurement.
     """
 
     name: ClassVar[str]

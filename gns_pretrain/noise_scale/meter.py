@@ -1,6 +1,5 @@
 """From what the tap has gathered to noise and signal: each rank its part, then one all-reduce."""
 
-import time
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import or_
@@ -53,12 +52,11 @@ class NoiseMeter:
         Returns:
             One reading for each geometry and estimate that was asked for, the same on every rank.
         """
-        started = time.perf_counter()
-        sums = self.tap.sums()
-        totals = self._totals(sums, batch_size)
-        self.tap.release()
-        seconds = self.tap.seconds + time.perf_counter() - started
-        return self._readings(totals, batch_size, sums.num_samples, seconds)
+        with self.tap.measuring():
+            sums = self.tap.sums()
+            totals = self._totals(sums, batch_size)
+            self.tap.release()
+        return self._readings(totals, batch_size, sums.num_samples, self.tap.seconds)
 
     @torch.no_grad()
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:

@@ -39,34 +39,21 @@ class SmoothingSettings(Settings):
 
 @dataclass(frozen=True)
 class Averages:
-    """Averages of one geometry and estimate.
+    """Averages of one geometry and estimate, before any bias correction."""
 
-    Args:
-        noise: average of N, before any bias correction.
-        signal: average of M, or of the signed s of a cross-fitted estimate.
-        noise_weight: 1 - beta^k after k measurements; 0 before the first.
-        signal_weight: the same for the signal.
-    """
-
-    noise: float = 0.0
-    signal: float = 0.0
-    noise_weight: float = 0.0
-    signal_weight: float = 0.0
+    noise: float = 0.0  # of N
+    signal: float = 0.0  # of M, or of the signed s of a cross-fitted estimate
+    noise_weight: float = 0.0  # 1 - beta^k after k measurements; 0 before the first
+    signal_weight: float = 0.0  # the same for the signal
 
 
 @dataclass(frozen=True)
 class SmoothedNoiseScale:
-    """What the averages say now.
+    """What the averages say now."""
 
-    Args:
-        noise: N_k, of one sequence.
-        signal: M_k, clamped at 0.
-        noise_scale: their ratio in sequences; None while the signal is not positive.
-    """
-
-    noise: float
-    signal: float
-    noise_scale: float | None
+    noise: float  # N_k, of one sequence
+    signal: float  # M_k, clamped at 0
+    noise_scale: float | None  # their ratio in sequences; None while the signal is not positive
 
 
 def include(averages: Averages, measurement: Measurement, settings: SmoothingSettings) -> Averages:
@@ -98,13 +85,7 @@ def _linear(signal: float, estimate: str) -> float:
 
 
 class NoiseTracker:
-    """Follows one geometry and estimate: its averages, and how far its single scales spread.
-
-    Args:
-        geometry: a key of `GEOMETRIES`.
-        estimate: one of its estimates.
-        settings: of the averages.
-    """
+    """Follows one geometry and estimate: its averages, and how far its single scales spread."""
 
     def __init__(self, geometry: str, estimate: str, settings: SmoothingSettings) -> None:
         self.geometry = geometry

@@ -38,7 +38,6 @@ from gns_pretrain.parallel.sharding import unwrapped
 class TappedWeight:
     """A trainable weight and where its gradients are seen."""
 
-    name: str
     kind: Kind
     weight: nn.Parameter  # what the optimizer updates; its .grad is the mean gradient
     seen: Tensor  # what autograd reaches: the weight itself, or FSDP2's unsharded copy
@@ -69,14 +68,7 @@ def tapped_weights(
     costs = [float(min(llama.get_parameter(name).shape)) ** 3 for name in owned]
     owners = dict(zip(owned, balanced_owners(costs, world.num_ranks), strict=True))
     return [
-        TappedWeight(
-            name=name,
-            kind=kinds[name],
-            weight=weight,
-            seen=seen[name],
-            owner=owners.get(name),
-            block=block_of(name),
-        )
+        TappedWeight(kinds[name], weight, seen[name], owners.get(name), block_of(name))
         for name, weight in trainable
     ]
 
@@ -170,6 +162,14 @@ class GradientTap:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count host time as the measurement's, and name it for the profiler."""
+        started = time.perf_counter()
+        with record_function("measurement"):
+            yield
+        self.seconds += time.perf_counter() - started
+
     def _zero_rows(self) -> list[Tensor]:
         """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
         return [
@@ -183,24 +183,21 @@ class GradientTap:
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
         """The hook: keep a sample's gradient until its block is complete, then reduce the block."""
-        started = time.perf_counter()
-        with record_function("measurement"):  # within "backward", where autograd calls the hook
+        with self.measuring():  # within "backward", where autograd calls the hook
             block = self.weights[index].block
             arrived = self.waiting.setdefault(block, {})
             arrived[index] = gradient
             if len(arrived) == len(self._blocks[block]):
                 self._reduce(self.waiting.pop(block))
-        self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def end_of_sample(self) -> None:
         """After each backward pass: reduce blocks in which some weight took no gradient."""
-        started = time.perf_counter()
-        for block in [name for name in self._blocks if name in self.waiting]:
-            self._reduce(self.waiting.pop(block))
-        self._finish()
-        self._sample += self.world.num_ranks
-        self.seconds += time.perf_counter() - started
+        with self.measuring():
+            for block in [name for name in self._blocks if name in self.waiting]:
+                self._reduce(self.waiting.pop(block))
+            self._finish()
+            self._sample += self.world.num_ranks
 
     def _reduce(self, gradients: dict[int, Tensor]) -> None:
         """Add one sample's gradients of one block to the sums, over all ranks."""

@@ -111,32 +111,17 @@ def choose_batch_size(run: Run, log: StepLog) -> None:
     if decision:
         apply_decision(decision, state, run.optimizer, run.record)
     for shadow in of_shadows:
-        line = ShadowLine(
-            policy=shadow.policy,
-            step=position.step,
-            previous=shadow.previous,
-            new=shadow.split.batch_size,
-            target=shadow.target,
-            lr_multiplier=shadow.lr_multiplier,
-        )
-        run.record.write(line)
+        fields = shadow.fields_of_line(position.step)
+        run.record.write(ShadowLine(policy=shadow.policy, **fields))
 
 
 def apply_decision(
     decision: Decision, state: TrainState, optimizer: Optimizer, record: Record
 ) -> None:
     """Give the coming step another batch size: state, optimizer and record change together."""
-    split, multiplier = decision.split, decision.lr_multiplier
-    state.take(split, lr_multiplier=multiplier)
-    update_half_life(optimizer, split.batch_size, lr_multiplier=multiplier)
-    line = BatchSizeLine(
-        step=state.step + 1,
-        previous=decision.previous,
-        new=split.batch_size,
-        target=decision.target,
-        lr_multiplier=multiplier,
-    )
-    record.write(line, why=decision.why)
+    state.take(decision.split, lr_multiplier=decision.lr_multiplier)
+    update_half_life(optimizer, state.batch_size, lr_multiplier=state.lr_multiplier)
+    record.write(BatchSizeLine(**decision.fields_of_line(state.step + 1)), why=decision.why)
 
 
 def fit_to_ranks(

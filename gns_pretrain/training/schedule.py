@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, one_of, within
+from gns_pretrain.fields import Settings, at_least, at_most, one_of, within
 
 
 @dataclass
@@ -17,16 +16,10 @@ class ScheduleSettings(Settings):
     kind: Annotated[str, one_of("cosine", "constant")] = "cosine"  # after a linear warm-up
     # of the token budget; the paper's value
     warmup_fraction: Annotated[float, within(0, 1, hint="0.15 is the paper's value")] = 0.15
-    final_fraction: float = 0.0  # of the peak, at the end of the cosine; the paper's value
-
-    def __post_init__(self) -> None:
-        """Check each field; a run may end at its peak, so 1 is allowed."""
-        super().__post_init__()
-        if not 0.0 <= self.final_fraction <= 1.0:
-            raise InputError(
-                f"schedule.final_fraction={self.final_fraction} must lie between 0 and 1; "
-                "0 lets the learning rate end at zero"
-            )
+    # of the peak, at the end of the cosine; the paper's value
+    final_fraction: Annotated[
+        float, at_least(0, hint="0 lets the learning rate end at zero"), at_most(1)
+    ] = 0.0
 
 
 @dataclass(frozen=True)

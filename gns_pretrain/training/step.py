@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, accumulation, clipping, update.
 
-Its phases are named for the profiler; without one a name costs some 10 microseconds.
+Its phases are named for the profiler, the measurement by the tap itself; without a profiler a name
+costs some 10 microseconds.
 """
 
 from collections.abc import Iterable
@@ -51,8 +52,7 @@ def train_step(
         losses = accumulate_gradients(
             model, micro_batches, accumulation=accumulation, tap=meter.tap if meter else None
         )
-    with record_function("measurement"):
-        readings = meter.read(batch_size) if meter else []
+    readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):
         norm = clip_gradient_norm(list(model.parameters()), gradient_clip)
         optimizer.step()
@@ -89,7 +89,6 @@ def accumulate_gradients(
                 (loss / accumulation).backward()
         losses.append(loss.detach())
         if tap:
-            with record_function("measurement"):
-                tap.end_of_sample()
+            tap.end_of_sample()
     assert len(losses) == accumulation
     return losses

@@ -12,6 +12,7 @@ from gns_pretrain.fields import (
     Settings,
     add_options,
     at_least,
+    at_most,
     from_options,
     key_of,
     one_of,
@@ -27,6 +28,7 @@ class Sample(Settings):
     steps: Annotated[int, at_least(1, "step", hint="the paper uses 100")] = 100
     rate: Annotated[float | None, positive()] = None
     share: Annotated[float, within(0, 1, exclusive=True)] = 0.5
+    end: Annotated[float, at_least(0), at_most(1, hint="0 ends at zero")] = 0.0
     kinds: Annotated[list[str], one_of("a", "b")] = field(default_factory=list)
 
 
@@ -51,6 +53,8 @@ class Options(Settings):
         ({"rate": math.inf}, "part.sample.rate=inf must be positive and finite"),
         ({"rate": math.nan}, "part.sample.rate=nan must be positive and finite"),
         ({"share": 1.0}, "part.sample.share=1.0 must lie between 0 and 1 (exclusive)"),
+        ({"end": -0.5}, "part.sample.end=-0.5 must be at least 0"),
+        ({"end": 1.5}, "part.sample.end=1.5 must be at most 1; 0 ends at zero"),
         ({"kinds": ["a", "c"]}, "part.sample.kinds=[a, c] is not known; use one of a, b"),
     ],
 )

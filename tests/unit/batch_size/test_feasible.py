@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns_pretrain.batch_size.feasible import FeasibleSizes, accumulation_steps
+from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.errors import InputError
 
 PUBLISHED = FeasibleSizes(
@@ -22,13 +22,17 @@ def ladder(sizes: FeasibleSizes, *, up_to: int) -> list[int]:
 
 
 def test_batch_is_ranks_times_micro_batch_times_accumulation():
-    assert accumulation_steps(64, num_ranks=2, micro_batch_size=8) == 4
-    assert accumulation_steps(8, num_ranks=8, micro_batch_size=1) == 1
+    for size, sizes, accumulation in (
+        (64, FeasibleSizes(2, micro_batch_size=8, micro_batch_max=8), 4),
+        (8, FeasibleSizes(8, micro_batch_size=1, micro_batch_max=1), 1),
+    ):
+        assert sizes.require(size, "batch_size.initial").accumulation == accumulation
 
 
 def test_batch_that_ranks_cannot_split_names_the_unit_and_the_nearest_size():
+    sizes = FeasibleSizes(4, micro_batch_size=2, micro_batch_max=2)
     with pytest.raises(InputError, match=r"batch_size.initial=20 .* 4 ranks .* multiple of 8 .*16"):
-        accumulation_steps(20, num_ranks=4, micro_batch_size=2)
+        sizes.require(20, "batch_size.initial")
 
 
 def test_sizes_of_the_published_runs_grow_by_micro_batch_and_then_by_accumulation():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gns_pretrain.batch_size.controller import BatchSizer, Controller, lr_multiplier
+from gns_pretrain.batch_size.controller import BatchSizer, Controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import PolicySettings, Position
 from gns_pretrain.noise_scale.geometries import Measurement
@@ -284,7 +284,8 @@ def test_state_of_a_checkpoint_that_held_an_average_for_every_policy_is_read():
 
 
 def test_learning_rate_multiplier_of_a_batch_four_times_the_first():
-    assert [lr_multiplier(scaling, 256, 64) for scaling in ("sqrt", "linear", "none")] == [2, 4, 1]
+    found = [decided(1e6, cap=256, lr_scaling=scaling) for scaling in ("sqrt", "linear", "none")]
+    assert [decision.lr_multiplier for decision in found] == [2, 4, 1]
 
 
 def test_decays_of_a_policy_are_those_of_the_noise_scale_unless_it_has_its_own():
