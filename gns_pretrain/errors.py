@@ -1,5 +1,8 @@
 """The two kinds of failure that end a run with one line instead of a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OneLineError(Exception):
     """What both have in common.
@@ -31,3 +34,17 @@ class TrainingError(OneLineError, RuntimeError):
 def one_line(error: BaseException) -> str:
     """Return an exception's message without line breaks, or its class's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def needs(extra: str, sentence: str) -> Iterator[None]:
+    """Import optional packages within; a missing one is an InputError that names its extra.
+
+    Args:
+        extra: of this package, in pyproject.toml.
+        sentence: what needs which package.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{sentence}; pip install 'gns-pretrain[{extra}]'") from error

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.config.compose import read_yaml
-from gns_pretrain.data.embedded import ensure_embedded
-from gns_pretrain.data.settings import EMBEDDED, DataSettings
+from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
@@ -86,9 +85,7 @@ def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedT
     scaling = config.rope_scaling
     scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
     max_positions = arguments.max_positions or max(settings.sequence_length, scaled)
-    folder = Path(settings.path)
-    if settings.path == EMBEDDED:
-        folder = ensure_embedded(vocab_size=settings.embedded_vocab_size)
+    folder = settings.find_folder()
     tokenizer = arguments.tokenizer
     if not (folder / META_FILE).is_file():
         return ExportedText(max_positions, tokenizer)

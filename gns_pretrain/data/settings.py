@@ -38,6 +38,12 @@ class DataSettings(Settings):
                 "name another split"
             )
 
+    def find_folder(self) -> Path:
+        """Return the folder of shards; make the embedded text if it is not there."""
+        if self.path == EMBEDDED:
+            return ensure_embedded(vocab_size=self.embedded_vocab_size)
+        return Path(self.path)
+
 
 def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:
     """Open the training and the validation split; make the embedded text if it is not there.
@@ -46,15 +52,12 @@ def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:
         InputError: naming the file that is missing or damaged, or the split that is missing or too
             short for one sequence.
     """
-    if settings.path == EMBEDDED:
-        folder = ensure_embedded(vocab_size=settings.embedded_vocab_size)
-    else:
-        folder = Path(settings.path)
-        if not folder.is_dir():
-            raise InputError(
-                f"data.path={settings.path} is not a folder; make one with "
-                f"scripts/prepare_data.py, or set data.path={EMBEDDED}"
-            )
+    folder = settings.find_folder()
+    if not folder.is_dir():
+        raise InputError(
+            f"data.path={settings.path} is not a folder; make one with "
+            f"scripts/prepare_data.py, or set data.path={EMBEDDED}"
+        )
 
     def open_split(setting: str, split: str) -> TokenShards:
         tokens = TokenShards.open(folder, split, verify=settings.verify, setting=setting)

@@ -237,14 +237,11 @@ class TokenShards:
             else:
                 row[:] = self.read(start, start + sequence_length + 1)
         if out.size and out.max() >= self.vocab_size:
-            self._refuse_ids(indices, sequence_length, out)
-
-    def _refuse_ids(self, indices: np.ndarray, sequence_length: int, out: np.ndarray) -> None:
-        row, column = np.argwhere(out >= self.vocab_size)[0]
-        position = int(indices[row]) * sequence_length + int(column)
-        shard = int(np.searchsorted(self._bounds, position, side="right")) - 1
-        offset = position - int(self._bounds[shard])
-        raise InputError(
-            f"{self.folder / self._files[shard]} holds the token id {out[row, column]} at position "
-            f"{offset}, but vocab_size={self.vocab_size} in meta.json; prepare the folder again"
-        )
+            n, column = np.argwhere(out >= self.vocab_size)[0]
+            position = starts[n] + column
+            k = np.searchsorted(self._bounds, position, side="right") - 1
+            raise InputError(
+                f"{self.folder / self._files[k]} holds the token id {out[n, column]} at position "
+                f"{position - self._bounds[k]}, but vocab_size={self.vocab_size} in meta.json; "
+                "prepare the folder again"
+            )

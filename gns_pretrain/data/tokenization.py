@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, one_line
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
@@ -26,7 +26,7 @@ def read_tokenizer(name: str) -> str:
             Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise InputError(
-                f"--tokenizer={path} is not a tokenizer.json ({_one_line(error)})"
+                f"--tokenizer={path} is not a tokenizer.json ({one_line(error)})"
             ) from error
         return text
     if path.suffix == ".json" or Path(name).exists():
@@ -38,7 +38,7 @@ def read_tokenizer(name: str) -> str:
     except Exception as error:
         raise InputError(
             f"--tokenizer={name} is neither a file nor a model on the hub "
-            f"({_one_line(error)}); give a tokenizer.json, or --train-bpe"
+            f"({one_line(error)}); give a tokenizer.json, or --train-bpe"
         ) from error
 
 
@@ -62,11 +62,13 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def special_token_id(
-    tokenizer: Tokenizer, name: str | None, usual: tuple[str, ...], setting: str
-) -> int:
-    """Return the id of the token `name`, or of the first usual name that the tokenizer has."""
-    names = (name,) if name else usual
+def special_token_id(tokenizer: Tokenizer, setting: str, name: str | None) -> int:
+    """Return the id of the token `name`, or of the first usual one that the tokenizer has.
+
+    Args:
+        setting: bos or eos.
+    """
+    names = (name,) if name else {"bos": BOS_NAMES, "eos": EOS_NAMES}[setting]
     for candidate in names:
         token_id = tokenizer.token_to_id(candidate)
         if token_id is not None:
@@ -111,7 +113,3 @@ class DocumentEncoder:
             ids += encoding.ids
             ids += self._after
         return np.array(ids, dtype=self._dtype), np.array(starts, dtype=np.int64)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.system.files import read_json, write_json
@@ -266,11 +266,6 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _safetensors() -> Any:
     """Import safetensors, which reads and writes the weights; InputError without it."""
-    try:
+    with needs("huggingface", "weights in Hugging Face's format need safetensors"):
         import safetensors.torch
-    except ImportError as error:
-        raise InputError(
-            "weights in Hugging Face's format need safetensors; "
-            "pip install 'gns-pretrain[huggingface]'"
-        ) from error
     return safetensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs
 from gns_pretrain.tracking.settings import WandbSettings
 from gns_pretrain.tracking.views import axes, series
 
@@ -131,10 +131,8 @@ def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> l
     Raises:
         InputError: wandb is not installed, or the project cannot be read.
     """
-    try:
+    with needs("tracking", "W&B is not installed"):
         import wandb
-    except ImportError as error:
-        raise InputError("W&B is not installed; pip install 'gns-pretrain[tracking]'") from error
     try:
         remote = wandb.Api(timeout=_TIMEOUT_SECONDS).runs(
             project, filters=dict(filters or {}), per_page=200, lazy=False

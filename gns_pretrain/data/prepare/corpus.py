@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs, one_line
 
 BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenizing, long against the cost of sending it
 SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".parquet")
 
-Cursor = dict[str, Any]  # JSON, opaque to everyone but the corpus that made it
+# JSON: `record`, the number of records before it in its file or stream; the rest is the corpus's.
+Cursor = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,8 @@ class RecordBatch:
 
     cursor: Cursor  # of the first record
     origin: str  # file or dataset, for error messages
-    first_record: int  # number of the first record in its origin, from 1: the line in a JSON file
     records: list[bytes] | list[str | None]  # lines of JSON, or texts
     fraction: float  # of the corpus that is read when this batch is
-
-
-class Corpus(Protocol):
-    """A stream of records that can be resumed at any batch."""
-
-    def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """Read the records from cursor on (None: from the start), the same every time."""
-        ...
-
-    def sizes_read(self, cursor: Cursor) -> list[int]:
-        """Return the bytes of the files wholly before cursor: they must not change any more."""
-        ...
 
 
 def parse_texts(batch: RecordBatch) -> list[str]:
@@ -54,7 +42,7 @@ def parse_texts(batch: RecordBatch) -> list[str]:
     unit = "line" if batch.records and isinstance(batch.records[0], bytes) else "record"
     return [
         _text_of(record, f"{batch.origin}, {unit} {number}")
-        for number, record in enumerate(batch.records, start=batch.first_record)
+        for number, record in enumerate(batch.records, start=batch.cursor["record"] + 1)
         if record is None or isinstance(record, str) or not record.isspace()
     ]
 
@@ -117,17 +105,22 @@ def _in_batches(records: Iterable[tuple[Any, float]]) -> Iterator[tuple[list[Any
 
 
 class LocalFiles:
-    """JSON lines, gzipped or not, and Parquet; see `Corpus`."""
+    """JSON lines, gzipped or not, and Parquet."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
         self._sizes = [path.stat().st_size for path in paths]
 
-    def sizes_read(self, cursor: Cursor) -> list[int]:  # noqa: D102
+    def sizes_read(self, cursor: Cursor) -> list[int]:
+        """Return the bytes of the files wholly before cursor: they must not change any more."""
         return self._sizes[: cursor["file"]]
 
     def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """Read the files; InputError names one that is empty, truncated or unreadable."""
+        """Read the records from cursor on (None: from the start), the same every time.
+
+        Raises:
+            InputError: naming a file that is empty, truncated or unreadable.
+        """
         first_file, record = (cursor["file"], cursor["record"]) if cursor else (0, 0)
         for number, path in list(enumerate(self.paths))[first_file:]:
             read = _parquet_texts if path.suffix == ".parquet" else _lines
@@ -136,7 +129,6 @@ class LocalFiles:
                 yield RecordBatch(
                     cursor={"file": number, "record": record},
                     origin=str(path),
-                    first_record=record + 1,
                     records=records,
                     fraction=bytes_read / max(1, sum(self._sizes)),
                 )
@@ -159,13 +151,9 @@ def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
 
 def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
     """Read the column `text`, each text with the fraction of the file that is read."""
-    try:
+    with needs("data", f"reading {path} needs pyarrow"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(
-            f"reading {path} needs pyarrow; pip install 'gns-pretrain[data]'"
-        ) from error
     record = 0
     try:
         file = parquet.ParquetFile(path)
@@ -176,9 +164,8 @@ def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
                 record += 1
                 yield text.as_py(), record / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{path} is not a whole Parquet file ({reason}); fetch it again"
+            f"{path} is not a whole Parquet file ({one_line(error)}); fetch it again"
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(
@@ -187,7 +174,7 @@ def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
 
 
 class HubDataset:
-    """One split of a dataset, its column `text` alone, streamed by `datasets`; see `Corpus`.
+    """One split of a dataset, its column `text` alone, streamed by `datasets`.
 
     Args:
         path: as load_dataset takes it (allenai/c4); "json" and "parquet" read data_files, without
@@ -200,12 +187,8 @@ class HubDataset:
     def __init__(
         self, path: str, name: str | None, split: str, data_files: list[str] | None = None
     ):
-        try:
+        with needs("data", "--source=hub needs the package datasets"):
             from datasets import load_dataset_builder
-        except ImportError as error:
-            raise InputError(
-                "--source=hub needs the package datasets; pip install 'gns-pretrain[data]'"
-            ) from error
         self._label = " ".join(filter(None, [path, name, split]))
         self._split = split
         try:
@@ -215,8 +198,9 @@ class HubDataset:
             self._builder.as_streaming_dataset(split=split)
         except Exception as error:
             raise InputError(
-                f"--dataset={self._label} cannot be opened ({_one_line(error)}); "
-                "check its name, its splits and the network"
+                f"--dataset={self._label} cannot be opened "
+                f"({type(error).__name__}: {one_line(error)}); check its name, its "
+                "splits and the network"
             ) from error
 
     def sizes_read(self, cursor: Cursor) -> list[int]:
@@ -224,7 +208,7 @@ class HubDataset:
         return []
 
     def batches(self, cursor: Cursor | None) -> Iterator[RecordBatch]:
-        """Stream the texts; a cursor holds the library's own state of the stream.
+        """Stream the texts from cursor on; it holds the library's own state of the stream.
 
         Raises:
             InputError: naming the file, if the library knows it, that could not be read.
@@ -240,7 +224,6 @@ class HubDataset:
                 yield RecordBatch(
                     cursor={"stream": state, "record": record},
                     origin=self._label,
-                    first_record=record + 1,
                     records=records,
                     fraction=_file_number(state) / dataset.num_shards,
                 )
@@ -248,10 +231,10 @@ class HubDataset:
         except Exception as error:
             files = (self._builder.config.data_files or {}).get(self._split, [])
             number = 0 if dataset is None else _file_number(dataset.state_dict())
+            origin = files[number] if number < len(files) else self._label
             raise InputError(
-                f"{files[number] if number < len(files) else self._label}: reading failed after "
-                f"record {record} ({_one_line(error)}); fix the file or the connection and repeat "
-                "the command"
+                f"{origin}: reading failed after record {record} ({type(error).__name__}: "
+                f"{one_line(error)}); fix the file or the connection and repeat the command"
             ) from error
 
 
@@ -262,5 +245,4 @@ def _file_number(state: Cursor) -> int:
     return int(state.get("shard_idx", 0))
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+Corpus = LocalFiles | HubDataset

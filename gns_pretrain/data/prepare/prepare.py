@@ -13,14 +13,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from gns_pretrain.data.prepare.corpus import (
@@ -50,8 +43,6 @@ from gns_pretrain.data.shards import (
     write_meta,
 )
 from gns_pretrain.data.tokenization import (
-    BOS_NAMES,
-    EOS_NAMES,
     TOKENIZER_FILE,
     read_tokenizer,
     special_token_id,
@@ -144,12 +135,8 @@ def _write_folder(
         job = EncodingJob(
             tokenizer_file=str(folder / TOKENIZER_FILE),
             dtype=token_dtype(vocabulary_size(tokenizer)).name,
-            bos_id=special_token_id(tokenizer, settings.bos_token, BOS_NAMES, "bos")
-            if settings.bos
-            else None,
-            eos_id=special_token_id(tokenizer, settings.eos_token, EOS_NAMES, "eos")
-            if settings.eos
-            else None,
+            bos_id=special_token_id(tokenizer, "bos", settings.bos_token) if settings.bos else None,
+            eos_id=special_token_id(tokenizer, "eos", settings.eos_token) if settings.eos else None,
             held_out_fraction=settings.validation_fraction,
         )
         dtype = np.dtype(job.dtype)
@@ -245,12 +232,9 @@ class PreparationBars(Progress):
 
     def __init__(self, *, hidden: bool):
         super().__init__(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=16),
-            TaskProgressColumn(),
+            *Progress.get_default_columns(),
             TextColumn("{task.fields[written]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             console=Console(stderr=True, quiet=hidden),
             disable=hidden,
         )

@@ -4,7 +4,6 @@ from tokenizers import Tokenizer, models
 
 from gns_pretrain.data.shards import token_dtype
 from gns_pretrain.data.tokenization import (
-    BOS_NAMES,
     DocumentEncoder,
     read_tokenizer,
     special_token_id,
@@ -79,10 +78,10 @@ def test_trained_bpe_gives_every_text_back():
 
 def test_unknown_special_token_names_the_setting(tokenizer_file):
     tokenizer = open_tokenizer(tokenizer_file)
-    assert special_token_id(tokenizer, None, BOS_NAMES, "bos") == 0
-    assert special_token_id(tokenizer, "<|end_of_text|>", BOS_NAMES, "bos") == 1
+    assert special_token_id(tokenizer, "bos", None) == 0
+    assert special_token_id(tokenizer, "bos", "<|end_of_text|>") == 1
     with pytest.raises(InputError, match=r"no token <s>; .*--bos-token.*--no-bos"):
-        special_token_id(tokenizer, "<s>", BOS_NAMES, "bos")
+        special_token_id(tokenizer, "bos", "<s>")
 
 
 def test_tokenizer_is_read_from_a_file_or_its_folder(tokenizer_file):
