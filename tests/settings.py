@@ -8,7 +8,7 @@ import torch
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.schema import Config, LaunchSettings
 from gns_pretrain.data.settings import DataSettings
-from gns_pretrain.model.llama import LlamaConfig
+from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings

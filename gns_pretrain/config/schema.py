@@ -15,7 +15,7 @@ from omegaconf import II, MISSING, OmegaConf
 from gns_pretrain.batch_size.settings import BatchSizeSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.llama import LlamaConfig
+from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.parallel.mesh import ParallelSettings

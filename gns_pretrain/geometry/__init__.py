@@ -1,1 +1,1 @@
-"""Norms, steepest-descent directions and the matrix functions they need: pure torch functions."""
+"""Directions, square roots and orthogonalisation of matrices; no collectives, no configuration."""

@@ -1,6 +1,7 @@
 """Steepest-descent directions p = argmax <g, p> over ||p|| <= 1 (arXiv:2602.03001, Eq. 2).
 
-Each satisfies <g, p> = dual norm of g; a gradient of zero has no direction and gives zero.
+Each satisfies <g, p> = dual norm of g; a gradient of zero has no direction and gives zero. The
+Euclidean one, g / ||g||_2, needs the norm over all weights and stands where that is known.
 """
 
 import torch
@@ -17,12 +18,6 @@ RANK_CUT = 1e-5
 _SMALLEST_RANK_CUT = 1e-7
 
 
-def euclidean_direction(gradient: Tensor) -> Tensor:
-    """p = g / ||g||_2, the unit ball of l2; same shape and dtype."""
-    norm = torch.linalg.vector_norm(gradient)
-    return gradient / torch.where(norm > 0, norm, 1.0)
-
-
 def sign_direction(gradient: Tensor) -> Tensor:
     """p = sign(g), the unit ball of l_inf; same shape and dtype, 0 where the gradient is 0."""
     return torch.sign(gradient)
@@ -34,9 +29,8 @@ def matrix_sign(matrix: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
         P = U_r diag(1 / s_r) U_r^T G    with G G^T = U S^2 U^T and s_r > rank_cut * s_1
 
     The matrix sign gives every direction the same weight however small its singular value, so
-    directions that hold only rounding must be cut, or they add unit steps into nowhere. The
-    eigenvectors of the smaller side's float64 Gram are those of the SVD and take a third of its
-    time on a wide matrix.
+    directions of pure rounding must be cut, or each adds a unit step. The eigenvectors of the
+    smaller side's float64 Gram are those of the SVD, in a third of its time on a wide matrix.
 
     Args:
         matrix: [..., m, n], float32 or float64.
@@ -51,8 +45,8 @@ def matrix_sign(matrix: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
     """
     if not _SMALLEST_RANK_CUT <= rank_cut < 1.0:
         raise InputError(
-            f"rank_cut={rank_cut} must be at least {_SMALLEST_RANK_CUT} and below 1: smaller "
-            f"singular values drown in the rounding of a Gram matrix; use {RANK_CUT}"
+            f"rank_cut={rank_cut} must be at least {_SMALLEST_RANK_CUT} and below 1: a Gram matrix "
+            f"does not resolve smaller singular values; use {RANK_CUT}"
         )
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = (matrix.mT if tall else matrix).double()

@@ -1,7 +1,7 @@
-"""Newton–Schulz orthogonalisation: nearly the matrix sign, from products of matrices alone.
+"""Newton–Schulz orthogonalisation: nearly the matrix sign, by matmuls alone.
 
-One step replaces X by a X + b (X X^T) X + c (X X^T)^2 X, that is every singular value x by
-a x + b x^3 + c x^5, and leaves the singular vectors. A few steps bring all but the smallest near 1.
+One step replaces X by a X + b (X X^T) X + c (X X^T)^2 X: each singular value x becomes
+a x + b x^3 + c x^5, and the singular vectors stay. A few steps bring all but the smallest near 1.
 """
 
 import torch
@@ -11,12 +11,12 @@ from gns_pretrain.errors import InputError
 
 Triple = tuple[float, float, float]
 
-# Muon's quintic: steep at zero, so small singular values grow 3.4-fold a step. It never settles at
-# 1: after five steps everything above 2e-3 of ||X||_F lies between 0.68 and 1.21.
+# Muon's quintic: steep at zero, so small singular values grow 3.4-fold a step. It does not converge
+# to 1: after five steps everything above 2e-3 of ||X||_F lies between 0.68 and 1.21.
 MUON: Triple = (3.4445, -4.7750, 2.0315)
 
 # Polar Express (arXiv:2505.16932, Algorithm 1): each triple is the best quintic for the interval
-# that the one before leaves, from [1e-3, 1] on; the last repeats for ever.
+# that the one before leaves, from [1e-3, 1] on; further steps repeat the last one.
 POLAR_EXPRESS: tuple[Triple, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -29,7 +29,7 @@ POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 # Rounding in bfloat16 can push a singular value past the interval's end, where these triples
-# diverge: the paper runs all but the settled one on X / 1.01.
+# diverge: the paper runs all but the last one on X / 1.01.
 _POLAR_EXPRESS_MARGIN = 1.01
 
 
@@ -43,11 +43,11 @@ def orthogonalize(
     """Bring the singular values of each matrix near 1 and keep its singular vectors.
 
     Args:
-        matrices: [..., m, n], any scale; tall ones are transposed on the way, so that the products
+        matrices: [..., m, n], any scale; tall ones are transposed meanwhile, so that the matmuls
             are on the smaller side. A matrix of zeros stays zero.
         steps: Newton–Schulz steps, at least 1.
         coefficients: "muon" (one triple for every step) or "polar_express" (one for each).
-        dtype: of the products; default bfloat16 on an accelerator, float32 on a CPU.
+        dtype: of the matmuls; default bfloat16 on an accelerator, float32 on a CPU.
 
     Returns:
         Same shape and dtype as `matrices`; near U V^T of the reduced singular value decomposition.
@@ -82,6 +82,5 @@ def _schedule(coefficients: str, steps: int) -> list[Triple]:
     if coefficients == "polar_express":
         margin = _POLAR_EXPRESS_MARGIN
         damped = [(a / margin, b / margin**3, c / margin**5) for a, b, c in POLAR_EXPRESS[:-1]]
-        settled = [POLAR_EXPRESS[-1]] * max(0, steps - len(damped))
-        return damped[:steps] + settled
+        return damped[:steps] + [POLAR_EXPRESS[-1]] * (steps - len(damped))
     raise InputError(f"coefficients={coefficients} is unknown; use muon or polar_express")

@@ -1,15 +1,16 @@
-"""tr C^(1/2) for stacks of matrices: exactly, or by products of matrices alone.
+"""tr C^(1/2) for stacks of matrices: by eigenvalues, or by matmuls alone.
 
     tr C^(1/2) = tr(A h(A)),  A = C^(1/2),  h an odd polynomial that is 1 on the spectrum of A
 
-h is a chain of polynomials (`minimax.py`), and both A h(A) and h(A)^2 follow from C by products, so
-no eigenvalue is computed. 36 products and a Cholesky factorisation in float64 replace an eigenvalue
-problem: the right trade on a GPU, whose eigenvalue solvers are slow and take matrices one by one,
-the wrong one on a CPU, where eigenvalues cost as much as three to ten products. Hence "auto".
+h is a chain p_K(... p_1(x)) of odd polynomials, each the nearest to 1 on the interval that the one
+before leaves, which makes the best chain there is (arXiv:2505.16932, Section 3). Both A h(A) and
+h(A)^2 follow from C by matmuls, so no eigenvalue is computed. 36 matmuls and a Cholesky
+factorisation in float64 replace an eigenvalue problem: the right trade on a GPU, whose eigenvalue
+solvers are slow and take matrices one by one, the wrong one on a CPU, where eigenvalues cost as
+much as three to ten matmuls. Hence "auto".
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -18,84 +19,6 @@ from torch import Tensor
 
 from gns_pretrain.errors import InputError
 
-# Odd polynomials nearest to the sign function, and chains of them (arXiv:2505.16932, Section 3).
-#
-# An odd polynomial p applied to the singular values of a matrix needs only products of matrices. A
-# chain p_K(...p_1(x)) whose links are each optimal on the interval that the one before leaves is
-# the best chain there is, and pulls every x in [lower, 1] to 1 within a known error.
-
-_MAX_EXCHANGES = 50
-
-
-@dataclass(frozen=True)
-class SignChain:
-    """Polynomials to apply in turn, and how near to 1 the last one ends.
-
-    Args:
-        polynomials: for each link c_0, c_1, ... of c_0 x + c_1 x^3 + c_2 x^5 + ...
-        lower: the smallest x for which the error holds.
-        error: worst |1 - chain(x)| on [lower, 1]; on [0, lower] the chain lies in [0, 1 + error].
-    """
-
-    polynomials: tuple[tuple[float, ...], ...]
-    lower: float
-    error: float
-
-
-def nearest_odd_polynomial(lower: float, num_terms: int) -> tuple[list[float], float]:
-    """Minimise max |1 - p(x)| on [lower, 1] over odd p of degree 2 num_terms - 1 (Remez exchange).
-
-    The best p is the one whose error takes its largest size, with alternating sign, at
-    num_terms + 1 points: the ends of the interval and the roots of p' between them.
-
-    Args:
-        lower: in (0, 1).
-        num_terms: at least 2.
-
-    Returns:
-        Coefficients of x, x^3, ..., and the error; computed in float64 on the CPU.
-    """
-    powers = torch.arange(1, 2 * num_terms, 2, dtype=torch.float64)
-    signs = (-1.0) ** torch.arange(num_terms + 1, dtype=torch.float64)
-    steps = torch.arange(num_terms + 1, dtype=torch.float64) / num_terms
-    points = lower + (1.0 - lower) * (0.5 * math.pi * steps).sin()
-    for _ in range(_MAX_EXCHANGES):
-        system = torch.cat([points[:, None] ** powers, signs[:, None]], dim=1)
-        solution = torch.linalg.solve(system, torch.ones(num_terms + 1, dtype=torch.float64))
-        coefficients, error = solution[:-1], abs(solution[-1].item())
-        stationary = _roots(coefficients * powers).clamp(lower**2, 1.0).sqrt()
-        ends = points.new_tensor([lower, 1.0])
-        moved = torch.cat([ends, stationary]).sort().values
-        if (moved - points).abs().max() < 1e-9:
-            break
-        points = moved
-    return coefficients.tolist(), error
-
-
-@cache
-def sign_chain(lower: float, num_terms: int, num_links: int) -> SignChain:
-    """The best chain of `num_links` polynomials of `num_terms` terms on [lower, 1].
-
-    All links but the last are scaled to a largest value of 1, so that each starts on [lower_k, 1].
-    """
-    polynomials = []
-    reached, error = lower, 1.0
-    for link in range(num_links):
-        coefficients, error = nearest_odd_polynomial(reached, num_terms)
-        reached = (1.0 - error) / (1.0 + error)
-        scale = 1.0 if link == num_links - 1 else 1.0 + error
-        polynomials.append(tuple(coefficient / scale for coefficient in coefficients))
-    return SignChain(tuple(polynomials), lower, error)
-
-
-def _roots(coefficients: Tensor) -> Tensor:
-    """Real parts of the roots of sum_k coefficients[k] z^k, from the companion matrix."""
-    degree = coefficients.numel() - 1
-    companion = torch.diag(torch.ones(degree - 1, dtype=torch.float64), diagonal=-1)
-    companion[:, -1] = -coefficients[:-1] / coefficients[-1]
-    return torch.linalg.eigvals(companion).real
-
-
 MODES = ("auto", "iterative", "exact")
 
 # A matrix whose proven relative error exceeds this takes the exact route.
@@ -103,24 +26,27 @@ TOLERANCE = 1e-3
 
 # Square roots of eigenvalues below this share of ||C||_F^(1/2) are not resolved, only bounded.
 _LOWER = 7e-7
-_NUM_TERMS, _NUM_LINKS = 5, 8  # degree 9 gains most per product; eight links end within 1e-4 of 1
+_NUM_TERMS, _NUM_LINKS = 5, 8  # degree 9 gains most per matmul; eight links end within 1e-4 of 1
 
 # Added to C / ||C||_F: rounding leaves zeros near -1e-16, and the chain diverges below zero.
 _SHIFT = 1e-13
 
 _CHUNK_ENTRIES = 2**25  # 256 MiB in float64; the iteration holds about six such tensors
+_MAX_EXCHANGES = 50
 
 
 class SquareRootTraces(NamedTuple):
-    """Values for a stack of k matrices, and how many the iteration could not vouch for.
+    """Values for a stack of k matrices, and how many the iteration could not prove."""
 
-    Args:
-        values: [k], float64, on the matrices' device; NaN for a matrix that is not finite.
-        num_fallbacks: matrices that took the exact route after all; 0 in mode "exact".
-    """
+    values: Tensor  # [k], float64, on the matrices' device; NaN for a matrix that is not finite
+    num_fallbacks: int  # matrices that took the exact route after all; 0 in mode "exact"
 
-    values: Tensor
-    num_fallbacks: int
+
+class SignChain(NamedTuple):
+    """Polynomials to apply one after the other, and how near to 1 the last one ends."""
+
+    polynomials: tuple[tuple[float, ...], ...]  # of each link c_0 x + c_1 x^3 + c_2 x^5 + ...
+    error: float  # worst |1 - chain(x)| on [lower, 1]; below, the chain lies in [0, 1 + error]
 
 
 def default_mode(device: torch.device) -> str:
@@ -177,7 +103,7 @@ def _exact(grams: Tensor) -> Tensor:
 
 
 def _iterative_or_exact(grams: Tensor, norms: Tensor, usable: Tensor) -> tuple[Tensor, int]:
-    """The iteration, chunk by chunk, and exact values where it leaves a matrix unproven."""
+    """Iterate chunk by chunk; take exact values where a matrix stays unproven, and count them."""
     chunk = max(1, _CHUNK_ENTRIES // grams[0].numel()) if len(grams) else 1
     parts = [
         _proven_trace(part / norm[:, None, None])
@@ -197,7 +123,7 @@ def _proven_trace(grams: Tensor) -> tuple[Tensor, Tensor]:
     With l = `_LOWER`, d the chain's error above it, s = `_SHIFT` and T = tr C^(1/2) >= 1: a root
     above l errs by at most d times itself, one below by at most l, and the shift adds at most
     s^(1/2) to each, so the relative error is at most d + m (l + s^(1/2)) / T. All of this holds if
-    C + s I has no negative eigenvalue, and that is what a Cholesky factorisation tells.
+    C + s I has no negative eigenvalue, which a Cholesky factorisation shows.
     """
     chain = sign_chain(_LOWER, _NUM_TERMS, _NUM_LINKS)
     width = grams.shape[-1]
@@ -211,9 +137,9 @@ def _proven_trace(grams: Tensor) -> tuple[Tensor, Tensor]:
 def _chain_trace(gram: Tensor, polynomials: tuple[tuple[float, ...], ...]) -> Tensor:
     """tr(A h(A)) for A = gram^(1/2), h the chain; [k].
 
-    Kept through the links: `signed` = A h(A), which starts at and ends near C and A, and `square` =
-    h(A)^2, which starts at C and ends near the identity. A link p(x) = x q(x^2) multiplies the
-    first by q(square) and the second by q(square)^2.
+    Updated by each link: `signed` = A h(A), from C to about A, and `square` = h(A)^2, from C to
+    about the identity. A link p(x) = x q(x^2) multiplies the first by q(square) and the second by
+    q(square)^2.
     """
     square, signed = gram, gram
     for coefficients in polynomials[:-1]:
@@ -225,7 +151,7 @@ def _chain_trace(gram: Tensor, polynomials: tuple[tuple[float, ...], ...]) -> Te
 
 
 def _quartic(matrix: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """q(M) = c_0 I + c_1 M + ... + c_4 M^4 with two products."""
+    """q(M) = c_0 I + c_1 M + ... + c_4 M^4 with two matmuls."""
     c0, c1, c2, c3, c4 = coefficients
     power = matrix @ matrix
     low = torch.add(c1 * matrix, power, alpha=c2)
@@ -234,7 +160,7 @@ def _quartic(matrix: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _quartic_trace(weight: Tensor, matrix: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """tr(W q(M)) for W and M that commute, with two products; [k]."""
+    """tr(W q(M)) for W and M that commute, with two matmuls; [k]."""
     power = matrix @ matrix
     weighted = weight @ power
     traces = (
@@ -246,3 +172,56 @@ def _quartic_trace(weight: Tensor, matrix: Tensor, coefficients: tuple[float, ..
     )
     parts = [c * trace for c, trace in zip(coefficients, traces, strict=True)]
     return torch.stack(parts).sum(dim=0)
+
+
+@cache
+def sign_chain(lower: float, num_terms: int, num_links: int) -> SignChain:
+    """Build the best chain of `num_links` polynomials of `num_terms` terms on [lower, 1].
+
+    All links but the last are scaled to a largest value of 1, so that each starts on [lower_k, 1].
+    """
+    polynomials = []
+    reached, error = lower, 1.0
+    for link in range(num_links):
+        coefficients, error = nearest_odd_polynomial(reached, num_terms)
+        reached = (1.0 - error) / (1.0 + error)
+        scale = 1.0 if link == num_links - 1 else 1.0 + error
+        polynomials.append(tuple(coefficient / scale for coefficient in coefficients))
+    return SignChain(tuple(polynomials), error)
+
+
+def nearest_odd_polynomial(lower: float, num_terms: int) -> tuple[list[float], float]:
+    """Minimise max |1 - p(x)| on [lower, 1] over odd p of degree 2 num_terms - 1 (Remez exchange).
+
+    The best p is the one whose error takes its largest size, with alternating sign, at
+    num_terms + 1 points: the ends of the interval and the roots of p' between them.
+
+    Args:
+        lower: in (0, 1).
+        num_terms: at least 2.
+
+    Returns:
+        Coefficients of x, x^3, ..., and the error; computed in float64 on the CPU.
+    """
+    powers = torch.arange(1, 2 * num_terms, 2, dtype=torch.float64)
+    signs = (-1.0) ** torch.arange(num_terms + 1, dtype=torch.float64)
+    steps = torch.arange(num_terms + 1, dtype=torch.float64) / num_terms
+    points = lower + (1.0 - lower) * (0.5 * math.pi * steps).sin()
+    for _ in range(_MAX_EXCHANGES):
+        system = torch.cat([points[:, None] ** powers, signs[:, None]], dim=1)
+        solution = torch.linalg.solve(system, torch.ones(num_terms + 1, dtype=torch.float64))
+        coefficients, error = solution[:-1], abs(solution[-1].item())
+        stationary = _roots(coefficients * powers).clamp(lower**2, 1.0).sqrt()
+        moved = torch.cat([points.new_tensor([lower, 1.0]), stationary]).sort().values
+        if (moved - points).abs().max() < 1e-9:
+            break
+        points = moved
+    return coefficients.tolist(), error
+
+
+def _roots(coefficients: Tensor) -> Tensor:
+    """Real parts of the roots of sum_k coefficients[k] z^k, from the companion matrix."""
+    degree = coefficients.numel() - 1
+    companion = torch.diag(torch.ones(degree - 1, dtype=torch.float64), diagonal=-1)
+    companion[:, -1] = -coefficients[:-1] / coefficients[-1]
+    return torch.linalg.eigvals(companion).real

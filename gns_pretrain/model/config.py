@@ -1,40 +1,37 @@
-"""Shape of a Llama 3 model: its settings, their rules, and how many parameters they make."""
+"""Settings of a Llama 3 model, and the number of parameters that they make."""
 
-import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Settings, at_least, positive
+
+Count = Annotated[int, at_least(1)]
+Positive = Annotated[float, positive()]
 
 
 @dataclass
-class RopeScaling:
+class RopeScaling(Settings):
     """Llama-3.1 scaling of the rotary frequencies for contexts beyond the pretrained one.
 
-    Off unless `enabled`. The defaults are those of Llama-3.1 (and of the paper); Llama-3.2 has
-    factor 32. transformers' names for the last three: low_freq_factor, high_freq_factor,
-    original_max_position_embeddings.
+    The defaults are those of Llama-3.1 (and of the paper); Llama-3.2 has factor 32. transformers'
+    names for the last three: low_freq_factor, high_freq_factor, original_max_position_embeddings.
     """
 
+    section: ClassVar[str] = "model.rope_scaling"
+
     enabled: bool = False
-    factor: float = 8.0  # slow rotations are slowed down by this much
-    low_frequency_factor: float = 1.0  # below this many turns in the original context: slowed
-    high_frequency_factor: float = 4.0  # above this many turns in the original context: unchanged
-    original_sequence_length: int = 8192  # tokens
+    factor: Annotated[
+        float,
+        positive(),
+        at_least(1, hint="Llama-3.1 has 8, and model.rope_scaling.enabled=false turns scaling off"),
+    ] = 8.0  # slow rotations are slowed down by this much
+    low_frequency_factor: Positive = 1.0  # below this many turns in the original context: slowed
+    high_frequency_factor: Positive = 4.0  # above this many: unchanged
+    original_sequence_length: Count = 8192  # tokens
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "model.rope_scaling",
-            factor=self.factor,
-            low_frequency_factor=self.low_frequency_factor,
-            high_frequency_factor=self.high_frequency_factor,
-            original_sequence_length=self.original_sequence_length,
-        )
-        if self.factor < 1:
-            raise InputError(
-                f"model.rope_scaling.factor={self.factor} is below 1, which would speed rotations "
-                "up; Llama-3.1 has 8, and model.rope_scaling.enabled=false turns scaling off"
-            )
+        super().__post_init__()
         if self.high_frequency_factor <= self.low_frequency_factor:
             raise InputError(
                 f"model.rope_scaling.high_frequency_factor={self.high_frequency_factor} is not "
@@ -44,35 +41,27 @@ class RopeScaling:
 
 
 @dataclass
-class LlamaConfig:
+class LlamaConfig(Settings):
     """A Llama 3 model; the files in conf/model are instances."""
 
+    section: ClassVar[str] = "model"
+
     name: str  # appears in records and tables
-    dim: int  # width of the residual stream
-    num_layers: int  # transformer blocks
-    num_heads: int  # query heads
-    num_kv_heads: int  # key and value heads; fewer than query heads: grouped-query attention
-    ffn_dim: int  # hidden width of the feed-forward network
-    vocab_size: int | None = None  # tokens; null: the data's, filled in before the model is built
-    rope_theta: float = 500_000.0  # base of the rotary frequencies; Llama 3's
+    dim: Count  # width of the residual stream
+    num_layers: Count  # transformer blocks
+    num_heads: Count  # query heads
+    num_kv_heads: Count  # key and value heads; fewer than query heads: grouped-query attention
+    ffn_dim: Count  # hidden width of the feed-forward network
+    # tokens; null: the data's, filled in before the model is built
+    vocab_size: Annotated[int | None, at_least(1)] = None
+    rope_theta: Positive = 500_000.0  # base of the rotary frequencies; Llama 3's
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm; Llama 3's
+    norm_eps: Positive = 1e-5  # added to the mean square in RMSNorm; Llama 3's
     tie_embeddings: bool = False  # the output matrix is the embedding
     activation_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "model",
-            dim=self.dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            ffn_dim=self.ffn_dim,
-            rope_theta=self.rope_theta,
-            norm_eps=self.norm_eps,
-        )
-        if self.vocab_size is not None:
-            _require_positive("model", vocab_size=self.vocab_size)
+        super().__post_init__()
         if self.dim % self.num_heads:
             raise InputError(
                 f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}; "
@@ -125,9 +114,3 @@ def count_parameters(config: LlamaConfig) -> ParameterCounts:
     return ParameterCounts(
         in_blocks, with_output, with_output + (0 if config.tie_embeddings else matrix)
     )
-
-
-def _require_positive(prefix: str, **settings: float) -> None:
-    for name, value in settings.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{prefix}.{name}={value} must be positive and finite")

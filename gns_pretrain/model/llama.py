@@ -3,9 +3,9 @@
 Legend: B sequences, T tokens in each, D model width, H query heads, K key and value heads,
 d head width, F feed-forward width, V vocabulary.
 
-Parameters stay in the dtype they are held in (float32 master weights) and are cast where they
-are used to the activations' dtype, `Llama.compute_dtype`; under FSDP2's mixed precision they
-arrive in that dtype already and the cast is no work. Nothing here knows of ranks.
+Parameters keep their own dtype (float32 master weights) and are cast where they are used to the
+activations' dtype, `Llama.compute_dtype`; under FSDP2's mixed precision they arrive in that dtype
+and the cast is free. Nothing here knows of ranks.
 """
 
 import math
@@ -18,60 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.config import LlamaConfig, ParameterCounts, RopeScaling, count_parameters
+from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.loss import next_token_loss
-
-# What each parameter is in the model: the ground for optimizer groups and geometries.
-
-
-class Kind(Enum):
-    """A parameter's role, by where it stands in the model and never by its shape."""
-
-    EMBEDDING = auto()  # also when the output matrix is tied to it
-    OUTPUT = auto()
-    ATTENTION = auto()
-    FEED_FORWARD = auto()
-    NORM = auto()
-
-
-_KIND_OF_PART = {
-    "embedding": Kind.EMBEDDING,
-    "output": Kind.OUTPUT,
-    "attention": Kind.ATTENTION,
-    "feed_forward": Kind.FEED_FORWARD,
-    "attention_norm": Kind.NORM,
-    "feed_forward_norm": Kind.NORM,
-    "norm": Kind.NORM,
-}
-
-
-def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
-    """Kind of every parameter of a Llama, keyed and ordered as in named_parameters().
-
-    Raises:
-        InputError: a parameter that stands nowhere known.
-    """
-    return {name: _kind_of(name) for name, _ in model.named_parameters()}
-
-
-def _kind_of(name: str) -> Kind:
-    parts = [part for part in name.split(".") if part in _KIND_OF_PART]
-    if len(parts) != 1:
-        raise InputError(
-            f"parameter {name} is of no known kind, so no optimizer group takes it; say what it is "
-            "in gns_pretrain/model/parameters.py"
-        )
-    return _KIND_OF_PART[parts[0]]
-
-
-# Rotary position embedding (arXiv:2104.09864) with Llama-3.1's frequency scaling.
-#
-# Legend: T sequence length, d head width. Coordinate i of a head turns together with coordinate
-# i + d/2: transformers' layout, so exported weights need no permutation.
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """Radians per token of each pair of coordinates: theta^(-2i/d), scaled if asked.
+    """Radians per token of each pair of coordinates: theta^(-2i/d), scaled as in Llama-3.1 or not.
 
     Scaled: with w = original_sequence_length * f / 2 pi, the turns that frequency f makes in the
     original context, and s = (w - low) / (high - low) clamped to [0, 1],
@@ -94,12 +46,12 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotary_tables(frequencies: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of positions 0 to T - 1, as `rotate` wants them.
+    """Compute the cosines and signed sines of positions 0 to T - 1 for `rotate`.
 
     Args:
         frequencies: [d / 2], float32; from `inverse_frequencies`.
         length: T, tokens.
-        device: where the tables are needed.
+        device: of the tables.
 
     Returns:
         Two tensors [T, 1, d], float32: (cos, cos) and (-sin, sin) side by side.
@@ -111,9 +63,11 @@ def rotary_tables(frequencies: Tensor, length: int, device: torch.device) -> tup
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of coordinates of each head by its position's angle.
+    """Turn each pair of coordinates of each head by its position's angle (arXiv:2104.09864).
 
         y_i = x_i cos - x_(i+d/2) sin,    y_(i+d/2) = x_(i+d/2) cos + x_i sin
+
+    Pairing i with i + d/2 is transformers' layout, so exported weights need no permutation.
 
     Args:
         x: [B, T, H, d], any float dtype.
@@ -125,17 +79,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
-
-
-__all__ = [
-    "Kind",
-    "Llama",
-    "LlamaConfig",
-    "ParameterCounts",
-    "RopeScaling",
-    "count_parameters",
-    "parameter_kinds",
-]
 
 
 class Linear(nn.Linear):
@@ -223,7 +166,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]; with checkpointing only x is kept for the backward pass."""
+        """[B, T, D] to [B, T, D]; with checkpointing only x is saved for the backward pass."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # No dropout anywhere: nothing random to replay.
             recomputed: Tensor = checkpoint(
@@ -257,7 +200,7 @@ class Llama(nn.Module):
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the loss if targets are given.
+        """Return logits, or the loss if targets are given.
 
         Args:
             tokens: [B, T], int64.
@@ -269,7 +212,7 @@ class Llama(nn.Module):
         """
         x = self.embedding(tokens).to(self.compute_dtype)  # [B, T, D]
         if self._blocks_compiled and x.shape[0] > 1:
-            # Left alone, the first change of the batch size would compile a second graph.
+            # Without it the first change of the batch size would compile a second graph.
             torch._dynamo.maybe_mark_dynamic(x, 0)
         cos, sin = self._rotary_tables(tokens.shape[1], tokens.device)
         for block in self.layers:
@@ -281,10 +224,10 @@ class Llama(nn.Module):
         return next_token_loss(x.flatten(0, 1), weight, targets.flatten())
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks; one graph serves all of them and every batch of two or more.
+        """Compile the blocks: one graph for all of them and every batch of two or more sequences.
 
         A batch of a single sequence, another sequence length and evaluation without gradients
-        take one more graph each. To be called before sharding.
+        take one more graph each. Call it before sharding.
         """
         for block in self.layers:
             block.compile(backend=backend)
@@ -296,7 +239,7 @@ class Llama(nn.Module):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tables for T positions, computed once for a length and device.
+        """Return tables for T positions, computed once for a length and device.
 
         Not buffers: those would be cast with the model, and left without values by to_empty.
         """
@@ -318,7 +261,7 @@ class Llama(nn.Module):
         deviation sqrt(D), and with an output's a narrow model would start by repeating its input.
 
         One generator on the parameters' device, parameters in a fixed order: every rank and
-        layout draws the same values. To be called before sharding.
+        layout draws the same values. Call it before sharding.
         """
         assert type(self.embedding.weight.data) is Tensor, "initialise before sharding"
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
@@ -338,7 +281,7 @@ class Llama(nn.Module):
                 module.weight.fill_(1.0)
 
     def _block_matrices(self) -> Iterator[tuple[Tensor, float]]:
-        """Each block's matrices in the order of initialisation, with their standard deviation."""
+        """Iterate over the blocks' matrices and their standard deviations, in order."""
         for index, block in enumerate(self.layers):
             assert isinstance(block, TransformerBlock)
             attention, feed_forward = block.attention, block.feed_forward
@@ -346,3 +289,42 @@ class Llama(nn.Module):
                 yield linear.weight, 0.02
             for linear in (attention.wo, feed_forward.w2, feed_forward.w3):
                 yield linear.weight, 0.02 / math.sqrt(2 * (index + 1))
+
+
+class Kind(Enum):
+    """A parameter's role: what optimizer groups and geometries go by, never its shape."""
+
+    EMBEDDING = auto()  # also when the output matrix is tied to it
+    OUTPUT = auto()
+    ATTENTION = auto()
+    FEED_FORWARD = auto()
+    NORM = auto()
+
+
+_KIND_OF_MODULE = {
+    "embedding": Kind.EMBEDDING,
+    "output": Kind.OUTPUT,
+    "attention": Kind.ATTENTION,
+    "feed_forward": Kind.FEED_FORWARD,
+    "attention_norm": Kind.NORM,
+    "feed_forward_norm": Kind.NORM,
+    "norm": Kind.NORM,
+}
+
+
+def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
+    """Return the kind of every parameter of a Llama, keyed and ordered as in named_parameters().
+
+    Raises:
+        InputError: a parameter of unknown kind.
+    """
+    kinds = {}
+    for name, _ in model.named_parameters():
+        found = [part for part in name.split(".") if part in _KIND_OF_MODULE]
+        if len(found) != 1:
+            raise InputError(
+                f"parameter {name} is of no known kind, so no optimizer group takes it; "
+                "add its module to _KIND_OF_MODULE in gns_pretrain/model/llama.py"
+            )
+        kinds[name] = _KIND_OF_MODULE[found[0]]
+    return kinds

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
+from gns_pretrain.model.config import LlamaConfig, RopeScaling
+from gns_pretrain.model.llama import Llama
 from gns_pretrain.parallel.collectives import from_main, gathered
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import unwrapped

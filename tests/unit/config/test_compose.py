@@ -12,7 +12,8 @@ from gns_pretrain.config.checks import feasible_sizes
 from gns_pretrain.config.compose import as_yaml, settings_from
 from gns_pretrain.config.schema import Config, register_schemas
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.llama import Llama, count_parameters
+from gns_pretrain.model.config import count_parameters
+from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.parallel.mesh import World
 from tests.settings import odd_model

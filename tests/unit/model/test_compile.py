@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gns_pretrain.model.llama import Llama, LlamaConfig
+from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.model.llama import Llama
 
 
 @pytest.fixture(autouse=True)

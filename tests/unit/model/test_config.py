@@ -5,7 +5,8 @@ import torch
 
 from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling, count_parameters
+from gns_pretrain.model.config import LlamaConfig, RopeScaling, count_parameters
+from gns_pretrain.model.llama import Llama
 
 CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 

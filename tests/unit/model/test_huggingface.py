@@ -6,8 +6,9 @@ import torch
 from tokenizers import Tokenizer, models
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder, load_hf_folder
-from gns_pretrain.model.llama import Llama, LlamaConfig, RopeScaling
+from gns_pretrain.model.llama import Llama
 
 VOCABULARY = 97
 TEXT = ExportedText(max_positions=64)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gns_pretrain.model.llama import Kind, Llama, LlamaConfig, RopeScaling, parameter_kinds
+from gns_pretrain.model.config import LlamaConfig, RopeScaling
+from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
 from gns_pretrain.model.loss import next_token_loss
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.geometry import directions, dual_norms
+from gns_pretrain.geometry import directions
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.noise_scale import equations
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from tests import dual_norms
 
 NUM_SAMPLES = 8
 NUM_DRAWS = 2000

@@ -1,4 +1,4 @@
-"""Dual norms of a gradient: what a unit step of steepest descent gains (arXiv:2602.03001, 2.1).
+"""Dual norms of a gradient, the reference: what a unit step gains (arXiv:2602.03001, 2.1).
 
     step measured in      gradient measured in (dual)
     Euclidean, l2         l2
