@@ -5,10 +5,10 @@ Legend: N tokens, D model width, V vocabulary, S tokens in a slice.
 With V = 128,256, one micro-batch of 16 x 2048 tokens has 16.8 GB of float32 logits. Both ways
 below compute a slice's logits, its loss and its share of the gradients, and reuse the memory:
 
-- torch's linear_cross_entropy (2.13), for float32 and float64. Left to itself it takes one token
-  at a time where V / D is 1000, fifty times slower than slices of 512 on a CPU; so S is given.
-- `_SlicedCrossEntropy` for older versions of torch, and for bfloat16, where torch's returns the
-  loss itself in bfloat16: 8.81 instead of 8.77 in a trial.
+- torch's linear_cross_entropy (2.13), for float32 and float64. Its own choice of S is one token
+  where V / D is 1000, fifty times slower than slices of 512 on a CPU; so S is given.
+- `_SlicedCrossEntropy` for older versions of torch, and for bfloat16, where torch returns the loss
+  itself in bfloat16: 8.81 instead of 8.77 in a trial.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Where a slice stops paying: on CPUs larger ones leave the cache; on GPUs each slice adds a
-# [V, D] gradient in float32, which a larger one spreads over more tokens.
+# On CPUs larger slices leave the cache; on GPUs each slice adds a [V, D] gradient in float32, which
+# a larger one spreads over more tokens.
 CPU_SLICE_TOKENS = 512
 GPU_SLICE_TOKENS = 2048
 
-_TORCH_HAS_IT = hasattr(torch.nn, "LinearCrossEntropyOptions")
+_HAS_LINEAR_CROSS_ENTROPY = hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         loss = 1/N * sum_n (log sum_v exp(h_n . w_v) - h_n . w_(t_n))
 
     The gradients are computed in the forward pass, slice by slice, so nothing is recomputed and
-    the backward pass, which may run once, only scales them. The softmax is
-    taken in float32 (float64 for float64 inputs).
+    the backward pass, which may run once, only scales them. The softmax is taken in float32
+    (float64 for float64 inputs).
 
     Args:
         hidden: [N, D], any float dtype.
@@ -43,7 +43,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         [], float32 (float64 for float64 inputs); nats per token.
     """
     slice_tokens = GPU_SLICE_TOKENS if hidden.is_cuda else CPU_SLICE_TOKENS
-    if _TORCH_HAS_IT and hidden.dtype in (torch.float32, torch.float64):
+    if _HAS_LINEAR_CROSS_ENTROPY and hidden.dtype in (torch.float32, torch.float64):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=slice_tokens)
         return F.linear_cross_entropy(hidden, weight, targets, options=options)
     with_gradients = torch.is_grad_enabled()

@@ -1,46 +1,43 @@
-"""Who takes part in a run: ranks, devices and the process group that joins them."""
+"""Ranks of a run, their devices, and the process group that joins them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gns_pretrain.errors import InputError
-
-KINDS = ("auto", "single", "ddp", "fsdp", "hsdp")
+from gns_pretrain.fields import Settings, at_least, one_of
 
 
 @dataclass
-class ParallelSettings:
-    """How the model and the batch are laid over ranks."""
+class ParallelSettings(Settings):
+    """How the model and the batch are parallelized over ranks."""
 
-    kind: str = "auto"  # auto (single on one process, else fsdp) | single | ddp | fsdp | hsdp
-    shard_size: int | None = None  # hsdp: ranks in a shard group; null: the ranks of a node
-    timeout_seconds: int = 600  # a collective that waits longer ends the run with an error
+    section: ClassVar[str] = "parallel"
+
+    # auto: single on one process, else fsdp
+    kind: Annotated[str, one_of("auto", "single", "ddp", "fsdp", "hsdp")] = "auto"
+    # hsdp: ranks in a shard group; null: the ranks of a node
+    shard_size: int | None = None
+    # a collective that waits longer ends the run with an error
+    timeout_seconds: Annotated[int, at_least(1, hint="600 is usual")] = 600
 
     def __post_init__(self) -> None:
-        """Check each setting by itself."""
-        if self.kind not in KINDS:
-            raise InputError(
-                f"parallel.kind={self.kind} is not known; use one of {', '.join(KINDS)}"
-            )
+        super().__post_init__()
         if self.shard_size is not None and self.kind != "hsdp":
             raise InputError(
                 f"parallel.shard_size={self.shard_size} is for parallel=hsdp alone, this is "
                 f"parallel={self.kind}; leave it out or use parallel=hsdp"
             )
-        if self.timeout_seconds < 1:
-            raise InputError(
-                f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1; 600 is usual"
-            )
 
     def resolved_kind(self, num_ranks: int) -> str:
-        """The layout on `num_ranks` ranks; `auto` is decided here."""
+        """Return the layout on `num_ranks` ranks, where `auto` is decided."""
         if self.kind == "auto":
             return "single" if num_ranks == 1 else "fsdp"
         return self.kind
@@ -59,7 +56,7 @@ class RankInfo:
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run as one of them sees it."""
+    """One rank's view of the ranks of a run."""
 
     rank: int
     num_ranks: int
@@ -69,15 +66,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this rank logs and writes files for all."""
         return self.rank == 0
 
 
 def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_node: int) -> int:
-    """Ranks that share one copy of the weights under hsdp.
+    """Return how many ranks share one replica of the weights under hsdp.
 
-    By default the ranks of a node, whose links are the fastest; on a single node half of its
-    ranks, so that there is something to replicate.
+    By default the ranks of a node, which has the fastest interconnect; on a single node half of
+    its ranks, so that there is something to replicate.
 
     Raises:
         InputError: the ranks cannot be split into groups of that size.
@@ -95,7 +92,7 @@ def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_no
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device of a process: `auto` takes a GPU where torch sees one.
+    """Return the device of a process: `auto` takes a GPU where torch sees one.
 
     Raises:
         InputError: more ranks than GPUs, or a GPU was asked for and there is none.

@@ -18,7 +18,7 @@ def way(request, monkeypatch):
     """The way that is chosen, and our own where torch's would be."""
     monkeypatch.setattr(loss_module, "CPU_SLICE_TOKENS", SLICE)
     if request.param == "sliced":
-        monkeypatch.setattr(loss_module, "_TORCH_HAS_IT", False)
+        monkeypatch.setattr(loss_module, "_HAS_LINEAR_CROSS_ENTROPY", False)
     return request.param
 
 
