@@ -9,8 +9,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 from rich.console import Console
@@ -28,7 +30,15 @@ from benchmarks.speed import Speed
 from benchmarks.startup import Startup
 from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import add_options, from_options
+from gns_pretrain.fields import About, add_options, from_options
+
+
+@dataclass
+class All(Command):
+    """All of the other subcommands, with what suits this machine."""
+
+    quick: Annotated[bool, About("each at its smallest: a smoke test")] = False
+
 
 COMMANDS: dict[str, type[Command]] = {
     "model": Model,
@@ -40,6 +50,7 @@ COMMANDS: dict[str, type[Command]] = {
     "startup": Startup,
     "memory": Memory,
     "roofline": Roofline,
+    "all": All,
 }
 ALIASES = {"roofline": ["paper"]}
 
@@ -89,9 +100,12 @@ def main(words: Sequence[str], *, about: str | None = None) -> int:
     options = parser(about).parse_args(words)
     failed = False
     try:
-        with Output(options.json) as output:
+        with json_file(options.json) as file:
             for part, row in measured_rows(options, words):
-                output.write(row, provenance(part))
+                if file:
+                    print(json.dumps(row | provenance(part)), file=file, flush=True)
+                if file is not sys.stdout:
+                    show(row)
                 failed = failed or "failed" in row
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
@@ -100,7 +114,7 @@ def main(words: Sequence[str], *, about: str | None = None) -> int:
 
 
 def parser(about: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of every subcommand; `command` of what it parses is a class or None."""
+    """Return the parser of every subcommand; `command` of what it parses is its class."""
     whole = argparse.ArgumentParser(
         prog="benchmark.py",
         description=about,
@@ -114,27 +128,15 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
         )
         sub.set_defaults(command=command)
         add_options(sub, command)
-        add_json(sub)
-    text = "All of these, with what suits this machine."
-    everything = subcommands.add_parser("all", help=text, description=text)
-    everything.set_defaults(command=None)
-    everything.add_argument(
-        "--quick", action="store_true", help="each at its smallest: a smoke test"
-    )
-    add_json(everything)
+        sub.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="one JSON object a line, with date, machine, versions and command; "
+            "without FILE to the standard output, instead of tables",
+        )
     return whole
-
-
-def add_json(sub: argparse.ArgumentParser) -> None:
-    """Add the option that every subcommand has."""
-    sub.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="one JSON object a line, with date, machine, versions and command; "
-        "without FILE to the standard output, instead of tables",
-    )
 
 
 def measured_rows(
@@ -144,13 +146,13 @@ def measured_rows(
 
     What goes wrong in a part of `all` becomes a row, and the others still run.
     """
-    if options.command is not None:
+    if options.command is not All:
         for row in from_options(options.command, options).run():
             yield words, row
         return
     with tempfile.TemporaryDirectory() as folder:
         plan = GPU_PLAN if torch.cuda.is_available() else CPU_PLAN
-        if options.quick:
+        if from_options(All, options).quick:
             plan = QUICK_PLAN
             write_quick_data(Path(folder))
         for line in plan:
@@ -171,68 +173,37 @@ def write_quick_data(folder: Path) -> None:
     train_bpe(texts, 300).save(str(folder / "tokenizer.json"))
 
 
-class Output:
-    """Where rows go: tables to the terminal, JSON to a file as it comes, or JSON alone.
-
-    Args:
-        target: of `--json`; None: tables only; "-": JSON to the standard output; else a file.
-    """
-
-    def __init__(self, target: str | None) -> None:
-        self.target = target
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "Output":
-        if self.target not in (None, "-"):
-            try:
-                self._file = Path(str(self.target)).open("w")
-            except OSError as error:
-                raise InputError(
-                    f"--json {self.target} cannot be written ({error.strerror}); "
-                    "name a file in a folder that exists"
-                ) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, row: Row, origin: Row) -> None:
-        """Write one row; its provenance stands in the JSON alone."""
-        line = json.dumps(row | origin) + "\n"
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-        if self.target == "-":
-            sys.stdout.write(line)
-        elif "markdown" in row:
-            sys.stdout.write(row["markdown"])
-        else:
-            for table in tables(row):
-                Console().print(table)
+def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:
+    """Open the file of `--json`; "-" is the standard output, None none."""
+    if target in (None, "-"):
+        return nullcontext(sys.stdout if target else None)
+    try:
+        return Path(str(target)).open("w")
+    except OSError as error:
+        raise InputError(
+            f"--json {target} cannot be written ({error.strerror}); "
+            "name a file in a folder that exists"
+        ) from error
 
 
-def tables(row: Row) -> Iterator[Table]:
-    """Yield a table of the row's values, and one of each list of rows within it."""
+def show(row: Row) -> None:
+    """Print a row as a table, and each list of rows within it as a table of its own."""
+    if "markdown" in row:
+        sys.stdout.write(row["markdown"])
+        return
     plain = Table(show_header=False)
-    lists = {
-        key: value
-        for key, value in row.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-    }
+    tables = [plain]
     for key, value in row.items():
-        if key not in lists:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            tables.append(Table(*(name.replace("_", " ") for name in value[0])))
+            for entry in value:
+                tables[-1].add_row(*map(formatted, entry.values()))
+        else:
             plain.add_row(key.replace("_", " "), formatted(value))
-    yield plain
-    for rows in lists.values():
-        inner = Table(*(key.replace("_", " ") for key in rows[0]))
-        for entry in rows:
-            inner.add_row(*map(formatted, entry.values()))
-        yield inner
+    for table in tables:
+        Console().print(table)
 
 
 def formatted(value: Any) -> str:
     """Return a value as a table shows it."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    return f"{value:,}" if type(value) is int else str(value)

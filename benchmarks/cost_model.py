@@ -111,82 +111,34 @@ class Phase:
         return self.work / self.rate
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Ranks and how they share the weights; FSDP2 if all do, HSDP if groups of them do."""
-
-    num_ranks: int
-    num_shards: int  # S
-
-    @property
-    def num_replicas(self) -> int:
-        """R, groups with the whole weights."""
-        return self.num_ranks // self.num_shards
-
-    @property
-    def from_others(self) -> float:
-        """(S - 1) / S, the share that is not a rank's own."""
-        return (self.num_shards - 1) / self.num_shards
-
-    @property
-    def all_to_all_rate(self) -> float:
-        """Bytes a second and rank when each has something for each: no card can be shared."""
-        if self.num_shards <= RANKS_PER_NODE:
-            return NVLINK_BYTES
-        leaving = (self.num_shards - RANKS_PER_NODE) / (self.num_shards - 1)
-        return NETWORK_BYTES / leaving
-
-    @property
-    def replica_rate(self) -> float:
-        """Bytes a second and rank of an all-reduce over the ranks with the same shard."""
-        return NVLINK_BYTES if self.num_ranks <= RANKS_PER_NODE else NETWORK_BYTES
-
-
-def ring_rate(ranks: int) -> float:
-    """Return bytes a second and rank of an all-gather, reduce-scatter or reduce over a ring.
-
-    Rings enter and leave a node once, over all of its cards: each carries its share.
-    """
-    if ranks <= RANKS_PER_NODE:
-        return NVLINK_BYTES
-    return min(NVLINK_BYTES, RANKS_PER_NODE * NETWORK_BYTES)
-
-
+@dataclass
 class StepCost:
-    """The phases of a step and of what may be added to it or stand in AdamW's place.
+    """The phases of a step and of what may be added to it or stand in AdamW's place."""
 
-    Args:
-        model: with a vocabulary.
-        sequences: of a micro-batch.
-        accumulation: a.
-        sequence_length: tokens.
-        cluster: ranks and layout.
-    """
+    model: LlamaConfig  # with a vocabulary
+    num_ranks: int  # N; FSDP2 if all share the weights, HSDP if groups of them do
+    num_shards: int  # S
+    sequences: int  # of a micro-batch
+    accumulation: int = 1  # a
+    sequence_length: int = SEQUENCE_LENGTH  # tokens
 
-    def __init__(
-        self,
-        model: LlamaConfig,
-        cluster: Cluster,
-        *,
-        sequences: int,
-        accumulation: int,
-        sequence_length: int,
-    ) -> None:
-        self.model = model
-        self.cluster = cluster
-        self.accumulation = accumulation
-        self.sequence_length = sequence_length
-        self.tokens = sequences * accumulation * sequence_length  # of a rank in a step
-        self.counts = count_parameters(model)
-        self.shapes = block_shapes(model)
+    def __post_init__(self) -> None:
+        self.tokens = self.sequences * self.accumulation * self.sequence_length  # of a rank's step
+        self.counts = count_parameters(self.model)
+        self.shapes = block_shapes(self.model)
         self.in_matrices = sum(short * long for short, long in self.shapes)
-        self.local = self.counts.total / cluster.num_shards  # parameters of a rank's shard
+        self.local = self.counts.total / self.num_shards  # parameters of a rank's shard
+        self.from_others = (self.num_shards - 1) / self.num_shards  # not a rank's own
+        self.ring = ring_rate(self.num_shards)
+        # An all-to-all has something for each rank of another node, over its own card.
+        leaving = max(self.num_shards - RANKS_PER_NODE, 0) / max(self.num_shards - 1, 1)
+        self.all_to_all = NETWORK_BYTES / leaving if leaving else NVLINK_BYTES
         # What the tap moves for a coordinate of a sample, before any statistic.
-        self.tap_bytes = TAP_BYTES + (TAP_SCALING_BYTES if accumulation > 1 else 0)
+        self.tap_bytes = TAP_BYTES + (TAP_SCALING_BYTES if self.accumulation > 1 else 0)
 
     def step(self) -> list[Phase]:
         """Return the phases of a step with AdamW, as if each ran alone."""
-        counts, cluster = self.counts, self.cluster
+        counts = self.counts
         root = counts.total - counts.in_blocks
         logits = self.tokens * self.model.known_vocab_size
         output_flops = 6.0 * logits * self.model.dim
@@ -196,16 +148,15 @@ class StepCost:
         slice_bytes = LOSS_GRADIENT_BYTES * self.model.known_vocab_size * self.model.dim
         loss_bytes = logits * LOGIT_BYTES + slices * slice_bytes
         # Blocks are gathered for the forward pass and again for the backward pass, the root once.
-        gathered = 2.0 * (2 * counts.in_blocks + root) * self.accumulation * cluster.from_others
-        reduced = 4.0 * counts.total * cluster.from_others
-        ring = ring_rate(cluster.num_shards)
+        gathered = 2.0 * (2 * counts.in_blocks + root) * self.accumulation * self.from_others
+        reduced = 4.0 * counts.total * self.from_others
         return [
-            Phase("all-gather", INTERCONNECT, gathered, ring),
+            Phase("all-gather", INTERCONNECT, gathered, self.ring),
             Phase("blocks, forward", MATMULS, block_flops / 3, BFLOAT16_FLOPS),
             Phase("blocks, backward", MATMULS, block_flops * 2 / 3, BFLOAT16_FLOPS),
             Phase("output matrix", MATMULS, output_flops, BFLOAT16_FLOPS),
             Phase("softmax and loss", MEMORY, loss_bytes, MEMORY_BYTES),
-            Phase("reduce-scatter", INTERCONNECT, reduced, ring),
+            Phase("reduce-scatter", INTERCONNECT, reduced, self.ring),
             *self._all_reduce("all-reduce over replicas"),
             Phase("clipping", MEMORY, CLIP_BYTES * self.local, MEMORY_BYTES),
             Phase("AdamW", MEMORY, ADAMW_BYTES * self.local, MEMORY_BYTES),
@@ -216,23 +167,19 @@ class StepCost:
 
         Five Newton-Schulz steps on each: X X^T, its square, and their product with X.
         """
-        shards = self.cluster.num_shards
         work = [
             NEWTON_SCHULZ_STEPS * (4.0 * short * short * long + 2.0 * short**3)
             for short, long in self.shapes
         ]
         costs = [float(short * short * long) for short, long in self.shapes]
-        local = self.in_matrices / shards
-        rest = (self.counts.total - self.in_matrices) / shards
-        sent = local * self.cluster.from_others
-        rate = self.cluster.all_to_all_rate
-        traffic = MUON_BYTES * local + ADAMW_BYTES * rest
+        most = busiest_owner(costs, work, self.num_shards)
+        local = self.in_matrices / self.num_shards
+        sent = local * self.from_others
+        traffic = MUON_BYTES * local + ADAMW_BYTES * (self.local - local)
         return [
-            Phase("Muon: rows to owners, float32", INTERCONNECT, 4 * sent, rate),
-            Phase(
-                "Muon: Newton-Schulz", MATMULS, busiest_owner(costs, work, shards), BFLOAT16_FLOPS
-            ),
-            Phase("Muon: results back, bfloat16", INTERCONNECT, 2 * sent, rate),
+            Phase("Muon: rows to owners, float32", INTERCONNECT, 4 * sent, self.all_to_all),
+            Phase("Muon: Newton-Schulz", MATMULS, most, BFLOAT16_FLOPS),
+            Phase("Muon: results back, bfloat16", INTERCONNECT, 2 * sent, self.all_to_all),
             Phase("Muon: momentum and update; AdamW of the rest", MEMORY, traffic, MEMORY_BYTES),
         ]
 
@@ -240,18 +187,17 @@ class StepCost:
         """Return what a measured step adds: squares of every sample, reduced block by block."""
         total, samples = self.counts.total, self.accumulation
         per_sample = (self.tap_bytes + SQUARES_BYTES) * total + SUM_BYTES * self.local
-        reduced = samples * 4.0 * total * self.cluster.from_others
-        ring = ring_rate(self.cluster.num_shards)
+        reduced = samples * 4.0 * total * self.from_others
         return [
             Phase("Manhattan: squares", MEMORY, samples * per_sample, MEMORY_BYTES),
-            Phase("Manhattan: reduce-scatter", INTERCONNECT, reduced, ring),
+            Phase("Manhattan: reduce-scatter", INTERCONNECT, reduced, self.ring),
             *self._all_reduce("Manhattan: all-reduce"),
             Phase("Manhattan: sums", MEMORY, READ_BYTES * self.local, MEMORY_BYTES),
         ]
 
     def nuclear(self) -> list[Phase]:
         """Return what a measured step adds: each sample's Grams to owners, two roots each."""
-        ranks, samples = self.cluster.num_ranks, self.accumulation
+        ranks, samples = self.num_ranks, self.accumulation
         grams = [2.0 * short * short * long for short, long in self.shapes]
         cubes = [float(short) ** 3 for short, _ in self.shapes]
         roots = [2.0 * ROOT_MATMULS * 2.0 * cube for cube in cubes]
@@ -259,26 +205,26 @@ class StepCost:
         # A reduce to one rank sends the whole from every other one.
         gram_bytes = sum(8.0 * short * short for short, _ in self.shapes)
         moved = samples * gram_bytes * (ranks - 1) / ranks
-        means = 4.0 * self.in_matrices / ranks * self.cluster.from_others
+        means = 4.0 * self.in_matrices / ranks * self.from_others
         mean_grams = busiest_owner(cubes, grams, ranks)
         all_roots = busiest_owner(cubes, roots, ranks)
-        all_to_all = self.cluster.all_to_all_rate
         return [
             Phase("Nuclear: to float64", MEMORY, samples * per_sample, MEMORY_BYTES),
             Phase("Nuclear: Grams", MATMULS, samples * sum(grams), FLOAT64_FLOPS),
             Phase("Nuclear: Grams to owners", INTERCONNECT, moved, ring_rate(ranks)),
-            Phase("Nuclear: mean matrices to owners", INTERCONNECT, means, all_to_all),
+            Phase("Nuclear: mean matrices to owners", INTERCONNECT, means, self.all_to_all),
             Phase("Nuclear: Grams of the mean", MATMULS, mean_grams, FLOAT64_FLOPS),
             Phase("Nuclear: square roots", MATMULS, all_roots, FLOAT64_FLOPS),
         ]
 
     def _all_reduce(self, name: str) -> list[Phase]:
         """A float32 shard over the replicas, where there are several."""
-        replicas = self.cluster.num_replicas
+        replicas = self.num_ranks // self.num_shards
         if replicas == 1:
             return []
         sent = 2 * (replicas - 1) / replicas * 4.0 * self.local
-        return [Phase(name, INTERCONNECT, sent, self.cluster.replica_rate)]
+        rate = NVLINK_BYTES if self.num_ranks <= RANKS_PER_NODE else NETWORK_BYTES
+        return [Phase(name, INTERCONNECT, sent, rate)]
 
     def summary(self) -> list[tuple[str, str, str]]:
         """Return what follows from the phases: label, and the cells of work and milliseconds.
@@ -300,6 +246,16 @@ class StepCost:
             share = 100 * seconds_of(added) / step
             rows.append((f"{name}, F = 1, F = 100", f"{share:.1f} %, {share / 100:.2f} %", ""))
         return rows
+
+
+def ring_rate(ranks: int) -> float:
+    """Return bytes a second and rank of an all-gather, reduce-scatter or reduce over a ring.
+
+    Rings enter and leave a node once, over all of its cards: each carries its share.
+    """
+    if ranks <= RANKS_PER_NODE:
+        return NVLINK_BYTES
+    return min(NVLINK_BYTES, RANKS_PER_NODE * NETWORK_BYTES)
 
 
 def block_shapes(model: LlamaConfig) -> list[tuple[int, int]]:
@@ -329,19 +285,8 @@ def table(model: LlamaConfig, sequences: int, ranks: int) -> str:
     HSDP's shard groups are nodes, or half a node where there is one.
     """
     shards = RANKS_PER_NODE if ranks > RANKS_PER_NODE else max(ranks // 2, 1)
-    costs = {
-        name: StepCost(
-            model,
-            cluster,
-            sequences=sequences,
-            accumulation=1,
-            sequence_length=SEQUENCE_LENGTH,
-        )
-        for name, cluster in (
-            ("FSDP2", Cluster(ranks, ranks)),
-            (f"HSDP {ranks // shards} x {shards}", Cluster(ranks, shards)),
-        )
-    }
+    layouts = {"FSDP2": ranks, f"HSDP {ranks // shards} x {shards}": shards}
+    costs = {name: StepCost(model, ranks, n, sequences=sequences) for name, n in layouts.items()}
     columns = [
         {p.name: p for p in (*c.step(), *c.muon(), *c.manhattan(), *c.nuclear())}
         for c in costs.values()

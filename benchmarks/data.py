@@ -39,9 +39,7 @@ class Data(Command):
 
     data: Annotated[Path | None, About("token shards; default: random tokens")] = None
     files: Annotated[list[str] | None, About("documents; default: the embedded text")] = None
-    tokenizer: Annotated[
-        str | None, About("tokenizer.json; default: a BPE of the embedded text")
-    ] = None
+    tokenizer: Annotated[str | None, About("its file; default: a BPE of the embedded text")] = None
     sequence_length: Annotated[int, at_least(1), About("tokens, for reading")] = 2048
     seconds: Annotated[float, About("how long to read")] = 5.0
     rounds: Annotated[int, at_least(1), About("preparations of each file")] = 3

@@ -1,5 +1,6 @@
 """What the benchmarks share: options of subcommands, workload, stopwatch and provenance."""
 
+import gc
 import os
 import platform
 import shlex
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -72,6 +74,10 @@ class Command(Settings):
         """Measure; yield each row as soon as it is known."""
         raise NotImplementedError
 
+    def options(self, *names: str) -> Row:
+        """Return the values of some options, as entries of a row."""
+        return {name: getattr(self, name) for name in names}
+
 
 def model_config(name: str, vocab_size: int) -> LlamaConfig:
     """Read a file of conf/model; `vocab_size` is for those that leave it to the data."""
@@ -119,11 +125,9 @@ class StepCommand(ModelCommand):
         return workload(
             self.shape(),
             world,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            sequence_length=self.sequence_length,
             compile="always" if self.compile else "never",
             optimizer=OPTIMIZERS[optimizer],
+            **self.options("batch_size", "micro_batch_size", "sequence_length"),
         )
 
     def described(self, optimizer: str) -> Row:
@@ -131,9 +135,7 @@ class StepCommand(ModelCommand):
         return {
             "model": self.model,
             "vocab_size": self.shape().known_vocab_size,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "micro_batch_size": self.micro_batch_size,
+            **self.options("sequence_length", "batch_size", "micro_batch_size"),
             "optimizer": optimizer,
             "compiled": self.compile,
         }
@@ -163,63 +165,6 @@ def write_random_tokens(folder: Path, vocab_size: int, splits: Mapping[str, int]
     write_meta(folder, CorpusMeta(dtype=dtype.name, vocab_size=vocab_size, shards=shards))
 
 
-def run_config(
-    shape: LlamaConfig,
-    folder: Path,
-    *,
-    batch_size: int,
-    micro_batch_size: int,
-    sequence_length: int,
-    num_steps: int = DISTINCT_STEPS,
-    policy: BatchSizeSettings | None = None,
-    **sections: Any,
-) -> Config:
-    """Return settings of a run over random tokens, which this writes to `folder`.
-
-    Args:
-        shape: of the model, with a vocabulary.
-        folder: empty; takes the data and the run's directory.
-        batch_size, micro_batch_size: sequences, over all ranks and of one sample.
-        sequence_length: tokens.
-        num_steps: budget, in steps of `batch_size`.
-        policy: of the batch size; None: constant.
-        sections: other fields of `Config`, in place of what stands here.
-    """
-    tokens = num_steps * batch_size * sequence_length
-    config: dict[str, Any] = {
-        "batch_size": policy or BatchSizeSettings(initial=batch_size),
-        "optimizer": OPTIMIZERS["adamw"],
-        "evaluation": EvaluationSettings(num_sequences=1),
-        **sections,
-    }
-    length = max(tokens, DISTINCT_STEPS * sequence_length) + 1
-    validation = config["evaluation"].num_sequences * sequence_length + 1
-    write_random_tokens(
-        folder / "data", shape.known_vocab_size, {"train": length, "validation": validation}
-    )
-    return Config(
-        run_name="run",
-        output_directory=str(folder),
-        token_budget=tokens,
-        micro_batch_size=micro_batch_size,
-        model=shape,
-        data=DataSettings(path=str(folder / "data"), sequence_length=sequence_length),
-        metrics=MetricsSettings(progress="never"),
-        **config,
-    )
-
-
-@contextmanager
-def built_run(config: Config, world: World) -> Iterator[Run]:
-    """Build a run as train.py does; its files and threads end with the block."""
-    run = build_run(config, world, Path(config.output_directory) / config.run_name)
-    try:
-        yield run
-    finally:
-        run.batches.close()
-        run.record.close()
-
-
 class Workload:
     """The steps of a run, taken one by one: plain, or measured by a meter over its model."""
 
@@ -227,7 +172,7 @@ class Workload:
         self.run = run
         self.batch_size = run.state.batch_size
         self.micro_batch_size = run.state.micro_batch_size
-        self.accumulation = self.batch_size // (self.micro_batch_size * run.world.num_ranks)
+        self.accumulation = run.state.accumulation
         self.tokens = self.batch_size * run.sequence_length
         self._cursor = 0
 
@@ -254,28 +199,53 @@ class Workload:
 
 
 @contextmanager
-def workload(shape: LlamaConfig, world: World, **settings: Any) -> Iterator[Workload]:
-    """Build model, optimizer and batches on the ranks at hand; `settings` as for `run_config`."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        built_run(run_config(shape, Path(folder), **settings), world) as run,
-    ):
-        yield Workload(run)
+def workload(
+    shape: LlamaConfig,
+    world: World,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    num_steps: int = DISTINCT_STEPS,
+    policy: BatchSizeSettings | None = None,
+    **sections: Any,
+) -> Iterator[Workload]:
+    """Build a run of train.py over random tokens, on the ranks at hand.
 
-
-class Quartiles(NamedTuple):
-    """Of the paired ratios of two steps."""
-
-    low: float
-    median: float
-    high: float
-
-    def as_row(self, name: str) -> Row:
-        """Return the median as `name` and the quartiles beside it."""
-        return {
-            name: round(self.median, 3),
-            f"{name}_quartiles": [round(self.low, 3), round(self.high, 3)],
-        }
+    Args:
+        shape: of the model, with a vocabulary.
+        world: its ranks, which all call this.
+        batch_size, micro_batch_size: sequences, over all ranks and of one sample.
+        sequence_length: tokens.
+        num_steps: budget, in steps of `batch_size`.
+        policy: of the batch size; None: constant.
+        sections: other fields of `Config`.
+    """
+    tokens = num_steps * batch_size * sequence_length
+    evaluation = sections.pop("evaluation", EvaluationSettings(num_sequences=1))
+    gc.collect()  # cycles can hold a finished workload's memory
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        splits = {"train": tokens + 1, "validation": evaluation.num_sequences * sequence_length + 1}
+        write_random_tokens(data, shape.known_vocab_size, splits)
+        config = Config(
+            run_name="run",
+            output_directory=folder,
+            token_budget=tokens,
+            micro_batch_size=micro_batch_size,
+            model=shape,
+            data=DataSettings(path=str(data), sequence_length=sequence_length),
+            batch_size=policy or BatchSizeSettings(initial=batch_size),
+            evaluation=evaluation,
+            metrics=MetricsSettings(progress="never"),
+            **{"optimizer": OPTIMIZERS["adamw"]} | sections,
+        )
+        run = build_run(config, world, Path(folder) / "run")
+        try:
+            yield Workload(run)
+        finally:
+            run.batches.close()
+            run.record.close()
 
 
 class Timings(NamedTuple):
@@ -287,14 +257,19 @@ class Timings(NamedTuple):
         """Return the median seconds of a step."""
         return statistics.median(self.seconds[name])
 
-    def ratio(self, above: str, below: str) -> Quartiles:
-        """Return the quartiles of above / below, pair by pair: a busy machine slows both."""
+    def quartiles(self, above: str, below: str) -> list[float]:
+        """Return those of the ratio above / below, pair by pair: a busy machine slows both."""
         pairs = zip(self.seconds[above], self.seconds[below], strict=True)
-        return Quartiles(*statistics.quantiles([a / b for a, b in pairs], n=4))
+        return statistics.quantiles([a / b for a, b in pairs], n=4)
+
+    def ratio(self, name: str, above: str, below: str) -> Row:
+        """Return the median ratio as `name`, and its quartiles."""
+        low, middle, high = self.quartiles(above, below)
+        return {name: round(middle, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}
 
     def cost(self, measured: str, plain: str) -> Row:
         """Return the extra time of a measured step in per cent, and its share at F = 100."""
-        low, middle, high = (100 * (q - 1) for q in self.ratio(measured, plain))
+        low, middle, high = (100 * (q - 1) for q in self.quartiles(measured, plain))
         return {
             "cost_every_step_percent": round(middle, 2),
             "quartiles_percent": [round(low, 2), round(high, 2)],
@@ -367,7 +342,7 @@ def provenance(words: Sequence[str]) -> Row:
         "versions": {
             **versions(),
             "code": git_revision(),
-            **installed(PACKAGES),
+            **{name: version(name) for name in PACKAGES if find_spec(name)},
         },
     }
 
@@ -378,14 +353,3 @@ def processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

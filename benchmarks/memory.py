@@ -4,7 +4,6 @@ import os
 import resource
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Annotated
 
 import torch
 
-from benchmarks.harness import ModelCommand, ModelName, Row, built_run, run_config, this_process
+from benchmarks.harness import ModelCommand, ModelName, Row, this_process, workload
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.fields import About, at_least
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
@@ -51,25 +50,24 @@ class Memory(ModelCommand):
                 allocated.append(torch.cuda.memory_allocated(world.device))
             return len(resident) >= self.steps
 
-        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as silence:
-            config = run_config(
-                shape,
-                Path(folder),
-                batch_size=LARGEST_BATCH,
-                micro_batch_size=MICRO_BATCH,
-                sequence_length=SEQUENCE_LENGTH,
-                num_steps=self.steps,
-                # Everything on that keeps state between steps.
-                policy=BatchSizeSettings(policy="adaptive", initial=FIRST_BATCH, cap=LARGEST_BATCH),
-                noise_scale=NoiseScaleSettings(
-                    ["manhattan", "nuclear"], every_steps=MEASURES_EVERY
-                ),
-                evaluation=EvaluationSettings(every_tokens=budget // 4, num_sequences=8),
-                checkpoint=CheckpointSettings(every_steps=max(self.steps // 4, 10), keep=1),
-            )
-            with redirect_stdout(silence), built_run(config, world) as run:
-                train(run, record_memory)
-                last_batch = run.state.batch_size
+        # Everything on that keeps state between steps.
+        settings: Row = {
+            "batch_size": LARGEST_BATCH,
+            "micro_batch_size": MICRO_BATCH,
+            "sequence_length": SEQUENCE_LENGTH,
+            "num_steps": self.steps,
+            "policy": BatchSizeSettings(policy="adaptive", initial=FIRST_BATCH, cap=LARGEST_BATCH),
+            "noise_scale": NoiseScaleSettings(["manhattan", "nuclear"], every_steps=MEASURES_EVERY),
+            "evaluation": EvaluationSettings(every_tokens=budget // 4, num_sequences=8),
+            "checkpoint": CheckpointSettings(every_steps=max(self.steps // 4, 10), keep=1),
+        }
+        with (
+            Path(os.devnull).open("w") as silence,
+            redirect_stdout(silence),
+            workload(shape, world, **settings) as work,
+        ):
+            train(work.run, record_memory)
+            last_batch = work.run.state.batch_size
         yield {
             "measured": "memory",
             "model": shape.name,

@@ -62,18 +62,14 @@ class Model(ModelCommand):
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
         def our_loss() -> Tensor:
-            result: Tensor = ours(tokens, targets)
-            return result
+            return ours(tokens, targets)
 
         def their_loss() -> Tensor:
             autocast = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
             with autocast:
                 # shift_labels: the targets as they are; labels alone would lose the last position.
-                output = theirs(
-                    input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False
-                )
-            result: Tensor = output.loss
-            return result
+                labels = {"labels": targets, "shift_labels": targets}
+                return theirs(input_ids=tokens, use_cache=False, **labels).loss
 
         difference = (our_loss() - their_loss()).item()
         timings = paired(
@@ -81,11 +77,8 @@ class Model(ModelCommand):
             self.pairs,
             world,
         )
-        tokens_per_second = tokens.numel() / timings.median("ours")
-        peak = next(
-            (flops for gpu, flops in PEAK_FLOPS.items() if gpu in device_name(device)), None
-        )
-        share = peak and flops_share(tokens_per_second, shape, self.sequence_length, peak)
+        rates = [tokens.numel() / timings.median(name) for name in ("ours", "transformers")]
+        peaks = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in device_name(device)]
         yield {
             "measured": "model",
             "model": shape.name,
@@ -94,18 +87,16 @@ class Model(ModelCommand):
             "device": device_name(device),
             "dtype": str(compute_dtype(device)).removeprefix("torch."),
             "compiled": self.compile,
-            "batch_size": self.batch_size,
-            "sequence_length": self.sequence_length,
-            "pairs": self.pairs,
+            **self.options("batch_size", "sequence_length", "pairs"),
             "seconds": round(timings.median("ours"), 5),
             "transformers_seconds": round(timings.median("transformers"), 5),
-            **timings.ratio("ours", "transformers").as_row("ratio"),
-            "tokens_per_second": round(tokens_per_second),
-            "transformers_tokens_per_second": round(
-                tokens.numel() / timings.median("transformers")
-            ),
+            **timings.ratio("ratio", "ours", "transformers"),
+            "tokens_per_second": round(rates[0]),
+            "transformers_tokens_per_second": round(rates[1]),
             "loss_difference": difference,
-            "flops_share": share,
+            "flops_share": flops_share(rates[0], shape, self.sequence_length, peaks[0])
+            if peaks
+            else None,
         }
 
 

@@ -30,12 +30,8 @@ class Optimizer(ModelCommand):
     """Muon's step against torch.optim.Muon's; sign rules against one pass over their tensors."""
 
     model: ModelName = "llama3_160m"
-    vocab_size: Annotated[
-        int, at_least(1), About("tokens; only the block matrices are updated")
-    ] = 2
-    layers: Annotated[
-        int | None, at_least(1), About("blocks; default: all. Time is linear in them")
-    ] = None
+    vocab_size: Annotated[int, at_least(1), About("tokens; of what is not updated")] = 2
+    layers: Annotated[int | None, at_least(1), About("blocks; default: all")] = None
     pairs: Pairs = 5
     eager: Annotated[bool, About("sign rules without torch.compile")] = False
 
@@ -84,7 +80,7 @@ class Optimizer(ModelCommand):
             "precision": str(compute_dtype(world.device)).removeprefix("torch."),
             "seconds": round(timings.median("ours"), 5),
             "torch_seconds": round(timings.median("torch"), 5),
-            **timings.ratio("torch", "ours").as_row("times_as_fast"),
+            **timings.ratio("times_as_fast", "torch", "ours"),
             "relative_difference": apart,
         }
 
@@ -94,9 +90,8 @@ class Optimizer(ModelCommand):
         The floor is torch's own foreach kernels: m += g and w *= c for Signum, which read g, m and
         w and write m and w; w += g for signSGD.
         """
-        settings = SignumSettings(
-            lr=1e-3, momentum=momentum, compile="never" if self.eager else "always"
-        )
+        mode = "never" if self.eager else "always"
+        settings = SignumSettings(lr=1e-3, momentum=momentum, compile=mode)
         rule, matrices = self.build(settings, world)
         weights = [matrix.detach() for matrix in matrices]
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
@@ -116,7 +111,7 @@ class Optimizer(ModelCommand):
             "compiled": not self.eager,
             "seconds": round(timings.median("rule"), 6),
             "floor_seconds": round(timings.median("floor"), 6),
-            **timings.ratio("rule", "floor").as_row("times_the_floor"),
+            **timings.ratio("times_the_floor", "rule", "floor"),
         }
 
     def described(self, matrices: list[nn.Parameter], world: World) -> Row:

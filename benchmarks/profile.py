@@ -8,10 +8,11 @@ phase in which the host launched it.
 
 import gzip
 import json
+import math
 import tempfile
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,15 +85,12 @@ class Profile(StepCommand):
             path = self.trace or Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
             events = read_trace(path)
-        timeline = Timeline(events)
         yield {
             "measured": "profile",
             **self.described(self.optimizer),
-            "geometry": self.geometry,
-            "steps": self.steps,
+            **self.options("geometry", "steps"),
             **({"trace": str(self.trace)} if self.trace else {}),
-            **step_totals(events, timeline, self.steps),
-            "phases": phase_rows(events, timeline, self.steps),
+            **Timeline(events).rows(self.steps),
             "operators": operator_rows(
                 profiler.key_averages(), self.steps, self.operators, world.device
             ),
@@ -127,13 +125,33 @@ def read_trace(path: Path) -> list[Event]:
 
 
 class Timeline:
-    """The phase of each moment: `other` within a step but outside its phases, None outside steps.
+    """Which phase each moment belongs to, and each phase's share of what happened.
 
     Args:
         events: of a Chrome trace; ranges of other names are ignored.
     """
 
-    def __init__(self, events: Iterable[Event]) -> None:
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._name_stretches(events)
+        self.host: dict[str, float] = defaultdict(
+            float
+        )  # microseconds; they add up to those of the steps
+        for name, start, end in zip(self.names, self.starts, self.starts[1:], strict=False):
+            if name is not None:
+                self.host[name] += end - start
+        runtime = [event for event in events if event.get("cat") in LAUNCHES]
+        launched = {e["args"].get("correlation"): e["ts"] for e in runtime if "args" in e}
+        self.device: dict[str, float] = defaultdict(float)  # microseconds of kernels and copies
+        for event in events:
+            if event.get("cat") in ON_DEVICE:
+                time = launched.get(event["args"].get("correlation"), -math.inf)
+                self.device[self.phase_at(time) or OTHER] += event["dur"]
+        # How often the host waited for the device, without a step's last wait.
+        waits = [self.phase_at(e["ts"]) for e in runtime if e["name"] in SYNCHRONISATIONS]
+        self.waits = Counter(phase for phase in waits if phase not in (None, WAITING))
+
+    def _name_stretches(self, events: Sequence[Event]) -> None:
+        """Cut time into stretches and name each by the innermost range; ranges nest."""
         spans = sorted(
             (event["ts"], -event["dur"], event["name"])
             for event in events
@@ -142,115 +160,63 @@ class Timeline:
         self.starts: list[float] = []
         self.names: list[str | None] = []
         open_spans: list[tuple[float, str]] = []  # end and name, the innermost last
-
-        def close_until(time: float) -> None:
-            while open_spans and open_spans[-1][0] <= time:
-                end, _ = open_spans.pop()
-                self._enter(end, open_spans[-1][1] if open_spans else None)
-
-        for start, negative, name in spans:
-            close_until(start)
-            open_spans.append((start - negative, name))
-            self._enter(start, name)
-        close_until(float("inf"))
-
-    def _enter(self, time: float, name: str | None) -> None:
-        self.starts.append(time)
-        self.names.append(OTHER if name == STEP else name)
+        for start, negative, name in [*spans, (math.inf, 0.0, OTHER)]:
+            while open_spans and open_spans[-1][0] <= start:
+                self.starts.append(open_spans.pop()[0])
+                self.names.append(open_spans[-1][1] if open_spans else None)
+            open_spans.append((start - negative, OTHER if name == STEP else name))
+            self.starts.append(start)
+            self.names.append(open_spans[-1][1])
 
     def phase_at(self, time: float) -> str | None:
-        """Return the phase at a time."""
+        """Return the phase at a time: `other` in a step but outside its phases, None outside."""
         index = bisect_right(self.starts, time) - 1
         return self.names[index] if index >= 0 else None
 
-    def seconds(self) -> Counter[str]:
-        """Return host seconds by phase; they add up to those of the steps."""
-        total: Counter[str] = Counter()
-        for name, start, end in zip(self.names, self.starts, self.starts[1:], strict=False):
-            if name is not None:
-                total[name] += (end - start) / 1e6  # type: ignore[assignment]
-        return total
+    def rows(self, steps: int) -> Row:
+        """Return a step's totals, and its phases as rows of their own.
 
-
-def device_seconds(events: Sequence[Event], timeline: Timeline) -> Counter[str]:
-    """Return seconds of kernels and copies by the phase that launched them."""
-    launched = {
-        event["args"]["correlation"]: event["ts"]
-        for event in events
-        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
-    }
-    total: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") in ON_DEVICE:
-            time = launched.get(event["args"].get("correlation"))
-            phase = timeline.phase_at(time) if time is not None else None
-            total[phase or OTHER] += event["dur"] / 1e6
-    return total
-
-
-def synchronisations(events: Iterable[Event], timeline: Timeline) -> Counter[str]:
-    """Count by phase how often the host waited for the device, without a step's last wait."""
-    waits: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") in LAUNCHES and event["name"] in SYNCHRONISATIONS:
-            phase = timeline.phase_at(event["ts"])
-            if phase not in (None, WAITING):
-                waits[str(phase)] += 1
-    return waits
-
-
-def step_totals(events: Sequence[Event], timeline: Timeline, steps: int) -> Row:
-    """Return host seconds of a step, and on a GPU its share of busy time and its waits."""
-    seconds = sum(timeline.seconds().values()) / steps
-    busy = sum(device_seconds(events, timeline).values()) / steps
-    row: Row = {"seconds": round(seconds, 6)}
-    if busy:
-        row["device_busy_percent"] = round(100 * busy / seconds, 1)
-        waits = synchronisations(events, timeline).total() / steps
-        row["host_synchronisations_a_step"] = round(waits, 2)
-    return row
-
-
-def phase_rows(events: Sequence[Event], timeline: Timeline, steps: int) -> list[Row]:
-    """Return each phase's seconds on the host; on a GPU also those of what it launched there."""
-    host, device = timeline.seconds(), device_seconds(events, timeline)
-    waits = synchronisations(events, timeline)
-    all_host, all_device = sum(host.values()), sum(device.values())
-    rows = []
-    for phase in (*PHASES, OTHER):
-        if not (host[phase] or device[phase]):
-            continue
-        row: Row = {
-            "phase": phase,
-            "seconds": round(host[phase] / steps, 6),
-            "percent": round(100 * host[phase] / all_host, 1),
-        }
-        if all_device:
-            row["device_seconds"] = round(device[phase] / steps, 6)
-            row["device_percent"] = round(100 * device[phase] / all_device, 1)
-            row["host_synchronisations"] = round(waits[phase] / steps, 2)
-        rows.append(row)
-    return rows
+        On a GPU each phase also has the seconds of what it launched there.
+        """
+        host, device = sum(self.host.values()), sum(self.device.values())
+        row: Row = {"seconds": round(host / 1e6 / steps, 6), "phases": []}
+        if device:
+            row["device_busy_percent"] = round(100 * device / host, 1)
+            row["host_synchronisations_a_step"] = round(self.waits.total() / steps, 2)
+        for phase in (*PHASES, OTHER):
+            if not (self.host[phase] or self.device[phase]):
+                continue
+            entry: Row = {
+                "phase": phase,
+                "seconds": round(self.host[phase] / 1e6 / steps, 6),
+                "percent": round(100 * self.host[phase] / host, 1),
+            }
+            if device:
+                entry["device_seconds"] = round(self.device[phase] / 1e6 / steps, 6)
+                entry["device_percent"] = round(100 * self.device[phase] / device, 1)
+                entry["host_synchronisations"] = round(self.waits[phase] / steps, 2)
+            row["phases"].append(entry)
+        return row
 
 
 def operator_rows(averages: Any, steps: int, count: int, device: torch.device) -> list[Row]:
     """Return the costliest kernels of a GPU, or operators of a CPU, by their own time."""
     on_gpu = device.type == "cuda"
-    own: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for entry in averages:
-        if entry.key in (STEP, *PHASES) or getattr(entry, "is_user_annotation", False):
-            continue
-        if on_gpu == (entry.device_type == torch.autograd.DeviceType.CUDA):
-            own[entry.key] += entry.self_device_time_total if on_gpu else entry.self_cpu_time_total
-            calls[entry.key] += entry.count
-    total = own.total() or 1
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    entries = [
+        entry
+        for entry in averages
+        if on_gpu == (entry.device_type == torch.autograd.DeviceType.CUDA)
+        and not (entry.key in (STEP, *PHASES) or entry.is_user_annotation)
+    ]
+    entries.sort(key=lambda entry: getattr(entry, own), reverse=True)
+    total = sum(getattr(entry, own) for entry in entries) or 1
     return [
         {
-            "operator": name,
-            "calls": round(calls[name] / steps, 1),
-            "seconds": round(microseconds / 1e6 / steps, 6),
-            "percent": round(100 * microseconds / total, 1),
+            "operator": entry.key,
+            "calls": round(entry.count / steps, 1),
+            "seconds": round(getattr(entry, own) / 1e6 / steps, 6),
+            "percent": round(100 * getattr(entry, own) / total, 1),
         }
-        for name, microseconds in own.most_common(count)
+        for entry in entries[:count]
     ]

@@ -36,19 +36,16 @@ class Startup(Command):
             InputError: a run ended before its first step; its last line says why.
         """
         with tempfile.TemporaryDirectory() as folder:
-            first = {}
-            if not self.warm:
-                seconds = first_step_seconds(self.overrides, Path(folder) / "cold")
-                first = {"first_seconds": round(seconds, 2)}
-            warm = [
+            seconds = [
                 first_step_seconds(self.overrides, Path(folder) / f"{number}")
-                for number in range(self.starts)
+                for number in range(self.starts + (not self.warm))
             ]
+        warm = seconds if self.warm else seconds[1:]
         yield {
             "measured": "startup",
             "overrides": " ".join(self.overrides),
             "starts": self.starts,
-            **first,
+            **({} if self.warm else {"first_seconds": round(seconds[0], 2)}),
             "seconds": round(statistics.median(warm), 2),
             "slowest_seconds": round(max(warm), 2),
         }

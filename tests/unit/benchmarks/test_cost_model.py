@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cost_model import Cluster, Roofline, StepCost
+from benchmarks.cost_model import Roofline, StepCost
 from gns_pretrain.model.config import LlamaConfig
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "performance.md"
@@ -15,8 +15,7 @@ IN_BLOCK, ROOT = 136 + 8, 2 * 40 + 4
 
 
 def cost(num_ranks, num_shards):
-    cluster = Cluster(num_ranks, num_shards)
-    return StepCost(MODEL, cluster, sequences=1, accumulation=3, sequence_length=5)
+    return StepCost(MODEL, num_ranks, num_shards, sequences=1, accumulation=3, sequence_length=5)
 
 
 def work(phases):

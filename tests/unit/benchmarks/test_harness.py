@@ -7,7 +7,11 @@ from benchmarks.harness import Timings, paired, this_process
 def test_ratio_is_taken_pair_by_pair():
     # Ratios 1.2, 1.3 and 1.4, although the second pair ran while the machine was twice as slow.
     timings = Timings({"measured": [1.2, 2.6, 1.4], "plain": [1.0, 2.0, 1.0]})
-    assert timings.ratio("measured", "plain") == pytest.approx((1.2, 1.3, 1.4))
+    assert timings.quartiles("measured", "plain") == pytest.approx([1.2, 1.3, 1.4])
+    assert timings.ratio("slower", "measured", "plain") == {
+        "slower": 1.3,
+        "slower_quartiles": [1.2, 1.4],
+    }
     assert timings.median("measured") == 1.4
 
 
@@ -34,4 +38,4 @@ def test_stopwatch_warms_up_then_times_each_step_alternating(monkeypatch):
     timings = paired(steps, 3, this_process(), warm_up=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert timings.seconds == {"a": [1.0] * 3, "b": [3.0] * 3}
-    assert timings.ratio("b", "a") == (3.0, 3.0, 3.0)
+    assert timings.quartiles("b", "a") == [3.0, 3.0, 3.0]
