@@ -26,8 +26,8 @@ class Decision:
     lr_multiplier: float  # on the scheduled learning rate, from the new size
     why: str  # how target or ranks became the new size, for the log
 
-    def fields_of_line(self, step: int) -> dict[str, Any]:
-        """What the record says of it; `step` is the first of the new size."""
+    def record_fields(self, step: int) -> dict[str, Any]:
+        """Return its entries of a line in the record; `step` is the first of the new size."""
         return {
             "step": step,
             "previous": self.previous,
@@ -76,9 +76,9 @@ class Controller:
         elif target <= limit and (split.batch_size > target) == (rounding == "up"):
             why = f"rounded {rounding} to {split}"
         elif limit == cap:
-            why = f"held to batch_size.cap={cap}: {split}"
+            why = f"limited to batch_size.cap={cap}: {split}"
         else:
-            why = f"held to what the budget has left: {split}"
+            why = f"limited to what the budget has left: {split}"
         return self._decision(batch_size, split, target, why)
 
     def fit(self, batch_size: int) -> Decision:
@@ -132,7 +132,7 @@ class BatchSizer:
                 self._read[controller.name] = self.averages.setdefault(key, tracker)
 
     def noise_for(self, controller: Controller) -> SmoothedNoiseScale | None:
-        """The averages that a policy follows; None before its first measurement."""
+        """Return the averages that a policy follows; None before its first measurement."""
         tracker = self._read.get(controller.name)
         return tracker.smoothed if tracker else None
 
@@ -156,7 +156,7 @@ class BatchSizer:
         return decision, of_shadows
 
     def observe(self, measurements: Iterable[Measurement]) -> None:
-        """Average the measurements of a step, each once for every average that wants it."""
+        """Add the measurements of a step to the averages of their geometry and estimate."""
         for measurement in measurements:
             for tracker in self.averages.values():
                 tracker.include(measurement)
@@ -171,9 +171,9 @@ class BatchSizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; averages of policies that the run no longer has are left out.
+        """Inverse of `state_dict`; averages that no policy of the run follows are ignored.
 
-        Older checkpoints hold an average for every policy, also where it is the logged one.
+        Older checkpoints also hold a copy of the logged average for every policy that follows it.
         """
         for key, tracker in self.averages.items():
             if key in state["averages"]:

@@ -177,7 +177,7 @@ class Policy(ABC):
         """
 
     def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
-        """How an average of its own is smoothed; None where it follows the logged one.
+        """Return how an average of its own is smoothed; None to follow the logged one.
 
         Args:
             shared: of the logged averages.
@@ -186,7 +186,7 @@ class Policy(ABC):
 
     @classmethod
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
-        """Geometry and estimate of the noise scale that it reads; None if it reads none."""
+        """Return geometry and estimate of the noise scale that it reads; None if it reads none."""
         return None
 
     @classmethod
@@ -196,7 +196,7 @@ class Policy(ABC):
 
     @classmethod
     def note(cls, settings: PolicySettings) -> str | None:
-        """What the user should know of the settings as the run starts; None for nothing."""
+        """Return what the user should know of the settings as the run starts, if anything."""
         return None
 
 
@@ -252,7 +252,7 @@ class Adaptive(Policy):
         return geometry.targets[settings.target](noise.noise_scale)
 
     def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
-        """Its own decays, and the shared one where it has one of the two."""
+        """Its own decays; where it has only one, the shared one for the other."""
         noise, signal = self.settings.noise_decay, self.settings.signal_decay
         if noise is None and signal is None:
             return None

@@ -106,10 +106,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class SampleSums:
-    """One rank's part of R samples; all sums or means over them, so leaving samples out subtracts.
+    """What R samples leave on one rank: its rows of every weight, and the matrices that it owns.
 
-    Every rank holds its own rows of a weight, and the whole of the matrices that it owns. What is
-    not needed is empty, and so are the rows of a rank whose rows another replica contributes.
+    All fields are sums or means over samples, so leaving samples out is a subtraction. What is not
+    needed is empty, and so are the rows of a rank whose rows another replica contributes.
     """
 
     num_even: int  # samples over all ranks with an even index
@@ -190,9 +190,9 @@ class GeometryChoices(Protocol):
 
 
 class Geometry(ABC):
-    """The noise scale of one geometry. What is not overridden is that of a dual norm.
+    """The noise scale of one geometry; the defaults are those of Manhattan and Nuclear.
 
-    N and M are then squares of totals over weights, and Appendix B's points of the gain exist.
+    There N and M are squares of totals over weights, and the gain has Appendix B's points.
     """
 
     name: ClassVar[str]
@@ -238,7 +238,7 @@ class Geometry(ABC):
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
     ) -> tuple[float, float]:
-        """N and M of an estimate, by the table above.
+        """Return N and M of an estimate, by the table at the top.
 
         Args:
             estimate: one of `estimates`.
@@ -252,7 +252,7 @@ class Geometry(ABC):
     def measure(
         self, estimate: str, totals: Sequence[float], *, batch_size: int, num_samples: int
     ) -> Measurement:
-        """`noise_and_signal` as a measurement.
+        """Return `noise_and_signal` as a measurement.
 
         Raises:
             InputError: the geometry does not have that estimate.

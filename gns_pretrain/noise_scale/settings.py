@@ -84,5 +84,5 @@ class NoiseScaleSettings(Settings):
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names as they are written on the command line."""
+    """Names as the user writes them on the command line."""
     return f"[{', '.join(names)}]"

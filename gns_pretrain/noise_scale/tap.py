@@ -87,7 +87,7 @@ def unsharded_weights(llama: nn.Module) -> dict[str, Tensor]:
     """Return what autograd reaches for each weight: FSDP2 swaps it in for forward and backward.
 
     These tensors stay the same objects when they are sharded and unsharded again (an
-    implementation fact of torch 2.11 to 2.13, held by a test), so one look at the start serves
+    implementation fact of torch 2.11 to 2.13, asserted by a test), so one look at the start serves
     every later step.
     """
 

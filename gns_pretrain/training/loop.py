@@ -111,7 +111,7 @@ def choose_batch_size(run: Run, log: StepLog) -> None:
     if decision:
         apply_decision(decision, state, run.optimizer, run.record)
     for shadow in of_shadows:
-        fields = shadow.fields_of_line(position.step)
+        fields = shadow.record_fields(position.step)
         run.record.write(ShadowLine(policy=shadow.policy, **fields))
 
 
@@ -121,13 +121,13 @@ def apply_decision(
     """Give the coming step another batch size: state, optimizer and record change together."""
     state.take(decision.split, lr_multiplier=decision.lr_multiplier)
     update_half_life(optimizer, state.batch_size, lr_multiplier=state.lr_multiplier)
-    record.write(BatchSizeLine(**decision.fields_of_line(state.step + 1)), why=decision.why)
+    record.write(BatchSizeLine(**decision.record_fields(state.step + 1)), why=decision.why)
 
 
 def fit_to_ranks(
     state: TrainState, sizer: BatchSizer, optimizer: Optimizer, record: Record
 ) -> None:
-    """Split the batch over the ranks at hand, which may be others than those that saved it."""
+    """Split the batch over these ranks, which may be others than those that saved it."""
     decision = sizer.followed.fit(state.batch_size)
     if decision.split.batch_size == state.batch_size:
         state.take(decision.split, lr_multiplier=state.lr_multiplier)
@@ -155,17 +155,11 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
     )
     epoch, tokens_before = run.batches.epoch(state.samples), state.tokens
     state.advance(sequence_length=run.sequence_length)
-    log.add(
-        state,
-        loss=result.loss,
-        gradient_norm=result.gradient_norm,
-        lr=lr,
-        tokens_before=tokens_before,
-    )
+    log.add(state, result, lr=lr, tokens_before=tokens_before)
     if epoch == 0 and run.batches.epoch(state.samples) > 0:
         run.record.message(
             f"step {state.step:,}: every sequence of the training data has been used; "
-            "from here on they come again, in another order each epoch"
+            "from here on they repeat, in another order each epoch"
         )
     return result.readings
 
@@ -188,13 +182,11 @@ def validate(run: Run) -> None:
     """Take the validation loss and record it.
 
     Raises:
-        TrainingError: it is not finite: the step before has ruined the weights.
+        TrainingError: it is not finite: the step before has broken the weights.
     """
+    state = run.state
     loss = evaluate(
-        run.model,
-        run.validation_sequences,
-        chunk=run.state.micro_batch_size,
-        world=run.world,
+        run.model, run.validation_sequences, chunk=state.micro_batch_size, world=run.world
     )
-    raise_unless_finite(run.state.step, "validation loss", loss)
-    run.record.write(ValidationLine(step=run.state.step, tokens=run.state.tokens, loss=loss))
+    raise_unless_finite(state.step, "validation loss", loss)
+    run.record.write(ValidationLine(step=state.step, tokens=state.tokens, loss=loss))

@@ -73,7 +73,7 @@ def accumulate_gradients(
         model: parallelized, without gradients.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
         accumulation: micro-batches of this rank.
-        tap: armed already; it is told where each sample ends.
+        tap: armed; its `end_of_sample` is called after each micro-batch.
 
     Returns:
         The loss of each micro-batch, 0-dim, nats per token.

@@ -16,6 +16,7 @@ from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.training.state import TrainState
+from gns_pretrain.training.step import StepResult
 
 
 def record_noise(
@@ -78,26 +79,17 @@ class StepLog:
         """Exclude what was done since the last flush from the steps' time."""
         self._since = time.perf_counter()
 
-    def add(
-        self,
-        state: TrainState,
-        *,
-        loss: Tensor,
-        gradient_norm: Tensor,
-        lr: float,
-        tokens_before: int,
-    ) -> None:
+    def add(self, state: TrainState, result: StepResult, *, lr: float, tokens_before: int) -> None:
         """Keep one step, counted in `state` already, for the next flush.
 
         Args:
             state: after the step.
-            loss: 0-dim, this rank's mean, nats per token.
-            gradient_norm: 0-dim, over all ranks.
+            result: of the step.
             lr: learning rate of the step.
-            tokens_before: the step, of the run.
+            tokens_before: tokens of the run before the step.
         """
-        self._losses.append(loss)
-        self._norms.append(gradient_norm)
+        self._losses.append(result.loss)
+        self._norms.append(result.gradient_norm)
         self._counters.append(
             {
                 "step": state.step,

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks keeps its batch, or takes the next larger one."""
+"""A run that resumes on other ranks keeps its batch, or takes the next larger one."""
 
 import signal
 from pathlib import Path
@@ -54,7 +54,7 @@ def of_kind(folder: Path, kind: str) -> list[dict]:
 
 
 def moved(folder: Path, shards: Path, *, ranks: tuple[int, int], stop_after: int) -> list[dict]:
-    """Training lines of a run that is stopped and goes on with other ranks."""
+    """Training lines of a run that is stopped and resumes on other ranks."""
     kinds = ["single" if count == 1 else "ddp" for count in ranks]
     first, second = (staged_run(folder, shards, kind) for kind in kinds)
     assert set(run_ranks(ranks[0], train, folder, first, stop_after)) == {75}

@@ -83,16 +83,16 @@ def killed(place: RankInfo, folder: Path, data: Path, rule: str) -> None:
 
 def end_at(steps: int, end: Callable[[], None]) -> None:
     """Let something else happen in place of this process's next step after `steps`."""
-    train_step, taken = loop.train_step, 0
+    one_step, taken = loop.one_step, 0
 
     def mortal_step(*arguments: Any, **keywords: Any) -> Any:
         nonlocal taken
         if taken == steps:
             end()
         taken += 1
-        return train_step(*arguments, **keywords)
+        return one_step(*arguments, **keywords)
 
-    loop.train_step = mortal_step
+    loop.one_step = mortal_step
 
 
 def start_over_is_a_failure() -> None:
@@ -101,12 +101,12 @@ def start_over_is_a_failure() -> None:
 
 def whole_and_resumed(place: RankInfo, folder: Path, data: Path) -> None:
     """Every rule without a break, and what was killed of it from where it was saved."""
-    train_step = loop.train_step
+    one_step = loop.one_step
     for rule in RULES:
         assert trained(place, folder, data, rule, f"whole-{rule}") == 0
         end_at(STEPS - SAVED_AFTER, start_over_is_a_failure)
         assert trained(place, folder, data, rule, f"killed-{rule}") == 0
-        loop.train_step = train_step
+        loop.one_step = one_step
 
 
 @pytest.fixture(scope="module")

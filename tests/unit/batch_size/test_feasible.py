@@ -94,7 +94,7 @@ def test_neighbours_enclose_any_size_and_keep_the_samples(
         (32, "or micro_batch_size=4"),
     ],
 )
-def test_size_that_is_not_feasible_names_its_neighbours_and_a_way_out(size, told):
+def test_size_that_is_not_feasible_names_its_neighbours_and_a_hint(size, told):
     with pytest.raises(InputError) as error:
         PUBLISHED.require(size, "batch_size.cap")
     assert told in str(error.value)

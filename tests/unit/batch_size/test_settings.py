@@ -1,4 +1,4 @@
-"""Settings of the batch size that cannot be meant, each with the rule and the way out."""
+"""Settings of the batch size that cannot be meant, each with the rule and a hint."""
 
 import pytest
 
@@ -75,7 +75,7 @@ from gns_pretrain.errors import InputError
         ),
     ],
 )
-def test_setting_that_breaks_a_rule_is_named_with_the_way_out(settings, told):
+def test_setting_that_breaks_a_rule_is_named_with_a_hint(settings, told):
     with pytest.raises(InputError, match=told):
         BatchSizeSettings(**settings)
 

@@ -128,7 +128,7 @@ def test_spread_is_the_deviation_of_the_last_measurements_and_skips_those_withou
     assert tracker(measurement(3.0, 1.0), *sevens).spread == 0.0
 
 
-def test_tracker_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
+def test_tracker_resumes_from_its_state_bit_for_bit() -> None:
     first, second, third = (measurement(1 / n, 1 / (n + 4)) for n in (3, 5, 7))
     resumed = tracker()
     resumed.load_state_dict(json.loads(json.dumps(tracker(first, second).state_dict())))

@@ -8,17 +8,17 @@ import torch
 from torch._subclasses import FakeTensor
 
 from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.launch.build import build_batch_sizer
-from gns_pretrain.launch.train import launch
+from gns_pretrain.launch.build import build_batch_sizer, build_run
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.base import keep_token_half_life
 from gns_pretrain.optim.signum import SignumSettings
+from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.training import loop
-from gns_pretrain.training.loop import fit_to_ranks
+from gns_pretrain.training.loop import fit_to_ranks, one_step, train
 from gns_pretrain.training.state import TrainState
 from tests.settings import SEQUENCE_LENGTH, small_run
 
+ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 EVERY = 4
 
 
@@ -35,21 +35,27 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+def finished(config, folder: Path, step) -> bool:
+    """Train a run in this process whose steps `step` takes."""
+    run = build_run(config, ALONE, folder)
+    try:
+        return train(run, lambda: False, step=step)
+    finally:
+        run.batches.close()
+        run.record.close()
+
+
 @pytest.mark.parametrize("geometry", ["manhattan", "nuclear"])
-def test_memory_stays_what_it_was_after_the_first_measurement(
-    geometry, tmp_path, shards, monkeypatch
-):
+def test_memory_stays_what_it_was_after_the_first_measurement(geometry, tmp_path, shards):
     seen = {}
-    take = loop.one_step
 
     def take_and_weigh(run, log):
-        readings = take(run, log)
+        readings = one_step(run, log)
         log.flush()
         gc.collect()
         seen[run.state.step] = live_bytes()
         return readings
 
-    monkeypatch.setattr(loop, "one_step", take_and_weigh)
     config = small_run(
         tmp_path,
         shards,
@@ -64,15 +70,15 @@ def test_memory_stays_what_it_was_after_the_first_measurement(
         ),
         metrics=MetricsSettings(log_every=1, progress="never"),
     )
-    assert launch(config) == 0
+    assert finished(config, tmp_path, take_and_weigh)
     measured = [seen[step] for step in sorted(seen) if step == 1 or step % EVERY == 0]
     assert len(measured) >= 3
     assert set(measured) == {measured[0]}
     assert max(seen.values()) == measured[0]
 
 
-class Told:
-    """A record that keeps what it is told."""
+class Recorded:
+    """A record that keeps its lines."""
 
     def __init__(self):
         self.changes = []
@@ -96,7 +102,7 @@ def moved(
         noise_scale=NoiseScaleSettings(geometries=["manhattan"], min_samples=4),
     )
     state = TrainState(batch_size, micro_batch_size=99, step=7, lr_multiplier=7.0)
-    record = Told()
+    record = Recorded()
     optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
     keep_token_half_life(optimizer, 8)
     fit_to_ranks(state, build_batch_sizer(config, num_ranks=num_ranks), optimizer, record)
@@ -133,17 +139,13 @@ def test_batch_that_other_ranks_take_past_its_cap_says_so(cap, told):
     )
 
 
-def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
-    tmp_path, shards, monkeypatch
-):
+def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(tmp_path, shards):
     betas = {}
-    take = loop.one_step
 
     def take_and_look(run, log):
         betas[run.state.batch_size] = run.optimizer.param_groups[0]["momentum"]
-        return take(run, log)
+        return one_step(run, log)
 
-    monkeypatch.setattr(loop, "one_step", take_and_look)
     config = small_run(
         tmp_path,
         shards,
@@ -156,5 +158,5 @@ def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
             stage_sizes=[24],
         ),
     )
-    assert launch(config) == 0
+    assert finished(config, tmp_path, take_and_look)
     assert betas == {8: 0.95, 24: 0.95**3}
