@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -29,6 +27,7 @@ from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, Settings, at_least, one_of
 from gns_pretrain.launch.build import build_run
+from gns_pretrain.launch.train import gpu_versions
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.adamw import AdamWSettings
@@ -38,8 +37,7 @@ from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings
 from gns_pretrain.parallel.collectives import barrier
 from gns_pretrain.parallel.mesh import World, pick_device
-from gns_pretrain.runs.directory import git_revision
-from gns_pretrain.runs.history import versions
+from gns_pretrain.runs.provenance import git_revision, package_versions
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.loop import Run
@@ -340,9 +338,9 @@ def provenance(words: Sequence[str]) -> Row:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {
-            **versions(),
+            **package_versions(*PACKAGES),
+            **gpu_versions(),
             "code": git_revision(),
-            **{name: version(name) for name in PACKAGES if find_spec(name)},
         },
     }
 

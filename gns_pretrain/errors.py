@@ -1,16 +1,27 @@
-"""The two kinds of failure that end a run with one line instead of a traceback."""
+"""The failures that end a command with one line instead of a traceback, and its exit codes."""
+
+import sys
+from typing import ClassVar
+
+EXIT_FINISHED = 0
+EXIT_BAD_INPUT = 2  # a setting or a file that the user can mend
+EXIT_TRAINING = 3  # the run cannot continue: a loss that is not finite, a full disk
+EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: saved after a signal, start the same command again
+EXIT_ORPHANED = 130  # a rank whose launcher is gone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class OneLineError(Exception):
-    """What both have in common.
+    """A failure that one line explains.
 
     Args:
         message: the line.
-        on_all_ranks: every rank raises it, so the main one tells it for all.
+        on_all_ranks: every rank raises it, so rank 0 prints it for all.
     """
+
+    exit_code: ClassVar[int]
 
     def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
         super().__init__(message)
@@ -18,17 +29,30 @@ class OneLineError(Exception):
 
 
 class InputError(OneLineError, ValueError):
-    """A setting or a file that people can mend; the command ends with exit code 2.
+    """A setting or a file that the user can mend.
 
-    The message is one line that names the setting or file, its value, the rule and the way out.
+    The message is one line that names the setting or file, its value, the rule and a hint.
     """
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class TrainingError(OneLineError, RuntimeError):
-    """A run that cannot go on (a loss that is not finite, a full disk); exit code 3.
+    """A run that cannot continue (a loss that is not finite, a full disk).
 
     The message names the step and what is still good; nothing that was saved is lost.
     """
+
+    exit_code = EXIT_TRAINING
+
+
+def print_error(error: OneLineError, *, rank: int = 0, num_ranks: int = 1) -> int:
+    """Print the line to stderr, once for an error of all ranks; return the exit code."""
+    if num_ranks > 1 and not error.on_all_ranks:
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
+    elif rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def one_line(error: BaseException) -> str:

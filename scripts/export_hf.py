@@ -16,7 +16,8 @@ from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerpri
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
-from gns_pretrain.runs.directory import CONFIG, read_provenance
+from gns_pretrain.runs.directory import CONFIG
+from gns_pretrain.runs.provenance import read_provenance
 
 
 def main() -> int:

@@ -13,13 +13,14 @@ import json
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.status import as_dicts, status_view, statuses
+from gns_pretrain.launch.status import status_view, statuses
 from gns_pretrain.system.slurm import job_states
 
 WIDTH = 160  # of a table that is not shown on a terminal
@@ -45,7 +46,7 @@ def main() -> int:
                     time.sleep(arguments.every)
                     live.update(view(arguments.folder), refresh=True)
         elif arguments.json:
-            runs = as_dicts(statuses(arguments.folder, job_states()))
+            runs = [asdict(run) for run in statuses(arguments.folder, job_states())]
             sys.stdout.write(json.dumps(runs, indent=1) + "\n")
         else:
             width = None if sys.stdout.isatty() else WIDTH

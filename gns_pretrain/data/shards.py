@@ -86,7 +86,7 @@ def read_meta(folder: Path) -> CorpusMeta:
             f"{folder} is not a token-shard folder ({META_FILE} is missing); "
             "make one with scripts/prepare_data.py"
         )
-    content = read_json(path, way_out=HINT)
+    content = read_json(path, hint=HINT)
     again = "prepare the folder again"
     try:
         shards = tuple(

@@ -19,7 +19,7 @@ from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.launch.train import place_from
+from gns_pretrain.launch.ranks import rank_info_from
 from gns_pretrain.model.huggingface import load_hf_folder
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, SampleSums
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
@@ -149,7 +149,7 @@ def measure(request: MeasurementRequest) -> Report | None:
         nuclear_parameters=request.nuclear_parameters,
         square_root=request.square_root,
     )
-    place = place_from(os.environ) or RankInfo()
+    place = rank_info_from(os.environ) or RankInfo()
     rounds = request.rounds(place.num_ranks)
     tokens = TokenShards.open(request.data, "validation")
     available = tokens.num_sequences(request.sequence_length)

@@ -1,12 +1,15 @@
-"""The runs of a sweep: which there are, and which need no training.
+"""The runs of a sweep: which there are, which need no training, and their results.
 
-A run is known by its folder. Started again, a sweep trains only what is not finished; a run whose
-training equals that of a finished one under another name (Table 8 and Table 9 share cells) takes
-over its record.
+A run is known by its directory. Started again, a sweep trains only what is not finished; a run
+whose training equals that of a finished one under another name (Table 8 and Table 9 share cells)
+gets a copy of its record.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -22,168 +25,112 @@ from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.build import shown_as
 from gns_pretrain.runs.directory import (
     CONFIG,
+    METRICS,
     PROVENANCE,
     SUMMARY,
-    draw_run_id,
     is_finished,
     read_summary,
 )
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     differing_settings,
-    flatten,
+    identifying_settings,
     same_training,
     settings_of_run,
 )
+from gns_pretrain.runs.provenance import new_run_id
 from gns_pretrain.tracking.jsonl import read_records, write_summary
 from gns_pretrain.tracking.views import MayFail
 from gns_pretrain.tracking.wandb import WandbView
 
-# What became of the runs of a sweep.
-
-# Names of this command's runs that failed: a search passes over them and ends well without.
-FAILED: list[str] = []
 MAX_WIDTH = 1000  # columns of a table that the terminal may wrap
-SHOWN_NAMES = 5
+SHOWN = 5  # names or problems, of all, in an error
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a run.
+class PlannedRun:
+    """One run of a sweep, checked."""
 
-    Args:
-        name: of the run.
-        state: finished (now), skipped (it was), shared (it equals another one), failed or stopped.
-        why: of a run that is not there, or whose record is another's.
-        summary: of the finished run.
-    """
-
-    name: str
-    state: str
-    why: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the run's record is whole."""
-        return self.state in ("finished", "skipped", "shared")
-
-
-def note_failures(outcomes: Sequence[Outcome]) -> None:
-    """Remember for the end of the command which of its runs failed."""
-    FAILED.extend(outcome.name for outcome in outcomes if outcome.state == "failed")
-
-
-def failure_of_sweep() -> TrainingError | None:
-    """What to say at the end of a sweep some of whose runs failed."""
-    if not FAILED:
-        return None
-    names = ", ".join(FAILED[:SHOWN_NAMES]) + (", ..." if len(FAILED) > SHOWN_NAMES else "")
-    return TrainingError(
-        f"{len(FAILED)} of the sweep's runs failed ({names}); the tables say why, and the same "
-        "command goes on with them"
-    )
-
-
-def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
-    """A table of what ran, what was skipped and what failed, and why; as wide as it needs."""
-    table = Table(title=f"{len(outcomes)} runs", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("run", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for column in ("steps", "last batch", "lowest val. loss", "training"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        summary = outcome.summary
-        figures = ["", "", "", ""]
-        if summary:
-            figures = [
-                f"{summary['steps']:,}",
-                f"{summary['batch_size']:,}",
-                f"{summary['minimum_validation_loss']:.4f}",
-                f"{summary['seconds']:.0f} s",
-            ]
-        table.add_row(outcome.name, outcome.state, *figures)
-    Console(file=console.file, width=MAX_WIDTH).print(table)
-    for outcome in outcomes:
-        if outcome.why and outcome.state != "skipped":
-            line = f"{outcome.name} {outcome.state}: {outcome.why}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-SHOWN_PROBLEMS = 5
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep, checked.
-
-    Args:
-        overrides: the settings that make it, as for train.py.
-        config: all its settings.
-        directory: its folder.
-        fingerprint: of its data; empty where the data was not looked at.
-    """
-
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # as on the command line of train.py
     config: Config
     directory: Path
-    fingerprint: str = ""
+    fingerprint: str  # of the data
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """The directory's name."""
         return self.directory.name
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All settings by dotted names, and the data's fingerprint."""
-        return flatten(as_dict(self.config)) | {FINGERPRINT: self.fingerprint}
+        return identifying_settings(as_dict(self.config), self.fingerprint)
 
 
-def plan_jobs(
-    runs: Sequence[tuple[Sequence[str], Callable[[], Config]]],
-    *,
-    inspect: Callable[[Config], tuple[Path, str]],
-) -> list[Job]:
-    """Check every run of a sweep; runs that are the same come once.
+@dataclass(frozen=True)
+class RunResult:
+    """What a sweep did with a run.
+
+    Its state is finished (now), skipped (it was), shared (it equals another one), failed, stopped
+    or submitted (to SLURM).
+    """
+
+    name: str
+    state: str
+    why: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)  # of a run that is finished
+
+
+def plan_runs(
+    job_overrides: Sequence[Sequence[str]],
+    compose: Callable[[Sequence[str]], Config],
+    check: Callable[[Config], tuple[Path, str]],
+) -> list[PlannedRun]:
+    """Check every run of a sweep.
 
     Args:
-        runs: each run's overrides, and what makes its settings of them.
-        inspect: checks settings against this machine; gives the run's folder and the data's
+        job_overrides: each run's overrides.
+        compose: makes a run's settings of them.
+        check: checks settings against this machine; returns the run directory and the data's
             fingerprint.
 
+    Returns:
+        One run for each list of overrides; equal ones give the same object.
+
     Raises:
-        InputError: some run cannot be started, or two different ones would share a folder; nothing
-            has been started.
+        InputError: some run cannot be started, or two different ones would share a directory;
+            nothing has been started.
     """
-    jobs: dict[Path, Job] = {}
-    problems: dict[str, int] = {}
-    for overrides, make_config in runs:
+    planned: dict[Path, PlannedRun] = {}
+    problems: Counter[str] = Counter()
+    runs = []
+    for overrides in job_overrides:
         try:
-            config = make_config()
-            job = Job(tuple(overrides), config, *inspect(config))
-            known = jobs.setdefault(job.directory, job)
-            refuse_collision(known, job)
+            config = compose(overrides)
+            run = PlannedRun(tuple(overrides), config, *check(config))
+            runs.append(planned.setdefault(run.directory, run))
+            refuse_collision(runs[-1], run)
         except InputError as error:
-            problems[str(error)] = problems.get(str(error), 0) + 1
+            problems[str(error)] += 1
     if problems:
         shown = [
-            f"{problem} ({count} run{'s' * (count > 1)})"
-            for problem, count in list(problems.items())[:SHOWN_PROBLEMS]
+            f"{problem} ({count} run{'s' if count > 1 else ''})"
+            for problem, count in list(problems.items())[:SHOWN]
         ]
+        more = ["..."] if len(problems) > SHOWN else []
         raise InputError(
-            f"{sum(problems.values())} of the sweep's {len(runs)} runs cannot be started, so none "
-            f"was: {'; '.join(shown)}{'; ...' * (len(problems) > SHOWN_PROBLEMS)}"
+            f"{problems.total()} of the sweep's {len(job_overrides)} runs cannot be started, so "
+            f"none was: {'; '.join(shown + more)}"
         )
-    return list(jobs.values())
+    return runs
 
 
-def refuse_collision(known: Job, job: Job) -> None:
-    """Refuse two runs that differ in anything and share a folder: only one of them would run."""
-    differing = differing_settings(known.settings, job.settings)
+def refuse_collision(known: PlannedRun, run: PlannedRun) -> None:
+    """Refuse two runs that share a directory and differ in anything: only one would be trained."""
+    differing = differing_settings(known.settings, run.settings)
     if not differing:
         return
-    name, value = differing[0], job.settings.get(differing[0])
+    name, value = differing[0], run.settings.get(differing[0])
     hint = f"let run_name hold it, as in: 'run_name={known.name}-${{{name}}}'"
     if name == FINGERPRINT or "/" in str(value):
         hint = "start each by a command of its own, with a run_name of its own"
@@ -193,70 +140,122 @@ def refuse_collision(known: Job, job: Job) -> None:
     )
 
 
-def finished_twin(job: Job, folders: Iterable[Path]) -> Path | None:
-    """A finished run whose training is this one's under another name, on the same data."""
-    others = (folder for folder in folders if folder != job.directory)
-    wanted = job.settings
-    return next(
-        (
-            folder
-            for folder in others
-            if (found := finished_run(folder)) and same_training(found, wanted)
-        ),
-        None,
-    )
-
-
-@cache  # a finished run changes no more, and a sweep asks for it once a job
-def finished_run(folder: Path) -> dict[str, Any] | None:
-    """The settings of a finished run; None for a folder that is not one of this program's."""
-    try:
-        settings = settings_of_run(folder)
-    except InputError:
-        return None
-    return settings if is_finished(folder) and FINGERPRINT in settings else None
-
-
-def share_record(job: Job, twin: Path, *, say: Callable[[str], None]) -> Outcome:
-    """Give a run the record of a finished one with the same training; views are told it too.
+def skip_or_reuse(run: PlannedRun, *, log: Callable[[str], None]) -> RunResult | None:
+    """The result of a run that needs no training: finished, or equal to a finished one.
 
     Args:
-        job: a run whose folder is not there yet.
-        twin: the finished run's folder.
-        say: prints a line.
+        run: which may get a copy of a finished run's record.
+        log: prints a line.
     """
-    unfinished = job.directory.with_name(f".{job.name}.unfinished")
+    if run.config.resume == "never":
+        return None
+    if is_finished(run.directory):
+        return RunResult(run.name, "skipped", "it was finished", read_summary(run.directory))
+    if not run.directory.exists() and (equal := find_equal_run(run)):
+        return copy_record(run, equal, log=log)
+    return None
+
+
+def find_equal_run(run: PlannedRun) -> Path | None:
+    """A finished run beside this one whose training is the same, under another name."""
+    for path in sorted(run.directory.parent.glob(f"*/{SUMMARY}")):
+        settings = settings_if_finished(path.parent)
+        if settings and same_training(settings, run.settings):
+            return path.parent
+    return None
+
+
+@cache  # a finished run changes no more, and a sweep asks for it once a run
+def settings_if_finished(directory: Path) -> dict[str, Any] | None:
+    """The settings of a finished run; None for another folder, which may be anyone's."""
+    try:
+        settings = settings_of_run(directory)
+    except InputError:
+        return None
+    return settings if is_finished(directory) and FINGERPRINT in settings else None
+
+
+def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> RunResult:
+    """Give a run, which has no directory yet, the record of a finished one; W&B gets it too."""
+    unfinished = run.directory.with_name(f".{run.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for name in ("metrics.jsonl", PROVENANCE):
-        shutil.copy2(twin / name, unfinished / name)
-    (unfinished / CONFIG).write_text(as_yaml(job.config))
-    summary = read_summary(twin) | {"same_as": twin.name}
+    for name in (METRICS, PROVENANCE):
+        shutil.copy2(equal / name, unfinished / name)
+    (unfinished / CONFIG).write_text(as_yaml(run.config))
+    summary = read_summary(equal) | {"same_as": equal.name}
     write_summary(unfinished / SUMMARY, summary)
-    run_id = draw_run_id(unfinished)
-    unfinished.rename(job.directory)
-    settings = shown_as(job.config).wandb
-    if settings.enabled:
-        values = as_dict(job.config)
-        view = MayFail(
-            "W&B",
-            partial(WandbView, job.directory, settings, config=values, run_id=run_id),
-            say,
-        )
-        for record in read_records(job.directory / "metrics.jsonl"):
+    run_id = new_run_id(unfinished)
+    unfinished.rename(run.directory)
+    wandb = shown_as(run.config).wandb
+    if wandb.enabled:
+        config = as_dict(run.config)
+        make_view = partial(WandbView, run.directory, wandb, config=config, run_id=run_id)
+        view = MayFail("W&B", make_view, log)
+        for record in read_records(run.directory / METRICS):
             view.write(record)
         view.finish(summary)
-    return Outcome(job.name, "shared", f"the same training as {twin.name}", summary)
+    return RunResult(run.name, "shared", f"the same training as {equal.name}", summary)
 
 
-def settle(job: Job, *, say: Callable[[str], None]) -> Outcome | None:
-    """The outcome of a run that needs no training; None for one that does."""
-    if job.config.resume == "never":
-        return None
-    if is_finished(job.directory):
-        return Outcome(job.name, "skipped", "it was finished", read_summary(job.directory))
-    if job.fingerprint and not job.directory.exists():
-        folders = sorted(path.parent for path in job.directory.parent.glob(f"*/{SUMMARY}"))
-        if twin := finished_twin(job, folders):
-            return share_record(job, twin, say=say)
-    return None
+# Of this command's sweep, where `failed_runs_raise` collects them.
+_RESULTS: ContextVar[list[RunResult] | None] = ContextVar("results", default=None)
+
+
+@contextmanager
+def failed_runs_raise() -> Iterator[None]:
+    """Raise, at the end of a command, that runs of its sweep failed.
+
+    Hydra's own sweeper raises the first failure. A search (Optuna) passes over them, and ends
+    well, or with a ValueError where no run is left.
+
+    Raises:
+        TrainingError: names the runs.
+    """
+    results: list[RunResult] = []
+    token = _RESULTS.set(results)
+    try:
+        yield
+    except InputError:
+        raise
+    except (TrainingError, ValueError):
+        if all(result.state != "failed" for result in results):
+            raise
+    finally:
+        _RESULTS.reset(token)
+    if failed := [result.name for result in results if result.state == "failed"]:
+        names = ", ".join(failed[:SHOWN]) + (", ..." if len(failed) > SHOWN else "")
+        raise TrainingError(
+            f"{len(failed)} of the sweep's {len(results)} runs failed ({names}); the tables say "
+            "why, and the same command resumes them"
+        )
+
+
+def report_results(results: Sequence[RunResult], console: Console) -> None:
+    """Print a table of all runs and the reasons below it; hand them to `failed_runs_raise`."""
+    if (collected := _RESULTS.get()) is not None:
+        collected.extend(results)
+    table = Table(title=f"{len(results)} runs", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for column in ("steps", "last batch", "lowest val. loss", "training"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        figures = ["", "", "", ""]
+        if summary := result.summary:
+            figures = [
+                f"{summary['steps']:,}",
+                f"{summary['batch_size']:,}",
+                f"{summary['minimum_validation_loss']:.4f}",
+                f"{summary['seconds']:.0f} s",
+            ]
+        table.add_row(result.name, result.state, *figures)
+    Console(file=console.file, width=MAX_WIDTH).print(table)  # as wide as it needs
+    for result in results:
+        if result.why and result.state != "skipped":
+            print_line(console, f"{result.name} {result.state}: {result.why}")
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)

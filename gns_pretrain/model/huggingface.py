@@ -218,7 +218,7 @@ def load_hf_folder(folder: Path) -> Llama:
     Raises:
         InputError: naming the file that is missing, damaged, or describes another architecture.
     """
-    config = config_from_hf(read_json(folder / CONFIG_FILE, way_out=HINT), folder / CONFIG_FILE)
+    config = config_from_hf(read_json(folder / CONFIG_FILE, hint=HINT), folder / CONFIG_FILE)
     names = hf_names(config)
     with torch.device("meta"):
         model = Llama(config)
@@ -237,7 +237,7 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
     """Read every parameter in float32, keyed by our names; exactly those of `names`."""
     files = [folder / WEIGHTS_FILE]
     if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE, way_out=HINT).get("weight_map", {})
+        weight_map = read_json(folder / INDEX_FILE, hint=HINT).get("weight_map", {})
         files = [folder / name for name in sorted(set(weight_map.values()))]
     ours = {theirs: name for name, theirs in names.items()}
     state: dict[str, Tensor] = {}

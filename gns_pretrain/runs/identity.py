@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.directory import PROVENANCE, read_provenance, read_settings
+from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
+from gns_pretrain.runs.provenance import read_provenance
 
 FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
 NAMES = ("run_name", "table", "cell")
@@ -103,6 +104,11 @@ def changes_run_name(name: str, *, policy: str) -> bool:
     return not _is_one_of(name, EXECUTION) and (name not in SAMPLES or policy != "constant")
 
 
+def identifying_settings(settings: Mapping[str, Any], data_fingerprint: str) -> dict[str, Any]:
+    """Nested settings as a flat mapping, and the data's fingerprint among them."""
+    return flatten(settings) | {FINGERPRINT: data_fingerprint}
+
+
 def settings_of_run(directory: Path) -> dict[str, Any]:
     """The settings of a run directory, flat; without a fingerprint where there is no run.json.
 
@@ -125,37 +131,39 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_another_run(
-    directory: Path, *, before: dict[str, Any], now: dict[str, Any], data_fingerprint: str
-) -> None:
-    """Refuse to resume a run under other settings or on other data.
+def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume a run under other settings or on other data; without a run do nothing.
 
     Args:
         directory: the run's.
-        before: the settings it was started with, nested.
-        now: the settings of this start, nested.
-        data_fingerprint: of the training and validation data of this start.
+        settings: of this start, flat, with the data's fingerprint.
 
     Raises:
         InputError: names the first settings that differ, or the data.
     """
-    old, new = flatten(before), flatten(now)
-    hint = "use another run_name, or resume=never to start over in a fresh folder"
+    if not (directory / CONFIG).exists():
+        return
+    known = settings_of_run(directory)
+    if not known.keys() - {FINGERPRINT}:
+        raise InputError(
+            f"{directory / CONFIG} is damaged (no settings in it); restore it, or use another "
+            "run_name"
+        )
+    hint = "use another run_name, or resume=never to restart in a fresh directory"
     changed = [
-        f"{name} was {old.get(name)} and is now {new.get(name)}"
-        for name in differing_settings(old, new)
-        if decides(name, new, Purpose.RESUME)
+        f"{name} was {known.get(name)} and is now {settings.get(name)}"
+        for name in differing_settings(known, settings)
+        if name != FINGERPRINT and decides(name, settings, Purpose.RESUME)
     ]
     if changed:
         shown = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
         raise InputError(f"{directory} holds a run with other settings: {shown}; {hint}")
-    if (directory / PROVENANCE).exists():
-        known = read_provenance(directory)[FINGERPRINT]
-        if known != data_fingerprint:
-            raise InputError(
-                f"{directory} holds a run on other data: data.path={new.get('data.path')} has "
-                f"fingerprint {data_fingerprint[:12]}, the run's had {known[:12]}; {hint}"
-            )
+    then, now = known.get(FINGERPRINT), settings[FINGERPRINT]
+    if then not in (None, now):
+        raise InputError(
+            f"{directory} holds a run on other data: data.path={settings.get('data.path')} has "
+            f"fingerprint {now[:12]}, the run's had {str(then)[:12]}; {hint}"
+        )
 
 
 def _is_one_of(name: str, settings: tuple[str, ...]) -> bool:

@@ -1,7 +1,5 @@
 """Files that are either whole or absent, whatever kills the process that writes them."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -55,16 +53,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, *, way_out: str) -> dict[str, Any]:
-    """The JSON object in `path`; InputError names the file and the way out if it is not one."""
+def read_json(path: Path, *, hint: str) -> dict[str, Any]:
+    """The JSON object in `path`; InputError names the file and a hint if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); {way_out}") from error
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {hint}") from error
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); {way_out}") from error
+        raise InputError(f"{path} is not valid JSON ({error}); {hint}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; {way_out}")
+        raise InputError(f"{path} is not a JSON object; {hint}")
     return content
 
 

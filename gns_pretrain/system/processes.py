@@ -1,11 +1,15 @@
-"""Being asked to stop: finish the step, save, leave with a code of its own."""
+"""The cores of a process, and the signals that ask it to stop."""
 
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-# The cores that a process may use.
+# A scheduler before it takes the machine away: SIGTERM (preemption), SIGUSR1 (slurm/train.sbatch),
+# SIGUSR2 (submitit, whose own handler is replaced: the batch script requeues). And Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def available_cores() -> int:
@@ -13,43 +17,53 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_of_each(processes: int) -> int:
-    """Threads of each of several processes: OMP_NUM_THREADS, or its share of the cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return max(available_cores() // processes, 1)
-
-
-# A scheduler before it takes the machine away: SIGTERM (preemption), SIGUSR1 (slurm/train.sbatch),
-# SIGUSR2 (submitit, whose own handler is replaced: the batch script requeues).
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: nothing is wrong, start the same command again
+def threads_per_process(num_processes: int) -> int:
+    """OMP_NUM_THREADS if it is set, or a process's share of the cores."""
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    return max(available_cores() // num_processes, 1)
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the loop looks at `requested` between steps.
+    """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, for a loop to look at `requested` between steps.
 
     Args:
-        of_launcher: memory shared with the launcher, which is set when that one was asked.
+        flag: memory shared with other processes, each of which may set it; None: this process's.
     """
 
-    def __init__(self, of_launcher: ctypes.c_bool | None = None) -> None:
+    def __init__(self, flag: ctypes.c_bool | None = None) -> None:
+        self.flag = ctypes.c_bool(False) if flag is None else flag
         self._noted = False
-        self._of_launcher = of_launcher
 
     @property
     def requested(self) -> bool:
-        """Whether somebody has asked."""
-        return self._noted or (self._of_launcher is not None and self._of_launcher.value)
+        """Whether this process, or one that shares the flag, was asked to stop."""
+        return self.flag.value
 
     def listen(self) -> None:
-        """Take the signals from now on, and those that the launcher has had held back until now."""
+        """Handle the signals until this process ends, those blocked so far included.
+
+        A second Ctrl-C interrupts at once.
+        """
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._note_or_interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handle the signals in this block."""
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = self.flag.value = True
+
+    def _note_or_interrupt(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._noted:
             raise KeyboardInterrupt
-        self._noted = True
+        self._note(number, frame)

@@ -1,4 +1,4 @@
-"""What SLURM tells a process of its job, and what SLURM is asked. Needs neither torch nor a run."""
+"""What SLURM sets for a process of a job, and its commands. Needs neither torch nor a run."""
 
 import os
 import re
@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-JOB_FOLDER = "GNS_JOB_FOLDER"  # set by the batch script: where a job's ranks leave word of an end
-ANSWER_SECONDS = 60  # of scontrol and squeue; a busy controller takes a while
+JOB_FOLDER = "GNS_JOB_FOLDER"  # set by the batch script: where a job's ranks write crash reports
+TIMEOUT_SECONDS = 60  # of scontrol and squeue; a busy controller takes a while
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """The job that this process is part of."""
 
     id: str  # of an array's element too: its own number
     starts: int  # earlier starts of this job: 0 unless it was requeued
-    folder: Path | None  # of this start, for the ranks' words; None where nobody gathers them
+    folder: Path | None  # of this start, for crash reports; None where nobody collects them
 
     @classmethod
-    def current(cls, environment: Mapping[str, str] = os.environ) -> "Job | None":
+    def current(cls, environment: Mapping[str, str] = os.environ) -> "SlurmJob | None":
         """The job of this process; None outside of SLURM."""
         if "SLURM_JOB_ID" not in environment:
             return None
@@ -36,7 +36,7 @@ class Job:
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine by the name that SLURM has for it, or its own."""
+    """This machine's name in SLURM, or its host name."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -48,41 +48,41 @@ def first_host(node_list: str) -> str:
 
 
 def job_state(job_id: str) -> str | None:
-    """RUNNING, COMPLETING, PENDING, ...; None if SLURM does not know or does not answer."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job_id)
-    match = re.search(r"\bJobState=(\w+)", answer or "")
+    """RUNNING, COMPLETING, PENDING, ...; None if SLURM does not know the job or does not answer."""
+    output = run_command("scontrol", "--oneliner", "show", "job", job_id)
+    match = re.search(r"\bJobState=(\w+)", output or "")
     return match[1] if match else None
 
 
 def job_states() -> dict[str, str] | None:
-    """State of each of the jobs in the queue, by job id; empty where there is no SLURM.
+    """State of each of the user's jobs in the queue, by job id; empty where there is no SLURM.
 
-    None where SLURM does not answer: then nobody knows, and no job may be taken for ended.
+    None where SLURM does not answer: then no job may be taken for ended.
     """
     if shutil.which("squeue") is None:
         return {}
-    answer = ask("squeue", "--noheader", "--all", "--array", "--format=%A %F_%K %T", "--me")
-    if answer is None:
+    output = run_command("squeue", "--noheader", "--all", "--array", "--format=%A %F_%K %T", "--me")
+    if output is None:
         return None
     states: dict[str, str] = {}
-    for line in answer.splitlines():
+    for line in output.splitlines():
         number, element, state = line.split()
-        # An element of an array that waits has no number of its own yet.
+        # A pending element of an array has no number of its own yet.
         states[element.removesuffix("_N/A")] = state
         states.setdefault(number, state)
     return states
 
 
 def requeue(job_id: str) -> bool:
-    """Have SLURM end this job here and start it anew; whether it agreed."""
-    return ask("scontrol", "requeue", job_id) is not None
+    """End this job and put it back into the queue; return whether SLURM agreed."""
+    return run_command("scontrol", "requeue", job_id) is not None
 
 
-def ask(*command: str) -> str | None:
-    """What one of SLURM's commands answers; None if it is not there or refuses."""
+def run_command(*command: str) -> str | None:
+    """Output of one of SLURM's commands; None if it is missing, fails or does not answer."""
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+            command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -9,6 +9,7 @@ from rich import console as rich_console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from gns_pretrain.tracking.jsonl import METRICS, SUMMARY
 from gns_pretrain.tracking.settings import MetricsSettings
 
 _REFRESHES_PER_SECOND = 4  # enough for the eye; the bar shares the cores with training
@@ -146,8 +147,8 @@ def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:
         f"{duration(summary['seconds'])} of training",
         f"  validation loss  {validation}",
         f"  speed            {speed}",
-        f"  run record       {run_directory / 'metrics.jsonl'}",
-        f"  summary          {run_directory / 'summary.json'}",
+        f"  run record       {run_directory / METRICS}",
+        f"  summary          {run_directory / SUMMARY}",
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.system.files import write_bytes
 
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
 TAIL_BYTES = 2**16  # hold many lines
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
+    METRICS,
+    SUMMARY,
     JsonLines,
     Line,
     read_records,
@@ -48,7 +50,7 @@ class Record:
         run_id: str,
     ) -> None:
         self._run_directory = run_directory
-        self._path = run_directory / "metrics.jsonl"
+        self._path = run_directory / METRICS
         self._lines: JsonLines | None = None
         self._console: ConsoleView | None = None
         self._views: list[View] = []
@@ -100,7 +102,7 @@ class Record:
         if self._lines is None:
             return
         full = {"state": "finished", **summarize(read_records(self._path)), **summary}
-        write_summary(self._run_directory / "summary.json", full)
+        write_summary(self._run_directory / SUMMARY, full)
         # The console was opened first and comes last: the run ends with its closing table.
         for view in reversed(self._views):
             view.finish(full)

@@ -61,13 +61,13 @@ def test_error_of_one_rank_is_told_by_it_and_gives_the_code(tmp_path, shards):
 
 
 def asked_before_there_are_ranks() -> None:
-    start_server = local_ranks.start_server_without_signals
+    start_server = local_ranks.start_fork_server
 
     def asked_then_started() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         start_server()
 
-    local_ranks.start_server_without_signals = asked_then_started
+    local_ranks.start_fork_server = asked_then_started
 
 
 def interrupted_then_run(*arguments) -> None:

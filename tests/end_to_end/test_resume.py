@@ -139,7 +139,7 @@ def test_finished_run_says_so_and_trains_nothing(tmp_path, shards):
     assert commands.run(words, tmp_path / "log") == 0
     before = (tmp_path / "small" / "metrics.jsonl").read_bytes()
     assert commands.run(words, tmp_path / "log") == 0
-    assert "is finished; resume=never starts over" in (tmp_path / "log").read_text()
+    assert "is finished; resume=never restarts it" in (tmp_path / "log").read_text()
     assert (tmp_path / "small" / "metrics.jsonl").read_bytes() == before
 
 

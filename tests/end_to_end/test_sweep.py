@@ -35,9 +35,11 @@ def sweep(folder: Path, data: Path, *more: str) -> tuple[int, str]:
 
 @pytest.mark.timeout(2 * TIMEOUT_SECONDS)
 def test_sweep_runs_all_says_what_failed_and_goes_on_with_it(tmp_path, shards):
-    code, text = sweep(tmp_path, shards, "optimizer.lr=1e-2,1e38,1e-3", "hydra.launcher.at_once=2")
+    code, text = sweep(
+        tmp_path, shards, "optimizer.lr=1e-2,1e38,1e-3", "hydra.launcher.max_parallel=2"
+    )
     assert code == 3, text
-    assert "1 of 3 runs failed" in text
+    assert "1 of the sweep's 3 runs failed (lr1e+38)" in text
     for lr in ("0.01", "0.001"):
         summary = json.loads((tmp_path / f"lr{lr}" / "summary.json").read_text())
         assert summary["steps"] == 4
@@ -71,7 +73,7 @@ def test_optuna_goes_on_past_a_point_that_fails_and_the_command_tells(tmp_path, 
         "hydra.sweeper.n_trials=3",
     )
     assert code == 3, text
-    assert "1 of the sweep's runs failed (lr1e+38)" in text
+    assert "1 of the sweep's 3 runs failed (lr1e+38)" in text
     assert "lr0.01 skipped: it was finished" in text.partition("lr1e+38 failed")[2]
     (summary,) = tmp_path.glob("lr*/summary.json")
     assert summary.parent.name == "lr0.01"
@@ -85,4 +87,4 @@ def test_a_search_none_of_whose_points_can_be_trained_ends_in_one_line(tmp_path,
         tmp_path, shards, "optimizer.lr=1e38", "hydra/sweeper=search", "hydra.sweeper.n_trials=1"
     )
     assert code == 3, text
-    assert text.splitlines()[-1].startswith("error: 1 of the sweep's runs failed (lr1e+38)")
+    assert text.splitlines()[-1].startswith("error: 1 of the sweep's 1 runs failed (lr1e+38)")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain.launch.status import read_submissions, statuses
+from gns_pretrain.launch.slurm_jobs import read_submitted
+from gns_pretrain.launch.status import statuses
 from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.system.slurm import job_states
@@ -98,7 +99,7 @@ def test_signal_before_the_limit_saves_requeues_and_ends_with_the_same_lines(
     ended = cluster.wait(run.job, *ENDED)
     assert ended["JobState"] == "COMPLETED", run.log
     assert ended["Restarts"] == "1"
-    assert f"job {run.job}: saved, and started again from there" in run.log
+    assert f"job {run.job}: saved, and requeued to resume from there" in run.log
     assert "resumed from step" in run.log
     assert jobs.lines(tmp_path) == jobs.lines(whole.folder)
     assert outcomes(tmp_path) == ["stopped", "finished"]
@@ -131,7 +132,7 @@ def test_second_job_on_one_run_is_refused_and_a_cancelled_one_is_not_requeued(
     assert ended["ExitCode"] == "2:0", log
     assert "small is in use by process" in log
     assert f"(SLURM job {first.job})" in log
-    assert "not started again: a setting or a file has to be mended" in log
+    assert "not requeued: a setting or a file has to be mended" in log
     cluster.ask("scancel", first.job)
     ended = cluster.wait(first.job, *ENDED)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
@@ -151,7 +152,7 @@ def test_multirun_submits_a_job_a_run_once_and_a_preempted_one_goes_on(
         "run_name=small-${seed}",
         f"seed={','.join(map(str, SEEDS))}",
         "hydra/launcher=slurm",
-        "hydra.launcher.at_once=2",
+        "hydra.launcher.max_parallel=2",
         "hydra.launcher.tasks_per_node=1",
         "hydra.launcher.gpus_per_node=1",
         "hydra.launcher.cpus_per_task=1",
@@ -160,7 +161,7 @@ def test_multirun_submits_a_job_a_run_once_and_a_preempted_one_goes_on(
     assert commands.run(words, tmp_path / "log", environment) == 0
     log = (tmp_path / "log").read_text()
     logs = (tmp_path / "logs" / "slurm").resolve()
-    submitted = read_submissions(logs)
+    submitted = read_submitted(logs)
     assert sorted(path.name for path in submitted) == [f"small-{seed}" for seed in SEEDS]
     for run, job in submitted.items():
         assert f"{run.name} submitted: as job {job}" in log
@@ -176,7 +177,7 @@ def test_multirun_submits_a_job_a_run_once_and_a_preempted_one_goes_on(
     cluster.ask("scancel", "--signal=USR2", first)
     assert commands.run(words, tmp_path / "log", environment) == 0
     assert "in the queue as job" in (tmp_path / "log").read_text()
-    assert read_submissions(logs) == submitted
+    assert read_submitted(logs) == submitted
     for job in submitted.values():
         output = logs / f"{job}_0_log.out"
         assert cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", (
@@ -184,14 +185,14 @@ def test_multirun_submits_a_job_a_run_once_and_a_preempted_one_goes_on(
         )
     for seed in SEEDS:
         assert is_finished(tmp_path / f"small-{seed}")
-    assert "saved, and started again from there" in (logs / f"{first}_0_log.out").read_text()
+    assert "saved, and requeued to resume from there" in (logs / f"{first}_0_log.out").read_text()
     losses = [read_records(run / "metrics.jsonl")[-1]["loss"] for run in submitted]
     assert len(set(losses)) == len(SEEDS)
 
     assert commands.run(words, tmp_path / "log", environment) == 0
     assert (tmp_path / "log").read_text().count("skipped") == len(SEEDS)
     assert {status.state for status in statuses(tmp_path, job_states())} == {"finished"}
-    assert read_submissions(logs) == submitted
+    assert read_submitted(logs) == submitted
 
 
 def test_rank_that_raises_hangs_or_is_killed_is_told_first_and_the_run_goes_on(cluster, faulty):
@@ -211,5 +212,5 @@ def test_rank_that_raises_hangs_or_is_killed_is_told_first_and_the_run_goes_on(c
     assert "resumed from step 15" in killed
     assert killed.splitlines()[1].startswith("rank 1 (process ")
     assert "left no error: killed from outside" in killed.splitlines()[1]
-    assert "started again from the last checkpoint: 3 of at most 3" in killed
+    assert "requeued from the last checkpoint: 3 of at most 3" in killed
     assert outcomes(faulty.folder) == ["failed", "failed", "failed", "finished"]

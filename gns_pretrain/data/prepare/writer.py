@@ -59,7 +59,7 @@ class PreparationProgress:
     def load(cls, folder: Path) -> Self:
         """Read progress.json; InputError if it is damaged."""
         path = folder / PROGRESS_FILE
-        content = read_json(path, way_out=HINT)
+        content = read_json(path, hint=HINT)
         try:
             splits = {name: SplitProgress(**split) for name, split in content["splits"].items()}
             for split in splits.values():

@@ -6,35 +6,35 @@ import sys
 import pytest
 
 from gns_pretrain.errors import TrainingError
-from gns_pretrain.launch import crash_report as rank_words
-from gns_pretrain.launch.crash_report import LastWords, is_consequence, read_words
+from gns_pretrain.launch import crash_report
+from gns_pretrain.launch.crash_report import CrashReporter, is_consequence, read_crash_reports
 from gns_pretrain.runs.history import read_starts
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(rank_words, "HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(crash_report, "HEAD_START_SECONDS", 0.0)
 
 
 @pytest.fixture
-def words(tmp_path):
+def reporters(tmp_path):
     """Ranks of one start, whose folder is tmp_path; the process's own signals come back."""
     before = signal.getsignal(signal.SIGTERM)
-    ranks = [LastWords(rank, tmp_path) for rank in range(3)]
+    ranks = [CrashReporter(rank, tmp_path) for rank in range(3)]
     yield ranks
     ranks[-1].close()
     faulthandler.enable(sys.__stderr__)
     signal.signal(signal.SIGTERM, before)
 
 
-def fail(words: LastWords, error: Exception) -> None:
-    with words.kept():
+def fail(reporter: CrashReporter, error: Exception) -> None:
+    with reporter.capture():
         raise error
 
 
-def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(words, tmp_path, capsys):
-    first, second, third = words
-    first.know(tmp_path / "run")
+def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(reporters, tmp_path, capsys):
+    first, second, third = reporters
+    first.set_run_directory(tmp_path / "run")
     with pytest.raises(SystemExit):
         fail(first, RuntimeError("Connection closed by peer [n2]:1"))
     assert "rank 0: another rank is gone or silent" in capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(words, tm
         fail(second, KeyError("missing"))
     with pytest.raises(ValueError, match="later"):
         fail(third, ValueError("later"))
-    report = read_words(tmp_path)
+    report = read_crash_reports(tmp_path)
     assert report.cause.startswith("rank 1 (process ")
     assert report.cause.endswith("KeyError: 'missing'")
     assert report.text.splitlines()[1] == "Traceback (most recent call last):"
@@ -50,26 +50,26 @@ def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(words, tm
     assert report.run_directory == (tmp_path / "run").resolve()
 
 
-def test_rank_without_a_word_is_told_with_the_place_where_it_hung(words, tmp_path):
+def test_rank_without_a_word_is_told_with_the_place_where_it_hung(reporters, tmp_path):
     for rank in (0, 2):
         with pytest.raises(SystemExit):
-            fail(words[rank], RuntimeError("Timed out waiting 5000ms for recv"))
+            fail(reporters[rank], RuntimeError("Timed out waiting 5000ms for recv"))
     stack = 'Stack (most recent call first):\n  File "faulty.py", line 3 in hang_forever\n'
     (tmp_path / "rank_00001.stack").write_text(stack)
-    report = read_words(tmp_path)
+    report = read_crash_reports(tmp_path)
     assert report.cause.startswith("rank 1 (process ")
     assert "left no error: killed from outside" in report.cause
-    assert "stood here at its end:\nStack" in report.text
+    assert "was here at its end:\nStack" in report.text
 
 
 def test_rank_that_is_told_to_end_leaves_the_place_where_it_stands(tmp_path):
     program = (
         "import os, signal; from pathlib import Path\n"
-        "from gns_pretrain.launch.crash_report import LastWords\n"
+        "from gns_pretrain.launch.crash_report import CrashReporter\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: print('noted'))\n"
-        f"words = LastWords(0, Path({str(tmp_path)!r}))\n"
+        f"reporter = CrashReporter(0, Path({str(tmp_path)!r}))\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "words.close()\n"
+        "reporter.close()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     answer = subprocess.run(
@@ -79,20 +79,20 @@ def test_rank_that_is_told_to_end_leaves_the_place_where_it_stands(tmp_path):
     assert 'File "<string>", line 5' in (tmp_path / "rank_00000.stack").read_text()
 
 
-def test_rank_that_crashed_is_told_before_those_that_waited_for_it(words, tmp_path):
+def test_rank_that_crashed_is_told_before_those_that_waited_for_it(reporters, tmp_path):
     (tmp_path / "rank_00000.stack").write_text("Fatal Python error: Aborted\n\nStack ...")
     (tmp_path / "rank_00001.stack").write_text("Fatal Python error: Segmentation fault\n\nStack")
     (tmp_path / "rank_00002.stack").write_text("Fatal Python error: Aborted\n\nStack ...")
-    report = read_words(tmp_path)
+    report = read_crash_reports(tmp_path)
     assert report.cause.startswith("rank 1 (process ")
     assert report.cause.endswith("Fatal Python error: Segmentation fault")
 
 
-def test_rank_that_hung_is_told_before_those_that_the_watchdog_aborted(words, tmp_path):
+def test_rank_that_hung_is_told_before_those_that_the_watchdog_aborted(reporters, tmp_path):
     for rank in (0, 2):
         (tmp_path / f"rank_0000{rank}.stack").write_text("Fatal Python error: Aborted\n\nStack")
     (tmp_path / "rank_00001.stack").write_text("Stack (most recent call first):\n  in read")
-    report = read_words(tmp_path)
+    report = read_crash_reports(tmp_path)
     assert report.cause.startswith("rank 1 (process ")
     assert "left no error" in report.cause
     assert report.text.splitlines()[1].startswith("rank 1 (process ")
@@ -101,8 +101,8 @@ def test_rank_that_hung_is_told_before_those_that_the_watchdog_aborted(words, tm
 def test_abort_leaves_the_place_where_it_happened(tmp_path):
     program = (
         "import os; from pathlib import Path\n"
-        "from gns_pretrain.launch.crash_report import LastWords\n"
-        f"words = LastWords(0, Path({str(tmp_path)!r}))\n"
+        "from gns_pretrain.launch.crash_report import CrashReporter\n"
+        f"reporter = CrashReporter(0, Path({str(tmp_path)!r}))\n"
         "os.abort()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
@@ -113,41 +113,47 @@ def test_abort_leaves_the_place_where_it_happened(tmp_path):
 
 def test_without_a_folder_too_a_consequence_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        fail(LastWords(0, None), RuntimeError("Connection closed by peer"))
+        fail(CrashReporter(0, None), RuntimeError("Connection closed by peer"))
     assert ended.value.code == 1
     told = "rank 0: another rank is gone or silent (RuntimeError: Connection closed by peer)\n"
     assert capsys.readouterr().out == told
     with pytest.raises(KeyError):
-        fail(LastWords(0, None), KeyError("missing"))
+        fail(CrashReporter(0, None), KeyError("missing"))
 
 
 def test_rank_that_is_alone_loses_nobody():
     with pytest.raises(RuntimeError, match="timed out"):
-        fail(LastWords(0, None, alone=True), RuntimeError("timed out"))
+        fail(CrashReporter(0, None, alone=True), RuntimeError("timed out"))
 
 
-def noted_end(words: LastWords, folder, error: Exception) -> dict:
-    with pytest.raises(type(error)), words.noted(folder):
-        raise error
+def recorded_end(reporter: CrashReporter, folder, error: Exception) -> dict:
+    reporter.set_run_directory(folder)
+    reporter.record_failure(error)
     return next(iter(read_starts(folder)[-1:]), {})
 
 
 def test_failure_is_noted_in_the_runs_folder_by_the_main_rank(tmp_path):
     error = TrainingError("step 5: the loss is nan")
-    assert noted_end(LastWords(1, None), tmp_path, error) == {}
-    assert noted_end(LastWords(0, None), tmp_path, error)["error"] == "step 5: the loss is nan"
-    end = noted_end(LastWords(0, None), tmp_path, ValueError("first line\nsecond"))
+    assert recorded_end(CrashReporter(1, None), tmp_path, error) == {}
+    assert (
+        recorded_end(CrashReporter(0, None), tmp_path, error)["error"] == "step 5: the loss is nan"
+    )
+    end = recorded_end(CrashReporter(0, None), tmp_path, ValueError("first line\nsecond"))
     assert (end["outcome"], end["error"]) == ("failed", "ValueError: first line")
 
 
-def test_consequence_is_left_to_the_batch_script_where_one_gathers_the_words(words, tmp_path):
+def test_consequence_is_left_to_the_batch_script_where_one_gathers_the_reporters(
+    reporters, tmp_path
+):
     lost = RuntimeError("Connection closed by peer")
-    assert noted_end(words[0], tmp_path, lost) == {}
-    assert noted_end(LastWords(0, None), tmp_path, lost)["error"].startswith("another rank is gone")
+    assert recorded_end(reporters[0], tmp_path, lost) == {}
+    assert recorded_end(CrashReporter(0, None), tmp_path, lost)["error"].startswith(
+        "another rank is gone"
+    )
 
 
 def test_job_that_never_came_to_a_run_says_so(tmp_path):
-    assert read_words(tmp_path).cause == "no rank came as far as to start a run"
+    assert read_crash_reports(tmp_path).cause == "no rank came as far as to start a run"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from gns_pretrain.launch import requeue
 from gns_pretrain.launch.requeue import decide
-from gns_pretrain.runs.history import note, read_starts
+from gns_pretrain.runs.history import append_event, read_starts
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from gns_pretrain.runs.history import note, read_starts
     ],
 )
 def test_job_is_started_again_where_that_helps(code, state, failures, again):
-    assert decide(code, state=state, failures=failures, at_most=3).again is again
+    assert decide(code, state=state, failures=failures, at_most=3)[0] is again
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_saved_job_is_requeued_and_counts_no_failure(job, tmp_path, monkeypatch,
     call(monkeypatch, "75")
     assert job == ["12"]
     assert not (tmp_path / "job-12" / "failures.log").exists()
-    assert capsys.readouterr().out == "job 12: saved, and started again from there\n"
+    assert capsys.readouterr().out == "job 12: saved, and requeued to resume from there\n"
 
 
 def test_job_that_was_preempted_while_it_started_counts_no_failure(job, tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_failures_are_counted_over_the_starts_of_a_job(job, monkeypatch, capsys)
     for _ in range(3):
         call(monkeypatch, "9", "--at-most", "2")
     assert job == ["12", "12"]
-    assert "failed 3 times, at most 2 are mended" in capsys.readouterr().out
+    assert "failed 3 times, at most 2 are allowed" in capsys.readouterr().out
 
 
 def test_failure_is_noted_in_the_runs_folder(job, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_failure_is_noted_in_the_runs_folder(job, tmp_path, monkeypatch):
     start.mkdir(parents=True)
     run = tmp_path / "run"
     run.mkdir()
-    note(run, {"event": "start"})
+    append_event(run, "start")
     word = {"rank": 0, "node": "n1", "process": 7, "run_directory": str(run)}
     (start / "rank_00000.json").write_text(json.dumps(word))
     call(monkeypatch, "137")

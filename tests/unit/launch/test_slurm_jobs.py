@@ -1,8 +1,8 @@
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch import status as submissions
-from gns_pretrain.launch.status import Submission, note_submissions, queued, wait_until_ended
+from gns_pretrain.launch import slurm_jobs
+from gns_pretrain.launch.slurm_jobs import append_submitted, queued_runs, wait_for_jobs
 from gns_pretrain.system import slurm
 from gns_pretrain.system.slurm import job_states
 
@@ -18,22 +18,22 @@ from gns_pretrain.system.slurm import job_states
 )
 def test_silence_is_no_empty_queue(is_there, answer, states, monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: "/bin/squeue" if is_there else None)
-    monkeypatch.setattr(slurm, "ask", lambda *command: answer)
+    monkeypatch.setattr(slurm, "run_command", lambda *command: answer)
     assert job_states() == states
 
 
 def test_nothing_is_submitted_while_the_queue_is_not_known(tmp_path):
-    note_submissions(tmp_path, [Submission(tmp_path / "a", "12"), Submission(tmp_path / "b", "13")])
-    assert queued(tmp_path, {"12": "PENDING"}) == {tmp_path / "a": "12"}
+    append_submitted(tmp_path, [tmp_path / "a", tmp_path / "b"], ["12", "13"])
+    assert queued_runs(tmp_path, {"12": "PENDING"}) == {tmp_path / "a": "12"}
     with pytest.raises(InputError, match=r"squeue does not answer, .* none was submitted"):
-        queued(tmp_path, None)
+        queued_runs(tmp_path, None)
 
 
 def test_waiting_outlasts_a_silent_queue(monkeypatch):
     answers = [{"12": "RUNNING"}, None, None, {"12": "COMPLETING"}, {}]
-    monkeypatch.setattr(submissions, "job_states", lambda: answers.pop(0))
-    monkeypatch.setattr(submissions, "LOOK_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_jobs, "job_states", lambda: answers.pop(0))
+    monkeypatch.setattr(slurm_jobs, "POLL_SECONDS", 0.0)
     said: list[str] = []
-    wait_until_ended(["12"], say=said.append)
+    wait_for_jobs(["12"], log=said.append)
     assert answers == []
     assert said == ["squeue does not answer; waiting until it does"]

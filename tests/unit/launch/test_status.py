@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.status import Submission, as_dicts, note_submissions, status_view, statuses
-from gns_pretrain.runs.history import note, note_end
+from gns_pretrain.launch.slurm_jobs import append_submitted
+from gns_pretrain.launch.status import status_view, statuses
+from gns_pretrain.runs.history import append_end, append_event
 
 NOW = 2_000_000_000.0
 
@@ -17,7 +18,7 @@ def make_run(folder: Path, *, steps: int = 3, job: str | None = None) -> Path:
     """A run of `steps` steps of 100 tokens, of 1,000, at 10 tokens per second."""
     folder.mkdir()
     (folder / "config.yaml").write_text("token_budget: 1000\n")
-    note(folder, {"event": "start", "slurm": {"job": job, "starts": 0} if job else None})
+    append_event(folder, "start", slurm={"job": job, "starts": 0} if job else None)
     lines = [
         {
             "kind": "train",
@@ -64,7 +65,7 @@ def test_holder_that_has_gone_silent_has_failed(tmp_path):
 
 def test_saved_run_is_preempted_until_it_runs_again(tmp_path):
     run = make_run(tmp_path / "a", job="12")
-    note_end(run, "stopped")
+    append_end(run, "stopped")
     assert only(tmp_path).state == "preempted"
     assert only(tmp_path, {"12": "PENDING"}).state == "preempted"
     assert only(tmp_path, {"12": "RUNNING"}).state == "running"
@@ -72,14 +73,14 @@ def test_saved_run_is_preempted_until_it_runs_again(tmp_path):
 
 def test_failed_run_tells_why_and_waits_where_it_was_requeued(tmp_path):
     run = make_run(tmp_path / "a", job="12")
-    note_end(run, "failed", "rank 1 (process 7 on n1): KeyError: 'x'")
+    append_end(run, "failed", "rank 1 (process 7 on n1): KeyError: 'x'")
     assert only(tmp_path).error.endswith("KeyError: 'x'")
     assert only(tmp_path, {"12": "PENDING"}).state == "pending"
 
 
 def test_view_has_a_row_a_run_and_a_line_a_failure(tmp_path):
     hold(make_run(tmp_path / "alive"), beat=3)
-    note_end(make_run(tmp_path / "gone"), "failed", "rank 1: KeyError: 'x'")
+    append_end(make_run(tmp_path / "gone"), "failed", "rank 1: KeyError: 'x'")
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(status_view(statuses(tmp_path, {}, now=NOW), now=NOW))
     text = console.export_text()
@@ -97,8 +98,8 @@ def test_finished_run_is_finished_whatever_the_queue_says(tmp_path):
 
 
 def test_submitted_run_without_a_folder_is_pending(tmp_path):
-    note_submissions(tmp_path / "logs" / "slurm", [Submission(tmp_path / "b", "12_3")])
-    assert as_dicts(statuses(tmp_path, {"12_3": "PENDING"}))[0]["state"] == "pending"
+    append_submitted(tmp_path / "logs" / "slurm", [tmp_path / "b"], ["12_3"])
+    assert only(tmp_path, {"12_3": "PENDING"}).state == "pending"
     assert statuses(tmp_path, {}) == []  # it has left the queue and nothing is there
 
 
@@ -106,7 +107,7 @@ def test_of_a_job_whose_queue_is_silent_nothing_is_claimed(tmp_path):
     make_run(tmp_path / "a", job="12")
     hold(make_run(tmp_path / "alive", job="14"), beat=3)
     make_run(tmp_path / "local")
-    note_submissions(tmp_path / "logs" / "slurm", [Submission(tmp_path / "b", "13")])
+    append_submitted(tmp_path / "logs" / "slurm", [tmp_path / "b"], ["13"])
     runs = statuses(tmp_path, None, now=NOW)
     assert {run.name: run.state for run in runs} == {
         "a": "unknown",
@@ -120,5 +121,5 @@ def test_of_a_job_whose_queue_is_silent_nothing_is_claimed(tmp_path):
 
 
 def test_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         statuses(tmp_path / "nowhere", {})

@@ -1,11 +1,13 @@
-"""Which runs of a sweep are trained, and what is said of the others; see gns_pretrain/sweep.py."""
+"""Which runs of a sweep are trained, and how the others are reported."""
 
 import json
+import os
 import signal
+import sys
 from dataclasses import replace
 from io import StringIO
+from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,22 +16,29 @@ from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config, LaunchSettings
 from gns_pretrain.data.settings import DataSettings
-from gns_pretrain.errors import InputError
-from gns_pretrain.launch.sweep import Job, Outcome, plan_jobs, print_outcomes, settle
+from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.launch.sweep import (
+    PlannedRun,
+    RunResult,
+    failed_runs_raise,
+    plan_runs,
+    report_results,
+    skip_or_reuse,
+)
 from gns_pretrain.launch.sweep_processes import (
-    Running,
+    RunProcess,
     command,
-    outcome,
-    reason,
-    run_jobs,
+    failure_reason,
     share_of_gpus,
+    train_runs,
 )
 from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.runs.directory import draw_run_id, read_provenance
+from gns_pretrain.runs.provenance import new_run_id, read_provenance
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
 from tests.settings import small_run
 
 DATA = "fingerprint-of-the-data"
+LOADING = "import time; time.sleep(60)"  # a run that does not listen to signals yet
 
 
 def make(folder: Path, name: str, **changes) -> Config:
@@ -40,9 +49,9 @@ def inspect(config: Config) -> tuple[Path, str]:
     return Path(config.output_directory) / config.run_name, DATA
 
 
-def planned(*configs: Config) -> list[Job]:
-    runs = [((f"run_name={config.run_name}",), lambda config=config: config) for config in configs]
-    return plan_jobs(runs, inspect=inspect)
+def planned(*configs: Config) -> list[PlannedRun]:
+    """The runs of a sweep whose overrides are whole configs."""
+    return plan_runs([[config] for config in configs], itemgetter(0), inspect)
 
 
 def finish(config: Config, fingerprint: str = DATA) -> Path:
@@ -64,8 +73,9 @@ def finish(config: Config, fingerprint: str = DATA) -> Path:
 
 
 def test_run_that_comes_twice_is_planned_once(tmp_path):
-    jobs = planned(make(tmp_path, "a"), make(tmp_path, "b"), make(tmp_path, "a"))
-    assert [job.name for job in jobs] == ["a", "b"]
+    first, other, again = planned(*(make(tmp_path, name) for name in "aba"))
+    assert first is again
+    assert (first.name, other.name) == ("a", "b")
 
 
 def test_two_different_runs_of_one_name_are_refused_and_the_difference_named(tmp_path):
@@ -74,50 +84,51 @@ def test_two_different_runs_of_one_name_are_refused_and_the_difference_named(tmp
 
 
 def test_sweep_with_a_run_that_cannot_start_starts_none_and_counts_each_reason(tmp_path):
-    def refuse():
-        raise InputError("scale.muon.lr has no value")
+    def compose(words):
+        if "muon" in words:
+            raise InputError("scale.muon.lr has no value")
+        return make(tmp_path, "a")
 
-    runs = [((), lambda: make(tmp_path, "a")), ((), refuse), ((), refuse)]
     with pytest.raises(
         InputError, match=r"2 of the sweep's 3 runs .*muon.lr has no value \(2 runs"
     ):
-        plan_jobs(runs, inspect=inspect)
+        plan_runs([["sgd"], ["muon"], ["muon"]], compose, inspect)
 
 
 def test_finished_run_is_skipped_and_its_summary_kept(tmp_path):
     config = make(tmp_path, "a")
     finish(config)
-    (job,) = planned(config)
-    settled = settle(job, say=print)
-    assert settled.state == "skipped"
-    assert settled.summary["minimum_validation_loss"] == 2.5
+    (run,) = planned(config)
+    result = skip_or_reuse(run, log=print)
+    assert result.state == "skipped"
+    assert result.summary["minimum_validation_loss"] == 2.5
 
 
-def test_interrupted_run_is_not_settled(tmp_path):
+def test_interrupted_run_is_not_result(tmp_path):
     config = make(tmp_path, "a")
     (finish(config) / "summary.json").unlink()
-    (job,) = planned(config)
-    assert settle(job, say=print) is None
+    (run,) = planned(config)
+    assert skip_or_reuse(run, log=print) is None
 
 
 def test_same_training_under_another_name_takes_over_the_record(tmp_path):
     twin = finish(make(tmp_path, "table2-signsgd_small", table="table2", cell="signsgd_small"))
     config = make(tmp_path, "table8-constant_small", table="table8", cell="constant_small")
-    (job,) = planned(config)
-    settled = settle(job, say=print)
-    assert (settled.state, settled.why) == ("shared", f"the same training as {twin.name}")
-    assert (job.directory / "metrics.jsonl").read_text() == (twin / "metrics.jsonl").read_text()
-    assert (job.directory / "config.yaml").read_text() == as_yaml(config)
-    summary = json.loads((job.directory / "summary.json").read_text())
+    (run,) = planned(config)
+    result = skip_or_reuse(run, log=print)
+    assert (result.state, result.why) == ("shared", f"the same training as {twin.name}")
+    assert (run.directory / "metrics.jsonl").read_text() == (twin / "metrics.jsonl").read_text()
+    assert (run.directory / "config.yaml").read_text() == as_yaml(config)
+    summary = json.loads((run.directory / "summary.json").read_text())
     assert summary["same_as"] == twin.name
-    assert settle(job, say=print).state == "skipped"
+    assert skip_or_reuse(run, log=print).state == "skipped"
 
 
 def test_constant_batch_is_the_same_whatever_theta_it_does_not_read(tmp_path):
     finish(make(tmp_path, "a"))
     other = BatchSizeSettings(initial=8, theta=0.1)
-    (job,) = planned(make(tmp_path, "b", batch_size=other))
-    assert settle(job, say=print).state == "shared"
+    (run,) = planned(make(tmp_path, "b", batch_size=other))
+    assert skip_or_reuse(run, log=print).state == "shared"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +143,9 @@ def test_constant_batch_is_the_same_whatever_theta_it_does_not_read(tmp_path):
 )
 def test_other_training_is_not_taken_over(tmp_path, changes, fingerprint):
     finish(make(tmp_path, "a", **changes), fingerprint)
-    (job,) = planned(make(tmp_path, "b"))
-    assert settle(job, say=print) is None
-    assert not job.directory.exists()
+    (run,) = planned(make(tmp_path, "b"))
+    assert skip_or_reuse(run, log=print) is None
+    assert not run.directory.exists()
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "run.json"])
@@ -145,14 +156,14 @@ def test_folder_that_is_no_run_of_ours_is_nobodys_twin(tmp_path, lost):
     (foreign / "config.yaml").write_text("- {broken")
     older = finish(make(tmp_path, "1"))
     (older / "config.yaml").write_text("run_name: 1\n")
-    (job,) = planned(make(tmp_path, "b"))
-    assert settle(job, say=print) is None
+    (run,) = planned(make(tmp_path, "b"))
+    assert skip_or_reuse(run, log=print) is None
 
 
 def test_a_fresh_start_takes_over_no_record(tmp_path):
     finish(make(tmp_path, "a"))
-    (job,) = planned(make(tmp_path, "b", resume="never"))
-    assert settle(job, say=print) is None
+    (run,) = planned(make(tmp_path, "b", resume="never"))
+    assert skip_or_reuse(run, log=print) is None
 
 
 @pytest.mark.parametrize(
@@ -172,48 +183,117 @@ def test_sweep_over_data_does_not_train_the_first_alone(tmp_path):
     ]
     told = r"run_name=a is the name of two runs that differ in data.path, data_fingerprint; start"
     with pytest.raises(InputError, match=told):
-        plan_jobs(
-            [((), lambda config=config: config) for config in runs],
-            inspect=lambda config: (tmp_path / "a", config.data.path),
+        plan_runs(
+            [[config] for config in runs],
+            itemgetter(0),
+            lambda config: (tmp_path / "a", config.data.path),
         )
 
 
-def test_a_failure_is_told_from_the_attempts_own_words(tmp_path):
-    (job,) = planned(make(tmp_path, "a"))
-    log = tmp_path / "log"
-    earlier = "error: no space left\n"
-    log.write_text(earlier + "step 1\n")
-    process = SimpleNamespace(returncode=-9)
-    told = outcome(Running(job, process, log, slot=0, log_start=len(earlier)))
-    assert (told.state, told.why) == ("failed", f"killed by SIGKILL ({log})")
+@pytest.fixture
+def programs(monkeypatch) -> dict[str, str]:
+    """Python programs that stand for the commands of runs, by name."""
+    programs: dict[str, str] = {}
+
+    def faked(run, *, max_parallel):
+        return [sys.executable, "-c", programs[run.name]]
+
+    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.command", faked)
+    return programs
 
 
-def test_a_run_that_was_asked_to_stop_while_it_loads_has_not_failed(tmp_path):
-    (job,) = planned(make(tmp_path, "a"))
-    process = SimpleNamespace(returncode=-15)
-    log = tmp_path / "log"
-    log.write_text("")
-    assert outcome(Running(job, process, log, slot=0, asked=True)).state == "stopped"
-    assert outcome(Running(job, process, log, slot=0)).state == "failed"
+def train(*runs: PlannedRun, max_parallel: int = 1) -> list[RunResult]:
+    return train_runs(runs, max_parallel=max_parallel, console=Console(file=StringIO()))
 
 
-def test_an_error_of_the_sweep_stops_the_runs_under_way(tmp_path, monkeypatch):
+def test_failure_is_explained_by_what_the_attempt_itself_printed(tmp_path, programs):
+    (run,) = planned(make(tmp_path, "a"))
+    log = tmp_path / "logs" / "a.log"
+    log.parent.mkdir()
+    log.write_text("error: no space left\n")
+    programs["a"] = "import os, signal; print('step 1'); os.kill(os.getpid(), signal.SIGKILL)"
+    (result,) = train(run)
+    assert (result.state, result.why) == ("failed", f"killed by SIGKILL ({log})")
+
+
+def test_one_run_that_fails_stops_no_other_and_results_keep_their_order(tmp_path, programs):
+    runs = planned(*(make(tmp_path, name) for name in "abc"))
+    programs |= {
+        "a": "import time; time.sleep(0.5); raise SystemExit(75)",
+        "b": "raise SystemExit('error: step 3: the loss is nan')",
+        "c": "raise SystemExit(75)",
+    }
+    results = train(*runs, max_parallel=2)
+    assert [(result.name, result.state) for result in results] == [
+        ("a", "stopped"),
+        ("b", "failed"),
+        ("c", "stopped"),
+    ]
+    assert results[1].why.startswith("step 3: the loss is nan")
+
+
+def test_run_that_was_stopped_while_it_loads_has_not_failed(tmp_path, programs):
+    (run,) = planned(make(tmp_path, "a"))
+    programs["a"] = LOADING
+    process = RunProcess(run, slot=0, max_parallel=1)
+    process.stop()
+    process.stop()
+    assert process.result() == RunResult("a", "stopped", "not started")
+    programs["a"] = "import os; os.kill(os.getpid(), 15)"
+    assert RunProcess(run, slot=0, max_parallel=1).result().state == "failed"
+
+
+def test_request_to_stop_stops_what_runs_and_starts_nothing_more(tmp_path, programs):
+    runs = planned(make(tmp_path, "a"), make(tmp_path, "b"))
+    ask = f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM)"
+    programs |= {"a": f"{ask}; {LOADING}", "b": "raise SystemExit(1)"}
+    before = signal.getsignal(signal.SIGTERM)
+    assert [(result.state, result.why) for result in train(*runs)] == [
+        ("stopped", "not started"),
+        ("stopped", "not started"),
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_the_sweep_stops_the_runs_under_way(tmp_path, monkeypatch, programs):
     """The first run is under way when the second one's record turns out to be broken."""
-    jobs = planned(make(tmp_path, "a"), make(tmp_path, "b"))
-    asked = []
+    runs = planned(make(tmp_path, "a"), make(tmp_path, "b"))
+    programs["a"] = LOADING
 
-    def settled(job, *, say):
-        if job.name == "b":
+    def broken(run, *, log):
+        if run.name == "b":
             raise OSError("no space left")
 
-    def started(job, *, slot, at_once):
-        return Running(job, SimpleNamespace(send_signal=asked.append), tmp_path / "log", slot)
+    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.skip_or_reuse", broken)
+    with pytest.raises(OSError, match="no space left"):  # after a's process has ended
+        train(*runs, max_parallel=2)
 
-    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.settle", settled)
-    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.start", started)
-    with pytest.raises(OSError, match="no space left"):
-        run_jobs(jobs, at_once=2, console=Console(file=StringIO()))
-    assert asked == [signal.SIGTERM]
+
+def test_runs_of_one_name_in_two_output_directories_are_two_runs(tmp_path, programs):
+    runs = planned(make(tmp_path / "one", "a"), make(tmp_path / "other", "a"))
+    programs["a"] = "raise SystemExit(75)"
+    assert [result.state for result in train(*runs)] == ["stopped", "stopped"]
+
+
+def end_command(results: list[RunResult], raised: Exception | None) -> None:
+    with failed_runs_raise():
+        report_results(results, Console(file=StringIO()))
+        if raised:
+            raise raised
+
+
+@pytest.mark.parametrize("raised", [None, TrainingError("lr=9 failed"), ValueError("no trial")])
+def test_command_ends_with_the_runs_of_its_sweep_that_failed(raised):
+    results = [RunResult("a", "finished"), RunResult("b", "failed", "the loss is nan")]
+    line = r"1 of the sweep's 2 runs failed \(b\); the tables say why"
+    with pytest.raises(TrainingError, match=line):
+        end_command(results, raised)
+
+
+def test_command_without_a_failed_run_ends_as_it_would():
+    end_command([RunResult("a", "skipped")], None)
+    with pytest.raises(InputError, match="bad point"):
+        end_command([RunResult("a", "failed")], InputError("bad point"))
 
 
 def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
@@ -232,10 +312,10 @@ def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr("gns_pretrain.launch.sweep.WandbView", View)
     finish(make(tmp_path, "a"))
-    twins = draw_run_id(tmp_path / "a")
+    twins = new_run_id(tmp_path / "a")
     metrics = MetricsSettings(wandb=WandbSettings(enabled=True))
-    (job,) = planned(make(tmp_path, "b", metrics=metrics))
-    settle(job, say=print)
+    (run,) = planned(make(tmp_path, "b", metrics=metrics))
+    skip_or_reuse(run, log=print)
     assert told == ["b", 2.5, "a"]
     assert ids == [read_provenance(tmp_path / "b")["run_id"]] != [twins]
 
@@ -244,8 +324,8 @@ def test_outcomes_are_shown_whole_on_a_narrow_terminal():
     console = Console(file=StringIO(), width=30)
     summary = {"steps": 20, "batch_size": 8, "minimum_validation_loss": 2.5, "seconds": 3.2}
     long_name = "table2-signum_adaptive-demo-seed0-batch_size.theta=0.5"
-    finished = Outcome(long_name, "finished", summary=summary)
-    print_outcomes([finished, Outcome("b", "failed", "the loss is nan")], console)
+    finished = RunResult(long_name, "finished", summary=summary)
+    report_results([finished, RunResult("b", "failed", "the loss is nan")], console)
     text = console.file.getvalue()
     assert "2 runs" in text
     assert long_name in text
@@ -264,7 +344,7 @@ def test_outcomes_are_shown_whole_on_a_narrow_terminal():
     ids=["error-line", "signal", "last-line", "silent"],
 )
 def test_reason_of_a_failure(text, code, expected):
-    assert reason(text, code) == expected
+    assert failure_reason(text, code) == expected
 
 
 @pytest.mark.parametrize(("environment", "threads"), [({}, 4), ({"OMP_NUM_THREADS": "3"}, 3)])
@@ -275,8 +355,8 @@ def test_runs_side_by_side_share_the_cores_that_the_job_has(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    (job,) = planned(make(tmp_path, "a", launch=LaunchSettings(threads=None)))
-    assert command(job, at_once=2)[-1] == f"launch.threads={threads}"
+    (run,) = planned(make(tmp_path, "a", launch=LaunchSettings(threads=None)))
+    assert command(run, max_parallel=2)[-1] == f"launch.threads={threads}"
 
 
 def test_runs_side_by_side_have_gpus_of_their_own():

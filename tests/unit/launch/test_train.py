@@ -1,19 +1,19 @@
 import errno
 import os
 import signal
-from contextlib import ExitStack
+from ctypes import c_bool
+from multiprocessing.sharedctypes import RawValue
 
 import pytest
 import torch
 
-from gns_pretrain.config.compose import as_yaml
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.launch import train as launch
-from gns_pretrain.launch.ranks import place_from, signals_noted
-from gns_pretrain.launch.train import check_directory, say, take_directory
+from gns_pretrain.launch.ranks import rank_info_from
+from gns_pretrain.launch.train import taken
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, shard_group_size
 from gns_pretrain.system import processes as cores
-from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_of_each
+from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_per_process
 from gns_pretrain.system.slurm import first_host
 from tests.settings import small_run
 
@@ -21,23 +21,23 @@ ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 
 
 def test_nothing_set_means_nobody_has_started_ranks():
-    assert place_from({}) is None
-    assert place_from({"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert rank_info_from({}) is None
+    assert rank_info_from({"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_batch_shell_of_a_job_is_no_rank_of_it():
     batch_shell = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    assert place_from(batch_shell) is None
+    assert rank_info_from(batch_shell) is None
 
 
 def test_torchrun_variables_give_the_place():
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert place_from(environment) == RankInfo(5, 8, 1, 4, "env://")
+    assert rank_info_from(environment) == RankInfo(5, 8, 1, 4, "env://")
 
 
 def test_torchrun_inside_slurm_counts_as_torchrun():
     environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
-    assert place_from(environment) == RankInfo(0, 2, 0, 2, "env://")
+    assert rank_info_from(environment) == RankInfo(0, 2, 0, 2, "env://")
 
 
 def srun(**more: str) -> dict[str, str]:
@@ -52,11 +52,11 @@ def srun(**more: str) -> dict[str, str]:
 
 
 def test_srun_ranks_meet_on_the_first_node_at_a_port_of_the_job():
-    assert place_from(srun()) == RankInfo(9, 16, 1, 8, "tcp://gpu07:24321")
+    assert rank_info_from(srun()) == RankInfo(9, 16, 1, 8, "tcp://gpu07:24321")
 
 
 def test_srun_meeting_point_can_be_set():
-    place = place_from(srun(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"))
+    place = rank_info_from(srun(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"))
     assert place is not None
     assert place.rendezvous == "tcp://127.0.0.1:29500"
 
@@ -87,7 +87,7 @@ def test_auto_layout_is_single_alone_and_fsdp_in_company():
 
 
 @pytest.mark.parametrize(
-    ("rank", "on_all_ranks", "told"),
+    ("rank", "on_all_ranks", "printed"),
     [
         (0, True, "error: the cause\n"),
         (1, True, ""),
@@ -95,25 +95,25 @@ def test_auto_layout_is_single_alone_and_fsdp_in_company():
         (1, False, "error: rank 1: the cause\n"),
     ],
 )
-def test_error_is_told_once_by_a_rank_that_met_it(rank, on_all_ranks, told, capsys):
+def test_error_is_printed_once_by_a_rank_that_met_it(rank, on_all_ranks, printed, capsys):
     error = InputError("the cause", on_all_ranks=on_all_ranks)
-    assert say(error, RankInfo(rank=rank, num_ranks=2)) == 2
-    assert capsys.readouterr().err == told
+    assert print_error(error, rank=rank, num_ranks=2) == 2
+    assert capsys.readouterr().err == printed
 
 
 def test_rank_that_is_alone_is_not_named(capsys):
-    assert say(TrainingError("the cause"), RankInfo()) == 3
+    assert print_error(TrainingError("the cause")) == 3
     assert capsys.readouterr().err == "error: the cause\n"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_launchers_signal_is_seen_by_a_rank_that_looks_later(number):
     before = signal.getsignal(number)
-    with signals_noted() as asked:
-        stop = StopRequest(asked)
-        assert not stop.requested
+    with StopRequest(RawValue(c_bool, False)).listening() as launcher:
+        rank = StopRequest(launcher.flag)
+        assert not rank.requested
         os.kill(os.getpid(), number)
-        assert stop.requested
+        assert rank.requested
     assert signal.getsignal(number) is before
 
 
@@ -121,9 +121,8 @@ def test_what_a_killed_start_was_writing_goes_with_the_next(tmp_path, shards):
     half_written = tmp_path / "small" / ".summary.json.elsewhere-1.tmp"
     half_written.parent.mkdir()
     half_written.write_text("{")
-    with ExitStack() as held:
-        take_directory(ALONE, small_run(tmp_path, shards), tmp_path / "small", "data", held)
-    assert not half_written.exists()
+    with taken(tmp_path / "small", small_run(tmp_path, shards), "data", ALONE):
+        assert not half_written.exists()
 
 
 def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
@@ -133,19 +132,12 @@ def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "outputs/small/config.yaml")
 
     monkeypatch.setattr(launch, "write_provenance", full)
-    told = r"^outputs/small/config.yaml could not be written \(No space left on device\); make room"
-    with ExitStack() as held, pytest.raises(TrainingError, match=told):
-        take_directory(ALONE, config, tmp_path / "small", "data", held)
-
-
-@pytest.mark.parametrize("text", ["model: [", "- 1", "\0"])
-def test_damaged_settings_of_a_run_are_named(text, tmp_path, shards):
-    config = small_run(tmp_path, shards)
-    (tmp_path / "config.yaml").write_text(as_yaml(config))
-    check_directory(tmp_path, config, "data")
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"config\.yaml is damaged \(.*\); restore it, or use"):
-        check_directory(tmp_path, config, "data")
+    line = r"^outputs/small/config.yaml could not be written \(No space left on device\); make room"
+    with (
+        pytest.raises(TrainingError, match=line),
+        taken(tmp_path / "small", config, "data", ALONE),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -160,4 +152,4 @@ def test_threads_are_those_asked_for_or_a_share_of_the_jobs_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert threads_of_each(processes) == threads
+    assert threads_per_process(processes) == threads

@@ -1,17 +1,13 @@
-from gns_pretrain.runs.directory import (
-    fresh,
-    is_finished,
-    read_provenance,
-    write_provenance,
-)
+from gns_pretrain.runs.directory import fresh_directory, is_finished
+from gns_pretrain.runs.provenance import read_provenance, write_provenance
 
 
 def test_fresh_folder_takes_the_first_free_number_and_leaves_the_others(tmp_path):
     run = tmp_path / "run"
-    assert fresh(run) == run
+    assert fresh_directory(run) == run
     run.mkdir()
     (tmp_path / "run-2").mkdir()
-    assert fresh(run) == tmp_path / "run-3"
+    assert fresh_directory(run) == tmp_path / "run-3"
     assert run.is_dir()
 
 

@@ -1,13 +1,20 @@
 import json
 
-from gns_pretrain.runs.history import begun_here, note, note_end, note_start, read_starts, told
+from gns_pretrain.runs.history import (
+    append_end,
+    append_event,
+    append_start,
+    directory_of_requeued_job,
+    read_starts,
+    recorded_environment,
+)
 
 
 def test_start_tells_the_environment_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("SLURM_JWT", "secret")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    note_start(tmp_path, nodes=["n1", "n1", "n2"])
+    append_start(tmp_path, nodes=["n1", "n1", "n2"], gpu={"gpu": None})
     (start,) = read_starts(tmp_path)
     assert (start["ranks"], start["nodes"]) == (3, ["n1", "n2"])
     assert start["environment"]["NCCL_DEBUG"] == "WARN"
@@ -15,11 +22,13 @@ def test_start_tells_the_environment_without_secrets(tmp_path, monkeypatch):
 
 
 def test_only_what_changes_speed_or_numbers_is_told():
-    assert told({"OMP_NUM_THREADS": "1", "HOME": "/root"}) == {"OMP_NUM_THREADS": "1"}
+    assert recorded_environment({"OMP_NUM_THREADS": "1", "HOME": "/root"}) == {
+        "OMP_NUM_THREADS": "1"
+    }
 
 
 def test_torn_line_is_left_out(tmp_path):
-    note_end(tmp_path, "stopped")
+    append_end(tmp_path, "stopped")
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"event": "sta')
     assert [event["event"] for event in read_starts(tmp_path)] == ["end"]
@@ -28,8 +37,8 @@ def test_torn_line_is_left_out(tmp_path):
 def test_requeued_job_finds_the_fresh_folder_it_has_begun(tmp_path, monkeypatch):
     for name, job in (("run", "11"), ("run-2", "12")):
         (tmp_path / name).mkdir()
-        note(tmp_path / name, {"event": "start", "slurm": {"job": job, "starts": 0}})
+        append_event(tmp_path / name, "start", slurm={"job": job, "starts": 0})
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert begun_here(tmp_path / "run") is None  # its first start
+    assert directory_of_requeued_job(tmp_path / "run") is None  # its first start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert begun_here(tmp_path / "run") == tmp_path / "run-2"
+    assert directory_of_requeued_job(tmp_path / "run") == tmp_path / "run-2"

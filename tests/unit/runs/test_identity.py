@@ -1,24 +1,25 @@
 """Which settings make two runs the same: the cases of the table in identity.py."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.directory import write_provenance
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     Purpose,
     changes_run_name,
     deciding_settings,
     flatten,
+    identifying_settings,
     refuse_another_run,
     same_training,
 )
+from gns_pretrain.runs.provenance import write_provenance
 
 RESUME, RECORD, CURVE = Purpose.RESUME, Purpose.RECORD, Purpose.CURVE
 ALL, NONE = {RESUME, RECORD, CURVE}, set()
-SETTINGS = {"seed": 0, "model": {"dim": 8}, "launch": {"nproc_per_node": 1}}
 
 
 def run(*, policy: str = "constant", measured: bool = False, **changes: Any) -> dict[str, Any]:
@@ -136,29 +137,51 @@ def test_run_name_holds_overrides_that_make_another_run(name, policy, expected):
     assert changes_run_name(name, policy=policy) is expected
 
 
-@pytest.mark.parametrize("text", ["", '{"data_finger', "[]", "{}"])
-def test_damaged_record_of_a_run_is_named(text, tmp_path):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(InputError, match=r"run\.json is missing or damaged; restore it"):
-        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="a")
+def identity(dim: int = 8, *, data: str = "first", ranks: int = 1) -> dict[str, Any]:
+    return identifying_settings(
+        {"seed": 0, "model": {"dim": dim}, "launch": {"nproc_per_node": ranks}}, data
+    )
 
 
-def test_changed_model_under_the_same_name_is_refused_and_named(tmp_path):
-    now = SETTINGS | {"model": {"dim": 16}}
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    """Of a run that was started with `identity()`."""
+    text = "seed: 0\nmodel:\n  dim: 8\nlaunch:\n  nproc_per_node: 1\n"
+    write_provenance(tmp_path, text, "first")
+    return tmp_path
+
+
+def test_equal_start_and_one_on_other_ranks_may_resume(directory):
+    refuse_another_run(directory, identity())
+    refuse_another_run(directory, identity(ranks=4))
+
+
+def test_changed_model_under_the_same_name_is_refused_and_named(directory):
     with pytest.raises(InputError, match=r"model.dim was 8 and is now 16; use another run_name"):
-        refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+        refuse_another_run(directory, identity(dim=16))
 
 
-def test_changed_number_of_ranks_is_not_another_run(tmp_path):
-    now = SETTINGS | {"launch": {"nproc_per_node": 4}}
-    refuse_another_run(tmp_path, before=SETTINGS, now=now, data_fingerprint="a")
+def test_changed_data_under_the_same_path_is_refused(directory):
+    with pytest.raises(InputError, match=r"other data: .* fingerprint second, the run's had"):
+        refuse_another_run(directory, identity(data="second"))
 
 
-def test_changed_data_under_the_same_path_is_refused(tmp_path):
-    write_provenance(tmp_path, "seed: 0\n", "first")
-    with pytest.raises(InputError, match="on other data"):
-        refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="second")
-    refuse_another_run(tmp_path, before=SETTINGS, now=SETTINGS, data_fingerprint="first")
+@pytest.mark.parametrize("text", ["", '{"data_finger', "[]", "{}"])
+def test_damaged_record_of_a_run_is_named(text, directory):
+    (directory / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is missing or damaged; restore it"):
+        refuse_another_run(directory, identity())
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1", "\0", ""])
+def test_damaged_settings_of_a_run_are_named(text, directory):
+    (directory / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged \(.*\); restore it, or use"):
+        refuse_another_run(directory, identity())
+
+
+def test_directory_without_a_run_refuses_nothing(tmp_path):
+    refuse_another_run(tmp_path / "new", identity())
 
 
 def test_flatten_names_nested_settings_by_dots_and_keeps_lists():

@@ -14,9 +14,9 @@ from gns_pretrain.runs.lock import locked
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(run_lock, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "DEAD_AFTER_SECONDS", 0.2)
 
 
 def test_second_start_in_one_folder_is_refused_naming_the_first(tmp_path):

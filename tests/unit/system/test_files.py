@@ -51,7 +51,7 @@ def test_lock_is_held_once_and_released(tmp_path):
 def test_file_that_holds_no_json_object_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=str(path)):
-        read_json(path, way_out="restore it")
+        read_json(path, hint="restore it")
 
 
 def test_two_machines_write_one_file_beside_each_other(path, monkeypatch):

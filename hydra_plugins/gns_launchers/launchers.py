@@ -1,0 +1,138 @@
+"""Hydra's launchers for a sweep: hydra/launcher=local, the default, and hydra/launcher=slurm."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from gns_pretrain.config.compose import settings_from
+from gns_pretrain.config.schema import Config
+from gns_pretrain.errors import EXIT_STOPPED, InputError, TrainingError
+from gns_pretrain.launch.ranks import rank_info_from
+from gns_pretrain.launch.slurm_sweep import SlurmSettings, submit_runs
+from gns_pretrain.launch.sweep import (
+    PlannedRun,
+    RunResult,
+    plan_runs,
+    print_line,
+    report_results,
+)
+from gns_pretrain.launch.sweep_processes import train_runs
+from gns_pretrain.launch.train import check_run
+from gns_pretrain.parallel.mesh import RankInfo
+
+
+class SweepLauncher(Launcher):
+    """Checks all runs of a sweep, does what each needs and reports the results."""
+
+    first_rank: RankInfo | None = None  # as which a run is checked; None where it starts its ranks
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Hydra's call before `launch`."""
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        """Hydra's call: train the runs that these overrides make.
+
+        Raises:
+            InputError: some run cannot be started; none was.
+        """
+        if rank_info_from(os.environ) is not None:
+            raise InputError(
+                "a sweep starts its runs itself: start it as one process, without torchrun or srun"
+            )
+        planned = plan_runs(job_overrides, self.compose, partial(check_run, info=self.first_rank))
+        runs = {run.directory: run for run in planned}
+        console = Console()
+        results = dict(zip(runs, self.run(list(runs.values()), console), strict=True))
+        report_results(list(results.values()), console)
+        if any(result.state == "stopped" for result in results.values()):
+            raise SystemExit(EXIT_STOPPED)
+        return [
+            job_return(words, results[run.directory])
+            for words, run in zip(job_overrides, planned, strict=True)
+        ]
+
+    @abstractmethod
+    def run(self, runs: Sequence[PlannedRun], console: Console) -> list[RunResult]:
+        """Train runs, or submit them; return the result of each, in order."""
+
+    def compose(self, overrides: Sequence[str]) -> Config:
+        """The settings of one run."""
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        HydraConfig.instance().set_config(composed)  # run_name reads the overrides from there
+        node = composed.copy()
+        with open_dict(node):
+            del node["hydra"]
+        return settings_from(node)
+
+
+def job_return(overrides: Sequence[str], result: RunResult) -> JobReturn:
+    """A run's result for the sweeper; its value, for a search, is the lowest validation loss."""
+    if result.state == "failed":
+        error = TrainingError(f"{result.name} failed: {result.why}")
+        return JobReturn(overrides, status=JobStatus.FAILED, _return_value=error)
+    loss = result.summary.get("minimum_validation_loss")
+    return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=loss)
+
+
+class LocalLauncher(SweepLauncher):
+    """Trains a sweep's runs as processes of this machine.
+
+    Args:
+        max_parallel: runs in parallel.
+    """
+
+    def __init__(self, max_parallel: int = 1) -> None:
+        if max_parallel < 1:
+            raise InputError(f"hydra.launcher.max_parallel={max_parallel} must be at least 1 run")
+        self.max_parallel = max_parallel
+
+    def run(self, runs: Sequence[PlannedRun], console: Console) -> list[RunResult]:
+        """Train runs."""
+        return train_runs(runs, max_parallel=self.max_parallel, console=console)
+
+
+class SlurmSweepLauncher(SweepLauncher):
+    """Submits a sweep's runs to SLURM as a job array and returns.
+
+    `scripts/status.py` shows how the runs are, and the same command submits again whatever is
+    neither finished nor in the queue. conf/hydra/launcher/slurm.yaml explains the settings.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        plain = {
+            name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for name, value in settings.items()
+        }
+        own: dict[str, Any] = {
+            f.name: plain.pop(f.name) for f in fields(SlurmSettings) if f.name in plain
+        }
+        self.settings = SlurmSettings(**own, sbatch=plain)
+        ranks = self.settings.nodes * self.settings.tasks_per_node
+        if ranks > 1:
+            per_node = self.settings.tasks_per_node
+            self.first_rank = RankInfo(num_ranks=ranks, ranks_per_node=per_node)
+
+    def run(self, runs: Sequence[PlannedRun], console: Console) -> list[RunResult]:
+        """Submit runs."""
+        from hydra_plugins.gns_launchers._submission import JobArray
+
+        array = JobArray(self.settings, self.hydra_context, self.task_function, self.config)
+        log = partial(print_line, console)
+        return submit_runs(runs, array.submit, wait=self.settings.wait, log=log)

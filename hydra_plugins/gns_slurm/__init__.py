@@ -1,1 +1,0 @@
-"""Hydra finds its plugins here by the name of the folder above."""
