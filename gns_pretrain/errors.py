@@ -1,6 +1,8 @@
 """The failures that end a command with one line instead of a traceback, and its exit codes."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 EXIT_FINISHED = 0
@@ -8,9 +10,6 @@ EXIT_BAD_INPUT = 2  # a setting or a file that the user can mend
 EXIT_TRAINING = 3  # the run cannot continue: a loss that is not finite, a full disk
 EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: saved after a signal, start the same command again
 EXIT_ORPHANED = 130  # a rank whose launcher is gone
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class OneLineError(Exception):

@@ -5,11 +5,9 @@ cause first, and requeued at most N times. One that finished, or would fail agai
 """
 
 import argparse
-import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 from gns_pretrain.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, EXIT_TRAINING
 from gns_pretrain.launch.crash_report import read_crash_reports
@@ -67,7 +65,11 @@ def main() -> int:
     if code != EXIT_STOPPED:
         header = f"==== job {job.id}, start {job.starts}: failed with code {code} ===="
         print(f"\n{header}\n{summary.text}\n", flush=True)
-        failures = count_failure(job.folder.parent / FAILURES, summary.cause)
+        log = job.folder.parent / FAILURES
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(summary.cause + "\n")
+        failures = len(log.read_text().splitlines())
         if summary.run_directory is not None and not has_ended(summary.run_directory):
             append_end(summary.run_directory, "failed", summary.cause)
     again, why = decide(code, state=job_state(job.id), failures=failures, at_most=arguments.at_most)
@@ -75,14 +77,6 @@ def main() -> int:
     if again and not requeue(job.id):
         print(f"job {job.id}: SLURM refused to requeue it; start the same command again")
     return 0
-
-
-def count_failure(path: Path, cause: str) -> int:
-    """Append a failure to the job's log of failures; return how many there are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(cause + os.linesep)
-    return len(path.read_text().splitlines())
 
 
 if __name__ == "__main__":

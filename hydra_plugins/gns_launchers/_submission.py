@@ -14,17 +14,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from gns_pretrain.config.schema import register_schemas
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs
 from gns_pretrain.launch.slurm_sweep import SlurmSettings
 from gns_pretrain.launch.sweep import PlannedRun
 
-try:
+with needs("slurm", "hydra/launcher=slurm needs submitit"):
     import submitit
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
-except ImportError as error:
-    raise InputError(
-        "hydra/launcher=slurm needs submitit; pip install 'gns-pretrain[slurm]'"
-    ) from error
 
 
 class RunInJob(SlurmLauncher):
