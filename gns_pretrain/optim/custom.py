@@ -36,8 +36,6 @@ class CustomSettings(OptimizerSettings):
                 "'{momentum_decay: 0.004}'"
             )
         for name, value in (self.kwargs or {}).items():
-            if name == "params":
-                raise InputError("optimizer.kwargs.params comes from the model; leave it out")
             if name in ("lr", "weight_decay"):
                 raise InputError(
                     f"optimizer.kwargs.{name} is a setting of its own; use optimizer.{name}={value}"

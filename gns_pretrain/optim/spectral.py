@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gns_pretrain.fields import at_least, one_of
@@ -66,7 +67,7 @@ class SpectralSettings(OptimizerSettings):
     def build(self, model: nn.Module) -> Composite:
         """Build the rule over the block matrices, and AdamW over the rest."""
         matrices = block_matrices(model)
-        rule = Spectral(matrices, self, OwnerCompute(matrices, replica_group(model)))
+        rule = Spectral(matrices, self, replica_group(model))
         return with_adamw(model, rule, self.adamw, decay_matrices_only=self.decay_matrices_only)
 
 
@@ -100,11 +101,14 @@ class Spectral(Rule):
     Args:
         matrices: 2-dimensional, all of one layout; the same on every rank.
         settings: of the rule; its `adamw` is not used here.
-        compute: applies the sign on the ranks that own the matrices.
+        replicas: `replica_group` of the model.
     """
 
     def __init__(
-        self, matrices: list[nn.Parameter], settings: SpectralSettings, compute: OwnerCompute
+        self,
+        matrices: list[nn.Parameter],
+        settings: SpectralSettings,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": settings.lr,
@@ -113,15 +117,11 @@ class Spectral(Rule):
         }
         super().__init__(matrices, defaults)
         self.settings = settings
-        self.compute = compute
+        self.compute = OwnerCompute(matrices, replicas)
         on_cpu = matrices[0].device.type == "cpu"
-        self.precision = {
-            "auto": torch.float32 if on_cpu else torch.bfloat16,
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-        }[settings.precision]
-        if settings.matrix_sign == "exact":
-            self.precision = torch.float32
+        half = settings.precision == "bfloat16" or (settings.precision == "auto" and not on_cpu)
+        exact = settings.matrix_sign == "exact"
+        self.precision = torch.bfloat16 if half and not exact else torch.float32
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
         """Step along the signs, shape by shape; all ranks together."""

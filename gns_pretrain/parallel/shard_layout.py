@@ -26,7 +26,6 @@ class ShardLayout:
     shard: int  # this rank's place in its shard group
     num_shards: int
     replica: int  # which of the equal shard groups this is
-    num_replicas: int
     shard_group: ProcessGroup | None  # None where one rank has all
     replica_group: ProcessGroup | None  # the ranks with the same shard; None where there is one
 
@@ -34,15 +33,14 @@ class ShardLayout:
     def of_mesh(cls, mesh: DeviceMesh | None) -> "ShardLayout":
         """Return this rank's layout in a mesh of shards, or of (replicas, shards)."""
         if mesh is None or mesh.size() == 1:
-            return cls(0, 1, 0, 1, None, None)
+            return cls(0, 1, 0, None, None)
         if mesh.ndim == 1:
-            return cls(mesh.get_local_rank(), mesh.size(), 0, 1, mesh.get_group(), None)
+            return cls(mesh.get_local_rank(), mesh.size(), 0, mesh.get_group(), None)
         replicas, shards = mesh.shape
         return cls(
             shard=mesh.get_local_rank(1),
             num_shards=shards,
             replica=mesh.get_local_rank(0),
-            num_replicas=replicas,
             shard_group=mesh.get_group(1) if shards > 1 else None,
             replica_group=mesh.get_group(0) if replicas > 1 else None,
         )

@@ -186,10 +186,8 @@ class Checkpoints:
 
     def _hint(self) -> str:
         whole, _ = pick_whole(self.directory)
-        found = (
-            f"{whole} is whole, and the run resumes from it" if whole else "there is no older one"
-        )
-        return f"{found}; make room or mend the path, and start the same command again"
+        left = f"{whole} is whole, the run resumes from it" if whole else "there is no older one"
+        return f"{left}; make room or mend the path, and start the same command again"
 
 
 def load_model(checkpoint: Path) -> Llama:

@@ -1,4 +1,4 @@
-"""Every rule takes one process's steps on every layout, and goes on from another one's checkpoint.
+"""Every rule takes one process's steps on every layout, and resumes from another's checkpoint.
 
 Gradients are made up here and equal on all layouts, so that nothing but the rules is compared.
 """
@@ -110,7 +110,7 @@ def collectives_of_a_step(model: torch.nn.Module, optimizer: torch.optim.Optimiz
     return counted.get_total_counts()
 
 
-def laid_like_weights(optimizer: torch.optim.Optimizer) -> bool:
+def sharded_like_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Whether every tensor of the optimizer's state is sharded as its weight is."""
     buffers = [
         (weight, value)
@@ -140,7 +140,7 @@ def train_each(place: RankInfo, folder: Path) -> dict[tuple[str, str, str], floa
                     checkpoints.save(model, optimizer, state)
                 advance(model, optimizer, SAVED_AFTER, STEPS)
                 found[kind, rule, "trained"] = farthest(model, folder / "reference.pt", rule)
-                found[kind, rule, "laid alike"] = float(laid_like_weights(optimizer))
+                found[kind, rule, "sharded alike"] = float(sharded_like_weights(optimizer))
                 found[kind, rule, "collectives"] = collectives_of_a_step(model, optimizer)
                 if place.num_ranks == 4 and rule in RESUMED:
                     model, optimizer = loaded(world, rule, folder)
@@ -190,7 +190,7 @@ def test_four_ranks_take_the_steps_of_one_process(rule, on_four):
 
 
 @pytest.mark.parametrize("rule", RESUMED)
-def test_checkpoint_of_two_sharded_ranks_goes_on_on_every_other_layout(rule, folder, on_four):
+def test_checkpoint_of_two_sharded_ranks_resumes_on_every_other_layout(rule, folder, on_four):
     for kind in KINDS[4]:
         assert on_four[kind, rule, "resumed"] <= tolerance(rule), kind
     model, optimizer = loaded(ALONE, rule, folder)
@@ -198,13 +198,13 @@ def test_checkpoint_of_two_sharded_ranks_goes_on_on_every_other_layout(rule, fol
     assert farthest(model, folder / "reference.pt", rule) <= tolerance(rule)
 
 
-def test_state_lies_over_ranks_like_its_weights(on_two, on_four):
-    laid = [v for found in (on_two, on_four) for k, v in found.items() if k[2] == "laid alike"]
-    assert laid == [1.0] * (2 + 3) * len(RULES)
+def test_state_is_sharded_like_its_weights(on_two, on_four):
+    alike = [v for found in (on_two, on_four) for k, v in found.items() if k[2] == "sharded alike"]
+    assert alike == [1.0] * (2 + 3) * len(RULES)
 
 
 @pytest.mark.parametrize("kind", KINDS[4])
-def test_element_wise_rules_talk_to_nobody(kind, on_four):
+def test_element_wise_rules_need_no_collective(kind, on_four):
     for rule in ("sgd_momentum", "signsgd", "signum", "adamw"):
         assert on_four[kind, rule, "collectives"] == 0, rule
     # Normalising takes the norm of all: one sum over shards.

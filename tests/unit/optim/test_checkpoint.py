@@ -1,4 +1,4 @@
-"""Every rule goes on bit for bit from a checkpoint, those without state too."""
+"""Every rule resumes bit for bit from a checkpoint, those without state too."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def stepped(model: Llama, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_saved_and_loaded_it_goes_on_bit_for_bit(name: str, tmp_path: Path):
+def test_rule_resumes_bit_for_bit(name: str, tmp_path: Path):
     model, optimizer = built(SETTINGS[name])
     stepped(model, optimizer, 2)
     state = TrainState(batch_size=8, micro_batch_size=2, step=2)

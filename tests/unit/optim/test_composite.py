@@ -59,7 +59,7 @@ def stepped(model: Llama, optimizer: torch.optim.Optimizer, steps: int) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def test_state_dict_goes_on_bit_for_bit_also_after_the_rates_have_changed():
+def test_state_dict_resumes_bit_for_bit_also_after_the_rates_have_changed():
     model = Llama(odd_model())
     model.init_weights(seed=0)
     optimizer = MuonSettings(lr=0.02).build(model)

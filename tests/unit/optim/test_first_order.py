@@ -204,7 +204,7 @@ def test_every_parameter_is_in_a_group_and_norms_are_not_decayed(settings):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: SignumSettings(momentum=1.0), r"optimizer\.momentum=1\.0 .*below 1"),
         (lambda: SignumSettings(compile="yes"), r"optimizer\.compile=yes .*auto, always, never"),
@@ -224,8 +224,8 @@ def test_every_parameter_is_in_a_group_and_norms_are_not_decayed(settings):
         (lambda: AdamWPart(epsilon=math.inf), r"optimizer\.adamw\.epsilon=inf"),
     ],
 )
-def test_bad_setting_is_named(make, told):
-    with pytest.raises(InputError, match=told):
+def test_bad_setting_is_named(make, message):
+    with pytest.raises(InputError, match=message):
         make()
 
 

@@ -17,7 +17,6 @@ from gns_pretrain.optim.spectral import (
     SpectralSettings,
 )
 from gns_pretrain.parallel import matrix_ownership
-from gns_pretrain.parallel.matrix_ownership import OwnerCompute
 from tests.settings import odd_model
 
 SHAPES = [(6, 6), (9, 4), (4, 9), (6, 6), (9, 4)]
@@ -37,7 +36,7 @@ def gradients(step: int) -> list[Tensor]:
 
 
 def spectral(weights: list[nn.Parameter], settings: SpectralSettings) -> Spectral:
-    return Spectral(weights, settings, OwnerCompute(weights, None))
+    return Spectral(weights, settings)
 
 
 def stepped(
@@ -200,7 +199,7 @@ def test_matrix_rule_takes_the_block_matrices_and_adamw_the_rest(settings):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: MuonSettings(scaling="big"), r"optimizer\.scaling=big .*match_rms_adamw"),
         (lambda: MuonSettings(coefficients="x"), r"optimizer\.coefficients=x .*polar_express"),
@@ -214,6 +213,6 @@ def test_matrix_rule_takes_the_block_matrices_and_adamw_the_rest(settings):
         (lambda: AdamWPart(epsilon=0.0), r"optimizer\.adamw\.epsilon=0\.0"),
     ],
 )
-def test_bad_setting_is_named(make, told):
-    with pytest.raises(InputError, match=told):
+def test_bad_setting_is_named(make, message):
+    with pytest.raises(InputError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The joint norm of gradients, which the record shows and clipping uses."""
+"""The global norm of gradients, which the record shows and clipping uses."""
 
 import pytest
 import torch
