@@ -145,16 +145,16 @@ def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) ->
 
 
 def start_process_group(place: RankInfo, device: torch.device, timeout: timedelta) -> None:
-    """Rendezvous with the other ranks; gloo stands beside NCCL for what lives on the host."""
+    """Rendezvous with the other ranks; on GPUs gloo serves tensors on the host beside NCCL."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.num_ranks == 1:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if is_local(place.rendezvous) else "")
-    if not os.environ["GLOO_SOCKET_IFNAME"]:
-        del os.environ["GLOO_SOCKET_IFNAME"]
+    on_this_machine = any(host in place.rendezvous for host in ("//127.0.0.1", "//localhost"))
+    if on_this_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         backend,
         init_method=place.rendezvous,
@@ -162,8 +162,3 @@ def start_process_group(place: RankInfo, device: torch.device, timeout: timedelt
         world_size=place.num_ranks,
         timeout=timeout,
     )
-
-
-def is_local(rendezvous: str) -> bool:
-    """Whether all ranks meet on this machine's loopback."""
-    return "//127.0.0.1" in rendezvous or "//localhost" in rendezvous
