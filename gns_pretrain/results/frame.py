@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.runs.directory import (
@@ -32,7 +33,7 @@ from gns_pretrain.runs.directory import (
 )
 from gns_pretrain.runs.identity import flatten, settings_of_run
 from gns_pretrain.tracking.jsonl import read_records
-from gns_pretrain.tracking.wandb import TrackedRun, tracked_runs
+from gns_pretrain.tracking.wandb import tracked_runs
 
 try:  # the rest of this package takes pd from here, so that the error is always this one
     import pandas as pd
@@ -45,6 +46,7 @@ Runs: TypeAlias = pd.DataFrame
 Curve: TypeAlias = pd.Series
 Noise = tuple[str, str]  # geometry and estimate of a noise scale
 
+RUN_COLUMNS = ["name", "table", "cell", "seed", "scale", "settings", "finished", "steps", "read"]
 NOISE_SCALE = "noise_scale"
 QUANTITIES = ("loss", "train_loss", "batch_size", "lr", NOISE_SCALE)  # that have a curve
 PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no file names
@@ -79,10 +81,10 @@ def runs_of_folders(paths: Iterable[Path]) -> Runs:
                 settings_of_run(directory),
                 finished=summary.get("state") == "finished",
                 steps=summary.get("steps"),
-                read=partial(_losses_of_run, directory),
+                read=partial(losses_of, directory),
             )
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
 def runs_of_project(project: str, table: str) -> Runs:
@@ -93,9 +95,9 @@ def runs_of_project(project: str, table: str) -> Runs:
     """
     rows = []
     for run in tracked_runs(project, filters={"config.table": table}):
-        read = partial(_losses_of_project, run)
+        read = lambda run=run: to_curve(run.validation())  # type: ignore[misc]  # noqa: E731
         rows.append(_run(run.name, flatten(run.config), run.finished, run.steps, read))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
 def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
@@ -105,7 +107,7 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
     it has as many steps as the last row with a validation loss says.
 
     Raises:
-        InputError: a file holds no validation loss, or two files of a cell have one seed.
+        InputError: a file is no curve, or two files of a cell have one seed.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for cell, paths in cells.items():
@@ -116,12 +118,11 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
                 raise InputError(
                     f"{cell}={path}: the cell has a curve of seed {seed} already; give it once"
                 )
-            losses = _losses(read_curves(path).get("loss"), str(path))
-            row = _run(
-                str(path), {}, True, int(losses.index[-1]), partial(_losses, losses, str(path))
-            )
+            losses = losses_of(path)
+            steps = int(losses.index[-1]) if len(losses) else 0
+            row = _run(str(path), {}, True, steps, partial(losses_of, path))
             rows[cell, seed] = row | {"cell": cell, "seed": seed, "scale": None}
-    return pd.DataFrame(list(rows.values()))
+    return pd.DataFrame(list(rows.values()), columns=RUN_COLUMNS)
 
 
 def _run(
@@ -145,27 +146,35 @@ def _run(
     }
 
 
-def _losses_of_run(directory: Path) -> Curve:
-    return _losses(read_curves(directory).get("loss"), str(directory))
+def losses_of(path: Path) -> Curve:
+    """Validation losses over steps of a run directory or a CSV; empty where there are none."""
+    return read_curves(path).get("loss", to_curve([]))
 
 
-def _losses_of_project(run: TrackedRun) -> Curve:
-    return _losses(to_curve(run.validation()), run.name)
+def read_losses(runs: Runs) -> pd.Series:
+    """Validation losses over steps of each run.
 
-
-def _losses(losses: Curve | None, name: str) -> Curve:
-    if losses is None or losses.empty:
-        raise InputError(f"{name} holds no validation loss; a table needs evaluated runs")
-    return losses
+    Raises:
+        InputError: a run has none.
+    """
+    curves = [read() for read in runs["read"]]
+    for name, curve in zip(runs["name"], curves, strict=True):
+        if curve.empty:
+            raise InputError(f"{name} holds no validation loss; a table needs evaluated runs")
+    return pd.Series(curves, runs.index, dtype=object)
 
 
 def to_curve(points: Any) -> Curve:
     """A curve through points [n, 2] of a record; what a resumed run repeats replaces the first."""
     pairs = np.array(points, dtype=np.float64).reshape(-1, 2)
-    x = pairs[:, 0]
-    # A point stays if every later one lies to its right.
-    stays = x < np.append(np.minimum.accumulate(x[::-1])[::-1][1:], np.inf)
-    return pd.Series(pairs[stays, 1], index=x[stays])
+    pairs = pairs[unrepeated(pairs[:, 0])]
+    return pd.Series(pairs[:, 1], index=pairs[:, 0])
+
+
+def unrepeated(x: Any) -> NDArray[np.bool_]:
+    """Which steps of a record [n] count: those that no smaller or equal one follows."""
+    later = np.minimum.accumulate(np.asarray(x, dtype=np.float64)[::-1])[::-1]
+    return np.asarray(x) < np.append(later[1:], np.inf)
 
 
 @dataclass(frozen=True)

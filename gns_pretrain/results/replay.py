@@ -19,9 +19,10 @@ scale. Exit code: 0 the same path, 1 another one, 2 bad input.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -38,6 +39,8 @@ from gns_pretrain.runs.directory import read_settings
 from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_budget
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from gns_pretrain.results.frame import Noise, Record
 
 AS_RECORDED = SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
@@ -46,51 +49,23 @@ LEARNING_RATE_TOLERANCE = 1e-9  # relative
 # ---- the record
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """What a record holds of one step; None where it holds nothing.
-
-    Args:
-        step: from 1.
-        where: row or line of the file.
-        batch_size: sequences of the step.
-        tokens: consumed when it was done.
-        lr: learning rate of the step.
-        num_ranks: data-parallel ranks, as a metrics.jsonl shows.
-    """
-
-    step: int
-    where: str
-    batch_size: int | None
-    tokens: int | None
-    lr: float | None
-    num_ranks: int | None
-
-
 @dataclass
 class RecordedRun:
     """A record, ready to be replayed.
 
     Args:
-        steps: ascending.
+        steps: a row for each step, ascending, NaN where the record holds nothing: `where` it stands
+            in the file, `batch_size` (sequences), `tokens` consumed when it was done, `lr`, and in
+            a metrics.jsonl `micro_batch_size` and `accumulation`.
         measurements: of one geometry and estimate, by the step that was measured.
         averaged: whether they are the record's own averages, not to be averaged once more.
         notes: what a reader should know about the file.
     """
 
-    steps: list[RecordedStep]
+    steps: "DataFrame"
     measurements: dict[int, Measurement]
     averaged: bool
-    notes: list[str] = field(default_factory=list)
-
-    def cut_back(self, step: int) -> None:
-        """Drop what a resumed run repeats from `step` on, so that its later rows count."""
-        self.notes.append(
-            f"steps {step:,} to {self.steps[-1].step:,} come twice, as in a run that was resumed: "
-            "the later rows count"
-        )
-        self.steps = [row for row in self.steps if row.step < step]
-        self.measurements = {at: m for at, m in self.measurements.items() if at < step}
+    notes: list[str]
 
 
 def read_run(
@@ -114,62 +89,60 @@ def read_run(
     ours = path.suffix == ".jsonl"
     record = frame.read_jsonl(path) if ours else frame.read_csv(path, run)
     record.require("step")
-    noise, signal = None, None
+    noise = []
     if reads and (not ours or frame.noise_column(reads, "noise") in record.lines):
-        noise, signal = _noise_columns(record, reads, raw=raw)
+        noise = _noise_columns(record, reads, raw=raw)
     record.require("batch_size")
-    recorded = RecordedRun([], {}, averaged=not raw)
-    if reads and noise == frame.PUBLISHED_AVERAGE:
-        recorded.notes.append(
-            f"the file does not say whose noise scale {noise} is; taken as {' '.join(reads)}"
+    notes = []
+    if reads and noise == [frame.PUBLISHED_AVERAGE]:
+        notes.append(
+            f"the file does not say whose noise scale {noise[0]} is; taken as {' '.join(reads)}"
         )
     lines = record.lines[record.lines["kind"] != "validation"]
-    for line in lines.astype(object).where(lines.notna(), None).to_dict("records"):
-        where = line["where"]
-        step, batch_size, tokens, micro_batch_size, accumulation = (
-            _whole(record, line, name)
-            for name in ("step", "batch_size", "tokens", "micro_batch_size", "accumulation")
-        )
-        if step is None:
+    for column in ("step", "batch_size", "tokens"):
+        if column in lines and len(
+            wrong := lines[lines[column].notna() & (lines[column] % 1 != 0)]
+        ):
             raise InputError(
-                f"{path}, {where}: {record.name_of('step')} is empty; every row needs its step"
+                f"{path}, {wrong['where'].iloc[0]}: {record.name_of(column)} is "
+                f"{wrong[column].iloc[0]} and not a whole number"
             )
-        if step < 1:
-            recorded.notes.append(f"{where}: step {step} comes before the first one; left out")
-            continue
-        if line["kind"] != "noise":
-            if recorded.steps and recorded.steps[-1].step >= step:
-                recorded.cut_back(step)
-            num_ranks = None
-            if batch_size and micro_batch_size and accumulation:
-                num_ranks = batch_size // (micro_batch_size * accumulation)
-            recorded.steps.append(
-                RecordedStep(step, where, batch_size, tokens, line.get("lr"), num_ranks)
-            )
-        top, bottom = line.get(noise), line.get(signal) if signal else 1.0
-        if reads and top is not None and bottom is not None:
-            recorded.measurements[step] = Measurement(*reads, top, bottom, 0, 0)
-    if all(row.batch_size is None for row in recorded.steps):
+    if len(empty := lines[lines["step"].isna()]):
+        raise InputError(
+            f"{path}, {empty['where'].iloc[0]}: {record.name_of('step')} is empty; every row needs "
+            "its step"
+        )
+    for line in lines[lines["step"] < 1].to_dict("records"):
+        notes.append(
+            f"{line['where']}: step {line['step']:.0f} comes before the first one; left out"
+        )
+    lines = lines[lines["step"] >= 1].astype({"step": int}).set_index("step", drop=False)
+    steps = lines[lines["kind"] != "noise"]
+    counts = frame.unrepeated(steps.index)
+    if len(again := steps.index[~counts]):
+        notes.append(
+            f"steps {again[0]:,} to {again[-1]:,} come twice, as in a run that was resumed: the "
+            "later rows count"
+        )
+    if steps["batch_size"].isna().all():
         raise InputError(
             f"{path} holds no batch size to compare with; name the metrics.jsonl of a run, or "
             "export the run once more"
         )
-    return recorded
+    steps = steps[counts]
+    measurements = {}
+    if reads and noise:
+        measured = lines[lines["kind"] == "noise"] if ours else steps  # a CSV has all in one row
+        measured = measured[noise].dropna()
+        measured = measured[frame.unrepeated(measured.index)]
+        for step, *parts in measured.itertuples():
+            top, bottom = parts if len(parts) == 2 else (*parts, 1.0)
+            measurements[step] = Measurement(*reads, top, bottom, 0, 0)
+    return RecordedRun(steps, measurements, not raw, notes)
 
 
-def _whole(record: "Record", line: dict[str, Any], column: str) -> int | None:
-    """The value of a column that counts; None where there is none."""
-    value = line.get(column)
-    if value is not None and not float(value).is_integer():
-        name = record.name_of(column)
-        raise InputError(
-            f"{record.path}, {line['where']}: {name} is {value} and not a whole number"
-        )
-    return None if value is None else int(value)
-
-
-def _noise_columns(record: "Record", reads: "Noise", *, raw: bool) -> tuple[str, str | None]:
-    """Columns of a noise scale's two parts, or that of their quotient and None.
+def _noise_columns(record: "Record", reads: "Noise", *, raw: bool) -> list[str]:
+    """Columns of a noise scale's two parts, or that of their quotient.
 
     Raises:
         InputError: there are none; single measurements cannot be had from averages.
@@ -177,15 +150,15 @@ def _noise_columns(record: "Record", reads: "Noise", *, raw: bool) -> tuple[str,
     from gns_pretrain.results.frame import PUBLISHED_AVERAGE, noise_column
 
     parts = ("noise", "signal") if raw else ("noise_ema", "signal_ema")
-    noise, signal = (noise_column(reads, part) for part in parts)
-    if noise in record.lines and signal in record.lines:
-        return noise, signal
+    columns = [noise_column(reads, part) for part in parts]
+    if all(column in record.lines for column in columns):
+        return columns
     if raw:
         raise InputError(
-            f"{record.path} has no columns {noise} and .../signal, only averages: they "
+            f"{record.path} has no columns {columns[0]} and .../signal, only averages: they "
             "cannot be averaged anew; leave out --noise-decay, --signal-decay and norm_test"
         )
-    return record.require(noise_column(reads, "noise_scale_ema"), PUBLISHED_AVERAGE), None
+    return [record.require(noise_column(reads, "noise_scale_ema"), PUBLISHED_AVERAGE)]
 
 
 # ---- settings: the published runs', or a run's own, with the command's options on top
@@ -204,7 +177,7 @@ POLICY_OPTIONS = {
     "target": "how a noise scale becomes a batch size",
     "kappa": "share of the largest gain, for --target kappa",
     "geometry": "whose noise scale",
-    "estimate": "which estimate of it",
+    "estimate": "which estimate of it: plug_in, debiased or cross_fitted",
     "noise_decay": "beta^N; averages the single measurements anew",
     "signal_decay": "beta^M; likewise",
     "rounding": "to a feasible size",
@@ -298,7 +271,9 @@ def replay_settings(
     Raises:
         InputError: a setting is out of its bounds, or settings do not fit one another.
     """
-    policy = policy_settings(options, config, initial=recorded.steps[0].batch_size)
+    first = {name: value for name, value in recorded.steps.iloc[0].items() if value == value}
+    initial = first.get("batch_size")
+    policy = policy_settings(options, config, initial=initial and int(initial))
     if policy.reads and not recorded.measurements:
         raise InputError(
             f"the file holds no measurement of geometry {policy.reads[0]}, estimate "
@@ -313,10 +288,10 @@ def replay_settings(
         "token_budget": config.get("token_budget"),
         "peak_lr": config.get("optimizer", {}).get("lr"),
     }
-    first = recorded.steps[0]
-    known["num_ranks"] = first.num_ranks
-    if first.step == 1 and first.tokens and first.batch_size:
-        known["sequence_length"] = first.tokens // first.batch_size
+    if recorded.steps.index[0] == 1 and first.get("tokens") and initial:
+        known["sequence_length"] = int(first["tokens"] // initial)
+    if initial and first.get("accumulation"):
+        known["num_ranks"] = int(initial // (first["micro_batch_size"] * first["accumulation"]))
     known = {name: value for name, value in known.items() if value is not None}
     run = fields.from_options(RunSettings, argparse.Namespace(**(known | options)))
     sizes = policy.sizes_for(
@@ -338,50 +313,14 @@ def replay_settings(
 # ---- the replay
 
 
-@dataclass(frozen=True)
-class ReplayedStep:
-    """One recorded step and its replay.
+def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
+    """Put beside each recorded step what the policy does there, until it has spent the budget.
 
-    Args:
-        recorded: the step in the file.
-        batch_size: sequences of the step; None once the replay has reached the budget.
-        tokens: consumed when it was done; likewise.
-        lr: learning rate; likewise.
-        target: of the last decision that was taken, sequences; None before the first.
+    Returns:
+        The recorded steps with `replayed_batch_size`, `replayed_tokens`, `replayed_lr`, `target`
+        (of the last decision that was taken, sequences), all NaN where there is none;
+        `lr_error`, relative; and `difference`, what differs first, empty if nothing does.
     """
-
-    recorded: RecordedStep
-    batch_size: int | None = None
-    tokens: int | None = None
-    lr: float | None = None
-    target: float | None = None
-
-    @property
-    def difference(self) -> str | None:
-        """What differs first; None if all that the record holds is the same."""
-        row = self.recorded
-        if self.batch_size is None or self.tokens is None:
-            return "the replay has reached its token budget before it"
-        for name, recorded, replayed in (
-            ("batch size", row.batch_size, self.batch_size),
-            ("tokens", row.tokens, self.tokens),
-        ):
-            if recorded is not None and recorded != replayed:
-                return f"{name} {recorded:,} in the file, {replayed:,} in the replay"
-        if (error := self.lr_error) is not None and not error <= LEARNING_RATE_TOLERANCE:
-            return f"lr {row.lr!r} in the file, {self.lr!r} in the replay"
-        return None
-
-    @property
-    def lr_error(self) -> float | None:
-        """Difference of the learning rates over the recorded one; None where one is missing."""
-        if self.recorded.lr is None or self.lr is None:
-            return None
-        return abs(self.lr - self.recorded.lr) / (abs(self.recorded.lr) or 1.0)
-
-
-def replay(recorded: RecordedRun, settings: ReplaySettings) -> list[ReplayedStep]:
-    """Every recorded step, with what the policy does there, until it has spent the budget."""
     run, initial = settings.run, settings.batch_size.initial
     length, budget = run.sequence_length, run.token_budget
     total_steps = steps_in_budget(budget, batch_size=initial, sequence_length=length)
@@ -393,10 +332,9 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> list[ReplayedStep
         AS_RECORDED if recorded.averaged else settings.smoothing,
     )
     schedule = Schedule(settings.schedule, initial, total_steps)
-    rows = {row.step: row for row in recorded.steps}
-    batch_size, multiplier, samples, target = initial, 1.0, 0, None
-    path = []
-    for step in range(1, recorded.steps[-1].step + 1):
+    batch_size, multiplier, samples, target = initial, 1.0, 0, math.nan
+    replayed = dict.fromkeys(recorded.steps.index, (math.nan,) * 4)
+    for step in range(1, recorded.steps.index[-1] + 1):
         if samples * length >= budget:
             break
         position = Position.after(
@@ -413,88 +351,105 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> list[ReplayedStep
             batch_size, multiplier = decision.split.batch_size, decision.lr_multiplier
         lr = run.peak_lr * (schedule.factor(samples) * multiplier)
         samples += batch_size
-        if step in rows:
-            path.append(ReplayedStep(rows[step], batch_size, samples * length, lr, target))
+        if step in replayed:
+            replayed[step] = (batch_size, samples * length, lr, target)
         if step in recorded.measurements:
             sizer.observe([recorded.measurements[step]])
-    last = path[-1].recorded.step if path else 0
-    return path + [ReplayedStep(row) for row in recorded.steps if row.step > last]
+    names = ("replayed_batch_size", "replayed_tokens", "replayed_lr", "target")
+    columns = zip(*replayed.values(), strict=True)
+    path = recorded.steps.assign(**dict(zip(names, columns, strict=True)))
+    scale = path["lr"].abs().replace(0.0, 1.0) if "lr" in path else math.nan
+    path["lr_error"] = (path["replayed_lr"] - path.get("lr", math.nan)).abs() / scale
+    path["difference"] = [_difference(row) for row in path.to_dict("records")]
+    return path
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if math.isnan(row["replayed_batch_size"]):
+        return "the replay has reached its token budget before it"
+    for name, column in (("batch size", "batch_size"), ("tokens", "tokens")):
+        recorded, replayed = row.get(column, math.nan), row[f"replayed_{column}"]
+        if not math.isnan(recorded) and recorded != replayed:
+            return f"{name} {recorded:,.0f} in the file, {replayed:,.0f} in the replay"
+    if row["lr_error"] > LEARNING_RATE_TOLERANCE:
+        return f"lr {row['lr']!r} in the file, {row['replayed_lr']!r} in the replay"
+    return ""
 
 
 # ---- the report
 
 
-def first_difference(path: list[ReplayedStep]) -> str | None:
+def first_difference(path: "DataFrame") -> str | None:
     """The first step that differs, named; None if none does."""
-    for step in path:
-        if (difference := step.difference) is not None:
-            row = step.recorded
-            return f"first difference at step {row.step:,} ({row.where}): {difference}"
+    for row in path[path["difference"] != ""].to_dict("records"):
+        return f"first difference at step {row['step']:,} ({row['where']}): {row['difference']}"
     return None
 
 
-def side_by_side(path: list[ReplayedStep], *, every_row: bool) -> list[str]:
+def side_by_side(path: "DataFrame", *, every_row: bool) -> list[str]:
     """A table of the two paths: first, last and differing rows, and those where a batch changes."""
+    sizes = path[["batch_size", "replayed_batch_size"]].fillna(0)
+    shown = (sizes != sizes.shift()).any(axis=1)
+    shown.iloc[-1] = True
+    differs = path["difference"] != ""
+    shown |= differs & (differs.cumsum() == 1)
     lines = [
         f"{'':>9} | {'in the file':^36} | {'replayed':^46}",
         f"{'step':>9} | {'batch':>6} {'tokens':>16} {'lr':>12} "
         f"| {'target':>9} {'batch':>6} {'tokens':>16} {'lr':>12}",
     ]
-    sizes: tuple[int | None, int | None] | None = None
-    differed = False
-    for step in path:
-        before, sizes = sizes, (step.batch_size, step.recorded.batch_size)
-        differs = step.difference is not None
-        if every_row or sizes != before or step is path[-1] or (differs and not differed):
-            lines.append(_line(step))
-        differed = differed or differs
+
+    def text(value: float, form: str) -> str:
+        return "-" if math.isnan(value) else format(value, form)
+
+    for row in path[shown | every_row].to_dict("records"):
+        recorded, replayed = (
+            f"{text(row.get(prefix + 'batch_size', math.nan), ',.0f'):>6} "
+            f"{text(row.get(prefix + 'tokens', math.nan), ',.0f'):>16} "
+            f"{text(row.get(prefix + 'lr', math.nan), '.6e'):>12}"
+            for prefix in ("", "replayed_")
+        )
+        mark = "   <- differs" if row["difference"] else ""
+        target = text(row["target"], ",.1f")
+        lines.append(f"{row['step']:>9,} | {recorded} | {target:>9} {replayed}{mark}")
     return lines
 
 
-def _line(step: ReplayedStep) -> str:
-    """One row of the table."""
-
-    def text(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    def numbers(side: RecordedStep | ReplayedStep) -> str:
-        batch_size, tokens = text(side.batch_size, ","), text(side.tokens, ",")
-        return f"{batch_size:>6} {tokens:>16} {text(side.lr, '.6e'):>12}"
-
-    differs = "   <- differs" if step.difference else ""
-    return (
-        f"{step.recorded.step:>9,} | {numbers(step.recorded)} "
-        f"| {text(step.target, ',.1f'):>9} {numbers(step)}{differs}"
-    )
-
-
-def verdict(path: list[ReplayedStep]) -> str:
+def verdict(path: "DataFrame") -> str:
     """One line on how the two paths compare."""
     if (difference := first_difference(path)) is not None:
         return difference
-    errors = [step.lr_error for step in path if step.lr_error is not None]
-    batches = sum(step.recorded.batch_size is not None for step in path)
-    tokens = sum(step.recorded.tokens is not None for step in path)
-    largest = f"; largest relative difference of lr {max(errors):.1e}" if errors else ""
+    known = path.reindex(columns=["batch_size", "tokens", "lr"]).count()
+    error = path["lr_error"].max()
+    largest = "" if math.isnan(error) else f"; largest relative difference of lr {error:.1e}"
     return (
-        f"the same path in {len(path):,} rows: batch size in {batches:,}, tokens in {tokens:,}, "
-        f"lr in {len(errors):,}{largest}"
+        f"the same path in {len(path):,} rows: batch size in {known['batch_size']:,}, tokens in "
+        f"{known['tokens']:,}, lr in {known['lr']:,}{largest}"
     )
 
 
-def as_json(path: list[ReplayedStep]) -> dict[str, Any]:
+def as_json(path: "DataFrame") -> dict[str, Any]:
     """The two paths for another program."""
-    keys = ("batch_size", "tokens", "lr", "target")
+
+    def numbers(row: dict[str, Any], prefix: str, *names: str) -> dict[str, Any]:
+        values = {name: row.get(prefix + name, math.nan) for name in ("batch_size", "tokens", "lr")}
+        values |= {name: row[name] for name in names}
+        whole = ("batch_size", "tokens")
+        return {
+            name: None if math.isnan(value) else int(value) if name in whole else value
+            for name, value in values.items()
+        }
+
     return {
         "rows": len(path),
         "first_difference": first_difference(path),
         "path": [
             {
-                "step": step.recorded.step,
-                "recorded": {k: v for k, v in asdict(step.recorded).items() if k in keys},
-                "replayed": {key: getattr(step, key) for key in keys},
+                "step": row["step"],
+                "recorded": numbers(row, ""),
+                "replayed": numbers(row, "replayed_", "target"),
             }
-            for step in path
+            for row in path.to_dict("records")
         ],
     }
 

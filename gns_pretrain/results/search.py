@@ -9,7 +9,7 @@ from rich import box
 
 from gns_pretrain.config.schema import ScaleSettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.frame import Runs, pd
+from gns_pretrain.results.frame import Runs, pd, read_losses
 from gns_pretrain.results.render import loss_text, markdown, text_grid
 from gns_pretrain.runs.identity import Purpose, decides
 
@@ -99,7 +99,7 @@ def searches(runs: Runs) -> list[Search]:
     Raises:
         InputError: none of them is a search's, or no run of one is finished.
     """
-    own = runs[runs["table"] == SEARCH] if len(runs) else runs
+    own = runs[runs["table"] == SEARCH]
     if own.empty:
         raise InputError(
             f"none of {len(runs)} runs belongs to a search; "
@@ -125,7 +125,7 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
     points = []
     key = finished["settings"].map(lambda each: repr([each.get(name) for name in searched]))
     for _, seeds in finished.groupby(key, sort=False):
-        lowest = [read().min() for read in seeds["read"]]
+        lowest = [losses.min() for losses in read_losses(seeds)]
         first = seeds["settings"].iloc[0]
         spread = stdev(lowest) if len(lowest) > 1 else None
         results = {"loss": fmean(lowest), "deviation": spread, "settings": first}

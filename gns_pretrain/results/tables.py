@@ -6,7 +6,7 @@ runs that are compared have the same seed.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from gns_pretrain.results.frame import (
     curve_files,
     natural_order,
     pd,
+    read_losses,
     runs_of_curves,
     runs_of_folders,
     runs_of_project,
@@ -229,13 +230,9 @@ def select(
         InputError: no run is left, the scale is not clear, or runs that are to stand for the same
             thing have different settings.
     """
-    own = (
-        runs[(runs["table"] == layout.name) & runs["cell"].isin(layout.cells)]
-        if len(runs)
-        else runs
-    )
+    own = runs[(runs["table"] == layout.name) & runs["cell"].isin(layout.cells)]
     if own.empty:
-        tables = sorted(set(map(str, runs["table"].dropna()))) if len(runs) else []
+        tables = sorted(set(map(str, runs["table"].dropna())))
         raise InputError(
             f"none of {len(runs)} runs belongs to {layout.name} (their setting table: "
             f"{', '.join(tables) or 'none'}); train it with python train.py +sweep={layout.name}"
@@ -257,13 +254,14 @@ def select(
     finished = own[own["finished"]].sort_values("name", key=lambda names: names.map(natural_order))
     selection = Selection(scale, unfinished=list(own["name"][~own["finished"]]))
     for cell, runs_of_cell in finished.groupby("cell"):
-        refuse_differences(runs_of_cell, _curve_settings, f"of {layout.name}'s cell {cell}")
+        _refuse_differences(runs_of_cell, f"of {layout.name}'s cell {cell}")
         for _, repeated in runs_of_cell.groupby("seed"):
             selection.notes += [
                 f"not counted: {name}, of the same settings and seed as {later}"
                 for name, later in pairwise(repeated["name"])
             ]
-    refuse_differences(finished, _common_settings, f"of {layout.name}")
+    if len(finished):
+        _refuse_differences(finished, f"of {layout.name}", groups=COMMON)
     selection.runs = finished.drop_duplicates(["cell", "seed"], keep="last")
     return selection
 
@@ -275,7 +273,7 @@ def _where(runs: Runs, key: str, text: str) -> Runs:
         near = difflib.get_close_matches(key, {name for each in settings for name in each}, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"--where {key}={text}: no run has that setting{hint}")
-    uses = settings.map(lambda each: key in each and not _is_unused(key, each))
+    uses = settings.map(lambda each: _uses(key, each))
     other = uses & ~settings.map(lambda each: _matches(each.get(key), text))
     if uses.any() and (other == uses).all():
         values = sorted({str(each[key]) for each in settings[uses]})
@@ -283,11 +281,10 @@ def _where(runs: Runs, key: str, text: str) -> Runs:
     return runs[~other]
 
 
-def _is_unused(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a run has a setting of batch size or noise scale that its losses do not depend on."""
-    return key.startswith(("batch_size.", "noise_scale.")) and not decides(
-        key, settings, Purpose.CURVE
-    )
+def _uses(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run has a setting and uses it: a constant batch has a theta that it does not."""
+    may_be_idle = key.startswith(("batch_size.", "noise_scale."))
+    return key in settings and (not may_be_idle or decides(key, settings, Purpose.CURVE))
 
 
 def _matches(value: Any, text: str) -> bool:
@@ -303,36 +300,26 @@ def _matches(value: Any, text: str) -> bool:
         return False
 
 
-def _curve_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return deciding_settings(settings, Purpose.CURVE)
-
-
-def _common_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that all runs of a table share."""
-    return {
-        key: value
-        for key, value in _curve_settings(settings).items()
-        if any(key == common or key.startswith(common + ".") for common in COMMON)
-    }
-
-
-def refuse_differences(
-    runs: Runs, settings_of: Callable[[Mapping[str, Any]], dict[str, Any]], what: str
-) -> None:
+def _refuse_differences(runs: Runs, what: str, *, groups: Sequence[str] = ("",)) -> None:
     """Refuse runs that cannot stand together.
 
     Args:
-        runs: that have to agree.
-        settings_of: what of their settings has to.
+        runs: that have to agree in what decides their losses.
         what: they have in common.
+        groups: settings or groups of them to compare; "" is all.
 
     Raises:
         InputError: names two runs, and the settings that differ.
     """
-    names, settings = list(runs["name"]), [settings_of(each) for each in runs["settings"]]
-    for name, other in zip(names[1:], settings[1:], strict=True):
-        first = settings[0]
-        if keys := differing_settings(first, other):
+    names = list(runs["name"])
+    first, *others = (deciding_settings(each, Purpose.CURVE) for each in runs["settings"])
+    for name, other in zip(names[1:], others, strict=True):
+        keys = [
+            key
+            for key in differing_settings(first, other)
+            if any(group in ("", key) or key.startswith(group + ".") for group in groups)
+        ]
+        if keys:
             shown = [f"{key}: {first.get(key)} and {other.get(key)}" for key in keys[:SHOWN]]
             more = ["..."] if len(keys) > SHOWN else []
             raise InputError(
@@ -353,7 +340,7 @@ def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
     """
     if runs.empty:
         return {}
-    losses = pd.Series([read() for read in runs["read"]], runs.index, dtype=object)
+    losses = read_losses(runs)
     read = runs.assign(
         losses=losses,
         lowest=losses.map(lambda curve: curve.min()),
@@ -432,7 +419,6 @@ def fill(layout: TableLayout, selection: Selection, published: Runs) -> FilledTa
         )
     cells = ours | theirs
     scale = selection.scale if ours else None
-    # Of published curves nothing can be missing: the paper's are not one set of seeds.
     seeds = sorted({seed for runs in ours.values() for seed in runs.index})
     missing = {
         cell: lacking

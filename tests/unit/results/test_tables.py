@@ -47,7 +47,7 @@ def adaptive(*losses, total=50):
 
 def seeds(runs):
     """Runs of one cell by seed."""
-    rows = [{"cell": "a", "seed": seed} | row for seed, row in runs.items()]
+    rows = [{"name": "a run", "cell": "a", "seed": seed} | row for seed, row in runs.items()]
     return by_cell(pd.DataFrame(rows))["a"]
 
 
