@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs
 from gns_pretrain.results.frame import Curve, pd
 from gns_pretrain.tracking.console import short_number
 
@@ -169,7 +169,11 @@ def draw(
         InputError: a panel that no run can fill, or a file that cannot be written.
     """
     names = chosen_panels(groups, panels)
-    pyplot = drawing_library()
+    with needs("figures", "figures are drawn with matplotlib"):
+        import matplotlib
+    matplotlib.use("Agg")  # to files alone
+    from matplotlib import pyplot
+
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
@@ -199,20 +203,6 @@ def draw(
         finally:
             pyplot.close(figure)
     return names
-
-
-def drawing_library() -> Any:
-    """matplotlib's pyplot, drawing to files alone; InputError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib; install it with: pip install 'gns-pretrain[figures]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _legend_below(figure: Any, handles: Sequence[Any]) -> None:

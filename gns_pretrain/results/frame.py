@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, needs
 from gns_pretrain.runs.directory import (
     CONFIG,
     METRICS,
@@ -35,12 +35,8 @@ from gns_pretrain.runs.identity import flatten, settings_of_run
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.tracking.wandb import tracked_runs
 
-try:  # the rest of this package takes pd from here, so that the error is always this one
-    import pandas as pd
-except ImportError as error:
-    raise InputError(
-        "results are read with pandas; install it with: pip install 'gns-pretrain[results]'"
-    ) from error
+with needs("results", "results are read with pandas"):
+    import pandas as pd  # the rest of this package takes it from here: one error without it
 
 Runs: TypeAlias = pd.DataFrame
 Curve: TypeAlias = pd.Series
@@ -95,7 +91,7 @@ def runs_of_project(project: str, table: str) -> Runs:
     """
     rows = []
     for run in tracked_runs(project, filters={"config.table": table}):
-        read = lambda run=run: to_curve(run.validation())  # type: ignore[misc]  # noqa: E731
+        read = lambda run=run: to_curve(run.validation())  # noqa: E731
         rows.append(_run(run.name, flatten(run.config), run.finished, run.steps, read))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
