@@ -1,7 +1,7 @@
 """From what the tap has gathered to noise and signal: each rank its part, then one all-reduce."""
 
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -53,38 +53,30 @@ class NoiseMeter:
             One reading for each geometry and estimate that was asked for, the same on every rank.
         """
         with self.tap.measuring():
-            sums = self.tap.sums()
-            totals = self._totals(sums, batch_size)
+            readings = self.readings_of(self.tap.sums(), batch_size)
             self.tap.release()
-        return self._readings(totals, batch_size, sums.num_samples, self.tap.seconds)
+        return [replace(reading, seconds=self.tap.seconds) for reading in readings]
 
     @torch.no_grad()
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:
         """Return the same from sums that were gathered before; all ranks together."""
-        return self._readings(self._totals(sums, batch_size), batch_size, sums.num_samples, 0.0)
-
-    def _totals(self, sums: SampleSums, batch_size: int) -> list[list[list[float]]]:
-        """[geometry][weight][column] over all ranks: one all-reduce of kilobytes, one wait."""
-        totals = [geometry.totals(sums, batch_size) for geometry in self.geometries]
-        summed = sum_over_ranks(torch.cat(totals, dim=1), self.world).cpu()
-        return [part.tolist() for part in summed.split([t.shape[1] for t in totals], dim=1)]
-
-    def _readings(
-        self, totals: list[list[list[float]]], batch_size: int, num_samples: int, seconds: float
-    ) -> list[Reading]:
-        """Measurements of the whole model, and of its parts where asked for."""
+        of_rank = [geometry.totals(sums, batch_size) for geometry in self.geometries]
+        # One all-reduce of kilobytes, and one wait for the device.
+        joined = sum_over_ranks(torch.cat(of_rank, dim=1), self.world).cpu()
+        totals = joined.split([table.shape[1] for table in of_rank], dim=1)
+        counts = {"batch_size": batch_size, "num_samples": sums.num_samples}
         readings = []
         for geometry, table in zip(self.geometries, totals, strict=True):
+            rows = table.tolist()  # [weight][column]
             weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.kind)]
-            whole = added(table, weights)
-            parts = {name: added(table, rows) for name, rows in self._parts(weights).items()}
+            whole = added(rows, weights)
+            parts = {name: added(rows, some) for name, some in self._parts(weights).items()}
             for estimate in self.settings.estimates_of(geometry.name):
-                measure = partial(
-                    geometry.measure, estimate, batch_size=batch_size, num_samples=num_samples
-                )
-                of_parts = {name: measure(part) for name, part in parts.items()}
-                details = geometry.details(whole)
-                readings.append(Reading(measure(whole), of_parts, seconds, details))
+                total = geometry.measure(estimate, whole, **counts)
+                of_parts = {
+                    name: geometry.measure(estimate, part, **counts) for name, part in parts.items()
+                }
+                readings.append(Reading(total, of_parts, 0.0, geometry.details(whole)))
         return readings
 
     def _parts(self, weights: list[int]) -> dict[str, list[int]]:

@@ -65,6 +65,29 @@ def test_model_optimizer_state_and_generator_come_back_bit_for_bit(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+class Counter:
+    """Another part of a run that keeps numbers."""
+
+    def __init__(self, count: int = 0):
+        self.count = count
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_further_parts_are_saved_beside_the_state_and_come_back(tmp_path):
+    model, optimizer = built()
+    stepped(model, optimizer)
+    checkpoints = Checkpoints(tmp_path, keep=1, world=ALONE)
+    state, found = TrainState(batch_size=8, micro_batch_size=2, step=1), Counter()
+    checkpoints.save(model, optimizer, state, Counter(7))
+    assert checkpoints.load_latest(model, optimizer, found) == (state, [])
+    assert found.count == 7
+
+
 def test_newest_are_kept_and_older_ones_go(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, keep=2)
     assert [f.name for f in checkpoint_folders(tmp_path)] == ["step_00000004", "step_00000003"]
