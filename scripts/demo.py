@@ -3,7 +3,7 @@
     python scripts/demo.py                      both runs, a table and a picture
     python scripts/demo.py seed=1               settings for both, as for train.py
 
-Started again it goes on where it was; finished runs are not trained twice.
+Restarted, it resumes; finished runs are not trained twice.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}
 def main() -> int:
     """Exit code of the first run that did not finish, else 0."""
     settings = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in settings):
+    if {"-h", "--help"} & set(settings):
         sys.stdout.write(__doc__ or "")
         return 0
     if "resume=never" in settings:
@@ -40,37 +40,30 @@ def main() -> int:
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if code:
             return code
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
+    outputs, seed = ROOT / given.get("output_directory", "outputs"), given.get("seed", "0")
+    picture = outputs / f"demo-seed{seed}.png"
     try:
-        compare(settings)
+        runs = {
+            label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
+            for label, experiment in RUNS.items()
+        }
+        curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
+        draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return 0
-
-
-def compare(settings: list[str]) -> None:
-    """Print the closing table and save the picture beside the runs."""
-    given = dict(word.split("=", 1) for word in settings if "=" in word)
-    outputs = ROOT / given.get("output_directory", "outputs")
-    seed = given.get("seed", "0")
-    runs = {
-        label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
-        for label, experiment in RUNS.items()
-    }
-    picture = outputs / f"demo-seed{seed}.png"
-    curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
-    draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     console = Console(soft_wrap=True)
     console.print(closing_table(runs))
     console.print(f"picture: {picture}")
+    return 0
 
 
 def closing_table(runs: dict[str, RunRecord]) -> Table:
-    """Steps, tokens, loss and time of each run."""
+    """Compare steps, tokens, loss and time of the runs."""
     table = Table(title="the same tokens, taken in batches of different size")
     table.add_column("", no_wrap=True)
-    columns = ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training")
-    for column in columns:
+    for column in ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training"):
         table.add_column(column, justify="right")
     for label, run in runs.items():
         summary = run.summary

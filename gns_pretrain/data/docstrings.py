@@ -1,7 +1,7 @@
 """English text that is on every machine which can train: the docstrings of installed packages.
 
 Files are found and parsed, never imported. `python -m gns_pretrain.data.docstrings` reads paths
-from standard input, one a line, and writes a JSON list with the docstrings of each.
+from standard input, one per line, and writes a JSON list with the docstrings of each.
 """
 
 import ast

@@ -22,7 +22,7 @@ from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
 from gns_pretrain.model.huggingface import load_hf_folder
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, SampleSums
-from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
+from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS, NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
@@ -233,15 +233,10 @@ def standard_errors(
         left = whole.without(meter.tap.sums())
         model.zero_grad(set_to_none=True)
         remaining = num_sequences * left.num_samples // whole.num_samples
-        scales.append([scale_of(r) for r in meter.readings_of(left, remaining)])
+        totals = [reading.total for reading in meter.readings_of(left, remaining)]
+        scales.append([math.inf if t.noise_scale is None else t.noise_scale for t in totals])
     errors = (jackknife(column) for column in zip(*scales, strict=True))
     return [error if math.isfinite(error) else None for error in errors]
-
-
-def scale_of(reading: Reading) -> float:
-    """Return the noise scale of a reading; infinite where there is no signal."""
-    scale = reading.total.noise_scale
-    return math.inf if scale is None else scale
 
 
 def jackknife(left_out: Sequence[float]) -> float:

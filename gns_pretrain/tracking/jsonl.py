@@ -229,8 +229,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         steps, samples (sequences) and tokens consumed; validation_loss (the last) and
         minimum_validation_loss (nats per token) with the step and tokens of the first line that
         has it; tokens_per_second (median over steps: compilation and evaluation do not count);
-        seconds (sum over training steps); batch_size (sequences, the last). None where no line
-        says.
+        seconds (sum over training steps); batch_size (sequences, the last). None without such a
+        line.
     """
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]

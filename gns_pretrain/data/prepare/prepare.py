@@ -73,8 +73,8 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = True) -> dict[st
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder, wait=False) as held:
-            if not held:
+        with folder_lock(folder, wait=False) as locked:
+            if not locked:
                 raise InputError(
                     f"--out={folder} is being prepared by another process; wait for it"
                 )
