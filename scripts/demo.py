@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.results.figures import draw
 from gns_pretrain.results.frame import read_curves
 from gns_pretrain.runs.directory import RunRecord
@@ -51,8 +51,7 @@ def main() -> int:
         curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
         draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return print_error(error)
     console = Console(soft_wrap=True)
     console.print(closing_table(runs))
     console.print(f"picture: {picture}")

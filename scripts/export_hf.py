@@ -13,7 +13,7 @@ from typing import Any
 from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG
@@ -39,8 +39,7 @@ def main() -> int:
     try:
         row = export(arguments)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return print_error(error)
     if arguments.json:
         sys.stdout.write(json.dumps(row) + "\n")
         return 0

@@ -14,7 +14,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import add_options, from_options
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
 
@@ -30,8 +30,7 @@ def main() -> int:
     try:
         report = measure(from_options(MeasurementRequest, options))
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return print_error(error)
     if report is None:
         return 0
     for note in report.notes:

@@ -15,11 +15,9 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-
 from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.fields import add_options, from_options
 
 
@@ -31,14 +29,12 @@ def main() -> int:
     add_options(parser, PrepareSettings)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args()
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
         row = prepare(from_options(PrepareSettings, options))
     except (InputError, TrainingError) as error:
-        console.print(f"error: {error}")
-        return 2 if isinstance(error, InputError) else 3
+        return print_error(error)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command resumes from the last whole shard")
+        sys.stderr.write("interrupted; the same command resumes from the last whole shard\n")
         return 130
     sys.stdout.write((json.dumps(row) if options.json else _summary(row)) + "\n")
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console, Group
 from rich.live import Live
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.launch.status import status_view, statuses
 from gns_pretrain.system.slurm import job_states
 
@@ -52,8 +52,7 @@ def main() -> int:
             width = None if sys.stdout.isatty() else WIDTH
             Console(width=width).print(view(arguments.folder))
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -149,8 +149,8 @@ def measure(request: MeasurementRequest) -> Report | None:
         nuclear_parameters=request.nuclear_parameters,
         square_root=request.square_root,
     )
-    place = rank_info_from(os.environ) or RankInfo()
-    rounds = request.rounds(place.num_ranks)
+    ranks = rank_info_from(os.environ) or RankInfo()
+    rounds = request.rounds(ranks.num_ranks)
     tokens = TokenShards.open(request.data, "validation")
     available = tokens.num_sequences(request.sequence_length)
     if request.num_sequences > available:
@@ -166,12 +166,12 @@ def measure(request: MeasurementRequest) -> Report | None:
             f"{request.checkpoint} has a vocabulary of {llama.config.known_vocab_size}, but "
             f"{request.data} holds {tokens.vocab_size} token ids; use the data it was trained on"
         )
-    device = pick_device(request.device, place.local_rank)
+    device = pick_device(request.device, ranks.local_rank)
     # Sample j goes to rank j % num_ranks, as in training.
     starts = [
-        (index * place.num_ranks + place.rank) * request.micro_batch_size for index in range(rounds)
+        (index * ranks.num_ranks + ranks.rank) * request.micro_batch_size for index in range(rounds)
     ]
-    with joined(place, ParallelSettings(), device) as world:
+    with joined(ranks, ParallelSettings(), device) as world:
         model = parallelize(llama.to(device), world, compute_dtype=torch.float32)
         batch = [
             read_in_order(
@@ -180,10 +180,10 @@ def measure(request: MeasurementRequest) -> Report | None:
             for start in starts
         ]
         estimated = estimate(model, NoiseMeter(model, world, settings), batch, request)
-    if place.rank != 0:
+    if ranks.rank != 0:
         return None
-    notes = request.missing_intervals(place.num_ranks)
-    return Report(rounds * place.num_ranks, request.num_sequences, estimated, notes)
+    notes = request.missing_intervals(ranks.num_ranks)
+    return Report(rounds * ranks.num_ranks, request.num_sequences, estimated, notes)
 
 
 def estimate(
