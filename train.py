@@ -4,11 +4,12 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
-from gns_pretrain.config.schema import register_schemas
+from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, OneLineError, print_error
 from gns_pretrain.launch.sweep import failed_runs_raise
 from gns_pretrain.launch.train import launch
@@ -18,7 +19,7 @@ from gns_pretrain.launch.train import launch
 def main(node: DictConfig) -> None:
     """Check the settings, then train."""
     try:
-        code = launch(settings_from(node))
+        code = launch(settings_from(node, HydraConfig.get().overrides.task))
     except InputError as error:
         code = print_error(error)
     if code:
@@ -26,9 +27,9 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
     try:
+        register_configs()
         with failed_runs_raise():
             main()
     except OneLineError as error:

@@ -1,7 +1,8 @@
-"""Between what Hydra composed or a YAML file holds, and plain settings."""
+"""From what Hydra composed, or a YAML file holds, to plain settings."""
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +11,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.identity import flatten
+from gns_pretrain.runs.identity import changes_run_name, flatten
 
 
-def settings_from(node: DictConfig) -> Config:
-    """Plain dataclasses out of what Hydra composed; each checks itself as it is made.
+def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
+    """Convert what Hydra composed to plain dataclasses, which check themselves as they are made.
+
+    Args:
+        node: the composed configuration, without Hydra's own.
+        overrides: the command's, for the run_name of a table's cell.
 
     Raises:
         InputError: a setting breaks a rule or is still missing.
@@ -33,27 +38,48 @@ def settings_from(node: DictConfig) -> Config:
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     refuse_additions(config)
+    if config.table is not None:
+        config.run_name += name_of_overrides(overrides, policy=config.batch_size.policy)
     return config
 
 
+def name_of_overrides(overrides: Iterable[str], *, policy: str) -> str:
+    """Return the end of a cell's run_name: the settings overridden, as in `-optimizer.lr=0.001`.
+
+    The experiment, the scale and the seed stand in the name already; what changes only how and
+    where a run computes stays out of it. A run_name that is given stays as it is.
+    """
+    words = [word.lstrip("+") for word in overrides]
+    keys = [word.partition("=")[0] for word in words]
+    if "run_name" in keys:
+        return ""
+    named = ("experiment", "sweep", "scale", "seed")
+    own = sorted(
+        word
+        for key, word in zip(keys, words, strict=True)
+        if key not in named and (key.startswith("scale.") or changes_run_name(key, policy=policy))
+    )
+    return "".join("-" + re.sub(r"[^A-Za-z0-9._=,+-]", "", word) for word in own)
+
+
 def missing_of_scale(number: str, scale: str) -> str:
-    """What to do about a number that an experiment needs and its scale does not have."""
+    """Describe a number that an experiment needs and its scale does not have."""
     optimizer = re.fullmatch(r"scale\.(\w+)\.\w+", number)
     if scale == "none":
-        way_out = "choose a scale that has it, as in: scale=demo"
+        hint = "choose a scale that has it, as in: scale=demo"
     elif optimizer:
-        way_out = (
+        hint = (
             f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
-            f"scripts/best_of_search.py tells what it found; then give {number}=..., or write it "
+            f"scripts/best_of_search.py reports what it found; then give {number}=..., or write it "
             f"into conf/scale/{scale}.yaml"
         )
     else:
-        way_out = f"give it one, as in: {number}=..."
-    return f"{number} has no value at scale={scale}; {way_out}"
+        hint = f"give it one, as in: {number}=..."
+    return f"{number} has no value at scale={scale}; {hint}"
 
 
 def refuse_additions(settings: Any, prefix: str = "") -> None:
-    """Refuse what `+name=value` put beside a schema's own fields: nothing would read it."""
+    """Refuse what `+name=value` added to a schema's own fields: nothing would read it."""
     known = {field.name for field in dataclasses.fields(settings)}
     for name, value in vars(settings).items():
         if name not in known:
@@ -63,17 +89,17 @@ def refuse_additions(settings: Any, prefix: str = "") -> None:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values."""
+    """Return the settings as nested plain values."""
     return dataclasses.asdict(config)
 
 
 def as_yaml(config: Config) -> str:
-    """The resolved settings as YAML."""
+    """Return the resolved settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Nested plain values of a YAML file.
+    """Read nested plain values from a YAML file.
 
     Raises:
         InputError: it is damaged.

@@ -1,33 +1,34 @@
-"""Hydra's composition errors as one line that names the setting, the rule and the way out."""
+"""Hydra's composition errors as one line that names the setting, the rule and a hint."""
 
 import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from gns_pretrain.config.register import CONFIG_FOLDER
 from gns_pretrain.config.schema import Config
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, one_line
 
 WANTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-
-
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 SEVERAL_VALUES = "Ambiguous value for argument"
 
 
 def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputError:
-    """The same mistake, told to people; an error of another kind is raised again as it is.
+    """Convert an error of composition to one line; raise any other error as it is.
 
     Args:
         error: what Hydra raised.
-        overrides: the command's words.
+        overrides: of the command line.
     """
     if isinstance(error, ConfigCompositionException) and str(error).startswith(SEVERAL_VALUES):
         return mistake_in_list_of_values(error, overrides)
@@ -42,24 +43,26 @@ def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputErro
         return InputError(bad_override(error))
     if isinstance(error, OmegaConfBaseException):
         return InputError(f"{error.full_key}: {first_line(error)}; see the files under conf/")
+    if isinstance(error, YAMLError):
+        return InputError(f"{one_line(error)}; correct the file")
     raise error
 
 
 def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> InputError:
-    """What is wrong with a command that gives a setting several values.
+    """Find what is wrong with a command that gives a setting several values.
 
     Hydra composes a command to see whether it is a sweep, and takes it for a single run when that
-    fails, whatever the reason. With one value for each list the reason shows.
+    fails, whatever the reason. With the first value of each list, composing shows the reason.
     """
-    words = [
-        f"{word.get_key_element()}={next(word.sweep_string_iterator())}"
-        if word.is_sweep_override()
-        else str(word.input_line)
-        for word in OverridesParser.create().parse_overrides(list(overrides))
+    single = [
+        f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        if override.is_sweep_override()
+        else str(override.input_line)
+        for override in OverridesParser.create().parse_overrides(list(overrides))
     ]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            compose("train", words)
+            compose("train", single)
     except Exception as reason:
         return as_input_error(reason)
     given = re.search(r"'(.+)'", first_line(error))
@@ -70,9 +73,11 @@ def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> Inp
 
 
 def missing_choice(error: MissingConfigException) -> str:
-    """A group's option that has no file."""
+    """Describe a choice that has no file: which ones there are."""
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     options = [name for name in error.options or [] if not name.startswith("schema_")]
+    with suppress(OSError):  # Hydra looks for other cells of experiment=table2/x in `experiment`
+        options = options or [Path(name).stem for name in ConfigStore.instance().list(group)]
     if (group, choice) == ("hydra/sweeper", "optuna"):
         return "Optuna's sweeper is not installed; pip install 'gns-pretrain[tune]'"
     if not group or not options:
@@ -81,7 +86,7 @@ def missing_choice(error: MissingConfigException) -> str:
 
 
 def bad_override(error: ConfigCompositionException) -> str:
-    """A setting that does not exist, or a value of the wrong type."""
+    """Describe a setting that does not exist, or a value of the wrong type."""
     cause = error.__cause__
     text = first_line(error)
     given = re.search(r"'([^'=]+)(?:=[^']*)?'|merging override ([^\s=]+)", text)
@@ -95,7 +100,7 @@ def bad_override(error: ConfigCompositionException) -> str:
 
 
 def expectation(reason: str) -> str:
-    """What a value should have been."""
+    """Say what type of value a setting takes."""
     wrong_type = re.search(r"of type '(\w+)' could not be converted to (\w+)", reason)
     if not wrong_type:
         return f"{reason}; give a value of the setting's own kind"
@@ -105,17 +110,17 @@ def expectation(reason: str) -> str:
 
 
 def unknown_setting(name: str) -> str:
-    """A setting that nobody reads, and the one that was probably meant."""
+    """Describe a setting that does not exist, with the closest one that does."""
     known = known_settings(Config)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    guess = f"did you mean {close[0]}?" if close else "conf/ holds every setting there is"
+    guess = f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
     return f"{name}: there is no such setting; {guess}"
 
 
 def known_settings(schema: Any, prefix: str = "") -> list[str]:
-    """Dotted names of a dataclass's fields and those of its own dataclass fields, groups too.
+    """List the dotted names of a dataclass's fields, groups and nested fields included.
 
-    Where a field has a choice of schemas (optimizers), the names of all are known.
+    Where a field has a choice of schemas (optimizers), the fields of all of them count.
     """
     names = []
     for field in dataclasses.fields(schema):
@@ -127,5 +132,5 @@ def known_settings(schema: Any, prefix: str = "") -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """The message without Hydra's own hints."""
+    """Return the message without Hydra's own hints."""
     return str(error).partition("\n")[0].strip()

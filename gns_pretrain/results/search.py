@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 
-from gns_pretrain.config.schema import ScaleSettings
+from gns_pretrain.config.schema import TunedSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.frame import Runs, pd, read_losses
 from gns_pretrain.results.render import loss_text, markdown, text_grid
@@ -55,13 +55,13 @@ class Search:
     @property
     def for_the_scale(self) -> dict[str, Any]:
         """The best point's numbers as conf/scale/<scale>.yaml names them."""
-        group = next(f.default_factory for f in fields(ScaleSettings) if f.name == self.optimizer)
         best = self.points["settings"].iloc[0]
         keys = {
             field.name: f"optimizer.{field.name.replace('adamw_lr', 'adamw.lr')}"
-            for field in fields(group)  # type: ignore[arg-type]
+            for field in fields(TunedSettings)
         }
-        return {name: best[key] for name, key in keys.items() if key in best}
+        # signSGD is Signum at a momentum of 0, which no scale holds.
+        return {name: best[key] for name, key in keys.items() if best.get(key)}
 
     @property
     def title(self) -> str:

@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from gns_pretrain.config.schema import register_schemas
+from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, needs
 from gns_pretrain.launch.slurm_sweep import SlurmSettings
 from gns_pretrain.launch.sweep import PlannedRun
@@ -28,7 +28,7 @@ class RunInJob(SlurmLauncher):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> JobReturn:
         """Compose the settings once more, as in the command that submitted, and train."""
-        register_schemas()  # OmegaConf's resolvers do not travel in the pickle
+        register_configs()
         return super().__call__(*arguments, **keywords)
 
 

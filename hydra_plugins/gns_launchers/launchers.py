@@ -7,7 +7,6 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -75,11 +74,10 @@ class SweepLauncher(Launcher):
     def compose(self, overrides: Sequence[str]) -> Config:
         """The settings of one run."""
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        HydraConfig.instance().set_config(composed)  # run_name reads the overrides from there
-        node = composed.copy()
-        with open_dict(node):
-            del node["hydra"]
-        return settings_from(node)
+        every_override = composed.hydra.overrides.task
+        with open_dict(composed):
+            del composed["hydra"]
+        return settings_from(composed, every_override)
 
 
 def job_return(overrides: Sequence[str], result: RunResult) -> JobReturn:

@@ -13,7 +13,7 @@ from gns_pretrain.batch_size.policies import Adaptive
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.config.checks import check_batch_size, check_layout
 from gns_pretrain.config.compose import as_dict, settings_from
-from gns_pretrain.config.schema import register_schemas
+from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.build import build_batch_sizer
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
@@ -92,9 +92,9 @@ def test_measurement_interval_and_samples_have_their_least(setting):
 
 
 def composed(*words):
-    register_schemas()
+    register_configs()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return settings_from(compose("train", [*words, "data.path=data"]))
+        return settings_from(compose("train", [*words, "data.path=data"]), words)
 
 
 @pytest.mark.parametrize("policy", sorted(path.stem for path in (CONF / "batch_size").glob("*")))

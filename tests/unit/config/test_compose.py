@@ -1,31 +1,32 @@
 """Every YAML file composes, passes the checks, and builds what it names."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
 
 from gns_pretrain.config.checks import feasible_sizes
 from gns_pretrain.config.compose import as_yaml, settings_from
-from gns_pretrain.config.schema import Config, register_schemas
+from gns_pretrain.config.hydra_errors import as_input_error
+from gns_pretrain.config.register import register_configs
+from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import count_parameters
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.runs.identity import flatten
 from tests.settings import odd_model
 
 CONF = Path(__file__).parents[3] / "conf"
-CHOICES = sorted(
-    (path.parent.name, path.stem)
-    for path in CONF.glob("*/*.yaml")
-    if path.parent != CONF and path.parent.name != "sweep"
-)
-TABLES = ("table2", "table3", "table8", "table9", "theta_sensitivity")
-CELLS = sorted(f"{p.parent.name}/{p.stem}" for t in TABLES for p in CONF.glob(f"experiment/{t}/*"))
+# Groups without a choice in conf/train.yaml, which a command adds.
+ADDED = ("role", "start", "tuned")
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+SIZES = ("small", "middle", "large")
 SCALES = ("demo", "h200", "paper", "paper_1b")
 TUNED = {
     "signsgd": ["lr"],
@@ -34,6 +35,19 @@ TUNED = {
     "specsgd": ["lr", "adamw_lr"],
     "muon": ["lr", "momentum", "adamw_lr"],
 }
+TABLES = {
+    "table2": [
+        f"{x}_{role}" for x in TUNED for role in ("small", "large", "euclidean", "adaptive")
+    ],
+    "table3": [
+        f"{x}_{y}" for x in ("signsgd", "signum", "adamw") for y in ("baseline", "adaptive")
+    ],
+    "table8": [f"constant_{size}" for size in SIZES]
+    + [f"adaptive_{size}_{lr}" for size in SIZES for lr in ("unscaled", "scaled")],
+    "table9": [f"{geometry}_{size}" for size in SIZES for geometry in ("euclidean", "manhattan")],
+    "theta_sensitivity": ["theta_low", "theta_middle", "theta_high"],
+}
+CELLS = [f"{table}/{cell}" for table, cells in TABLES.items() for cell in cells]
 # Stands in for what a search has not found yet; no scale has it.
 ANY_TUNING = [f"scale.{name}.{key}=0.123" for name, keys in TUNED.items() for key in keys]
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
@@ -47,13 +61,14 @@ GIVEN = {
 @pytest.fixture(scope="module", autouse=True)
 def hydra():
     """Hydra, initialised once for all files."""
-    register_schemas()
+    register_configs()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
 
 def composed(*overrides: str) -> Config:
-    return settings_from(compose("train", overrides=list(overrides)))
+    typed = [override for override in overrides if override not in ANY_TUNING]
+    return settings_from(compose("train", overrides=list(overrides)), typed)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -92,7 +107,7 @@ def size_of(cell: str) -> str:
     table, name = cell.split("/")
     if table == "table3":
         return "large" if "baseline" in name else "small"
-    sizes = [size for size in ("small", "middle", "large") if size in name.split("_")]
+    sizes = [size for size in SIZES if size in name.split("_")]
     if sizes and table != "theta_sensitivity":
         return sizes[0]
     return "large" if table == "table2" and "signsgd" in name else "small"
@@ -130,12 +145,12 @@ def test_measuring_more_does_not_change_what_a_cell_follows():
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_sweep_names_every_cell_of_its_table_once(table):
+def test_sweep_names_every_cell_of_its_table_in_order(table):
     words = [f"+sweep={table}", "scale=paper"]
     node = compose("train", overrides=words, return_hydra_config=True)
     assert node.hydra.mode.name == "MULTIRUN"
-    cells = [word.strip() for word in node.hydra.sweeper.params["+experiment"].split(",")]
-    assert sorted(cells) == [cell for cell in CELLS if cell.startswith(table + "/")]
+    swept = node.hydra.sweeper.params["+experiment"].split(",")
+    assert swept == [f"{table}/{cell}" for cell in TABLES[table]]
     assert node.hydra.sweeper.params["seed"] == "range(0,10)"
 
 
@@ -148,6 +163,10 @@ def test_search_covers_the_papers_space(name):
     assert rates == [*(f"{x}e-4" for x in (1, 2, 4, 6, 8)), "1e-3", "2e-3", "4e-3", "8e-3", "1e-2"]
     for key in TUNED[name]:
         assert f"optimizer.{key}" in params or key == "adamw_lr"
+    point = composed(f"+experiment={params['+experiment']}", "scale=demo", "optimizer.lr=0.1")
+    assert (point.optimizer.name, point.batch_size.policy) == (name, "constant")
+    assert point.batch_size.initial == (64 if name == "signsgd" else 16)
+    assert point.run_name == f"tune-{name}-demo-seed0-optimizer.lr=0.1"
 
 
 @pytest.mark.parametrize(
@@ -163,26 +182,33 @@ def test_number_that_the_scale_lacks_is_asked_for(overrides, line):
         composed("+experiment=table2/muon_adaptive", *overrides)
 
 
+def test_unknown_cell_is_refused_with_those_of_its_table():
+    with pytest.raises(MissingConfigException) as raised:
+        composed("+experiment=table9/theta_low")
+    refusal = str(as_input_error(raised.value))
+    assert refusal.startswith("experiment/table9=theta_low: there is no such choice; use one of ")
+    assert "euclidean_large" in refusal
+
+
+def test_run_like_a_cell_is_in_no_table():
+    config = composed("+tuned=muon", "+role=nuclear", "+start=small", "scale=demo")
+    cell = composed("+experiment=table2/muon_adaptive", "scale=demo")
+    assert config.run_name == "demo-muon-seed0"
+    assert (config.optimizer, config.batch_size) == (cell.optimizer, cell.batch_size)
+
+
 def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
     with pytest.raises(InputError, match="use scale=paper_1b"):
         composed("+experiment=table3/signsgd_baseline", "scale=paper")
 
 
-def give(monkeypatch, words):
-    """As if these words stood on the command line."""
-    given = SimpleNamespace(overrides=SimpleNamespace(task=words))
-    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(HydraConfig, "get", lambda: given)
-
-
 @pytest.mark.parametrize(("cell", "named"), [("adaptive", "-micro_batch_size=1"), ("small", "")])
-def test_run_name_holds_the_micro_batch_where_it_decides_the_samples(monkeypatch, cell, named):
+def test_run_name_holds_the_micro_batch_where_it_decides_the_samples(cell, named):
     words = [f"+experiment=table2/signum_{cell}", "scale=demo", "micro_batch_size=1"]
-    give(monkeypatch, words)
     assert composed(*words).run_name == f"table2-signum_{cell}-demo-seed0{named}"
 
 
-def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(monkeypatch):
+def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result():
     words = [
         "+experiment=table2/signum_adaptive",
         "scale=demo",
@@ -193,8 +219,7 @@ def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result(mo
         "metrics=wandb",
         "scale.signum.lr=1e-2",
     ]
-    give(monkeypatch, words)
-    assert composed(*words, "scale.signum.momentum=0.9").run_name == (
+    assert composed(*words).run_name == (
         "table2-signum_adaptive-demo-seed3-batch_size.theta=0.5"
         "-noise_scale.estimates=cross_fitted-scale.signum.lr=1e-2"
     )
@@ -210,8 +235,23 @@ def test_default_run_composes_and_names_itself():
     ("group", "choice"), CHOICES, ids=[f"{group}-{choice}" for group, choice in CHOICES]
 )
 def test_file_composes(group, choice):
-    config = composed(f"{group}={choice}", *GIVEN.get((group, choice), []))
-    assert as_yaml(config)
+    added = [f"+{group}={choice}", "scale=demo"] if group in ADDED else [f"{group}={choice}"]
+    assert as_yaml(composed(*added, *GIVEN.get((group, choice), [])))
+
+
+@pytest.mark.parametrize("choice", ["adaptive", "constant"])
+def test_demo_composes(choice):
+    assert composed(f"+experiment=demo/{choice}").run_name == f"demo-{choice}-seed0"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_yaml_holds_only_what_differs_from_the_default_of_its_class(path):
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    schemas = [name for name in values.pop("defaults", []) if "schema_" in name]
+    if schemas:
+        schema = ConfigStore.instance().load(f"{path.parent.name}/{schemas[0]}.yaml").node
+        defaults = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))
+        assert [key for key, value in flatten(values).items() if defaults[key] == value] == []
 
 
 @pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "model"])

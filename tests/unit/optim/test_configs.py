@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from gns_pretrain.config.compose import settings_from
-from gns_pretrain.config.schema import Config, register_schemas
+from gns_pretrain.config.register import register_configs
+from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -15,9 +16,9 @@ NADAM = "optimizer.class_path=torch.optim.NAdam"
 
 
 def composed(*words: str) -> Config:
-    register_schemas()
+    register_configs()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return settings_from(compose("train", list(words)))
+        return settings_from(compose("train", list(words)), words)
 
 
 @pytest.mark.parametrize("name", NAMES)

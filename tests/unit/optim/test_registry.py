@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from gns_pretrain.config.compose import settings_from
-from gns_pretrain.config.schema import register_schemas
+from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
@@ -48,12 +48,12 @@ def test_every_file_of_the_package_registers_its_optimizers():
 
 
 def test_class_and_yaml_make_an_optimizer_that_runs_are_composed_with(heavy_ball: Path):
-    register_schemas()
+    register_configs()
     words = [f"hydra.searchpath=[file://{heavy_ball}]", "optimizer=heavy_ball"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = settings_from(compose("train", words)).optimizer
+        settings = settings_from(compose("train", words), words).optimizer
         with pytest.raises(InputError, match=r"optimizer\.momentum=1\.0 .*below 1"):
-            settings_from(compose("train", [*words, "optimizer.momentum=1.0"]))
+            settings_from(compose("train", [*words, "optimizer.momentum=1.0"]), words)
     model = Llama(odd_model())
     optimizer = settings.build(model)
     assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.5, 0.9)

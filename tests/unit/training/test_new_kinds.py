@@ -11,7 +11,7 @@ from gns_pretrain.batch_size.policies import POLICIES, Policy
 from gns_pretrain.batch_size.settings import ShadowSettings
 from gns_pretrain.config.checks import check_batch_size
 from gns_pretrain.config.compose import settings_from
-from gns_pretrain.config.schema import register_schemas
+from gns_pretrain.config.register import register_configs
 from gns_pretrain.launch.train import launch
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry, Needs, register
@@ -118,10 +118,12 @@ def test_new_geometry_steers_a_run_and_is_known_to_the_configuration(rows, tmp_p
     ][-1]
     assert change["target"] == 4.0 * followed["noise_scale_ema"]  # Eq. 45
 
-    register_schemas()
+    register_configs()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         words = ["noise_scale.geometries=[rows]", "batch_size=adaptive", "batch_size.geometry=rows"]
-        composed = settings_from(compose("train", [*words, "micro_batch_size=2", "data.path=data"]))
+        composed = settings_from(
+            compose("train", [*words, "micro_batch_size=2", "data.path=data"]), words
+        )
     check_batch_size(composed, num_ranks=1)
 
 

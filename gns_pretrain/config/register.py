@@ -1,0 +1,73 @@
+"""What Hydra finds beside the files under conf/: schemas, experiments and sweeps."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from gns_pretrain.batch_size.settings import BatchSizeSettings
+from gns_pretrain.config.schema import Config
+from gns_pretrain.data.settings import DataSettings
+from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim import OPTIMIZERS
+from gns_pretrain.parallel.mesh import ParallelSettings
+from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.schedule import ScheduleSettings
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
+# Keys of a table's cell that choose a file, as entries of a defaults list; the others are settings.
+CHOICES = {
+    "role": "/role",
+    "start": "/start",
+    "tuned": "/tuned",
+    "optimizer": "override /optimizer",  # Hydra wants overrides last
+}
+
+
+def register_configs() -> None:
+    """Register the schemas, from which each group's YAML files begin, and conf/tables.yaml."""
+    store = ConfigStore.instance()
+    store.store(name="schema_train", node=Config)
+    for group, name, schema in (
+        ("model", "schema_llama", LlamaConfig),
+        ("data", "schema_data", DataSettings),
+        *(("optimizer", f"schema_{name}", schema) for name, schema in OPTIMIZERS.items()),
+        ("schedule", "schema_schedule", ScheduleSettings),
+        ("noise_scale", "schema_noise_scale", NoiseScaleSettings),
+        ("batch_size", "schema_batch_size", BatchSizeSettings),
+        ("parallel", "schema_parallel", ParallelSettings),
+        ("metrics", "schema_metrics", MetricsSettings),
+    ):
+        store.store(group=group, name=name, node=schema)
+    register_experiments()
+
+
+def register_experiments() -> None:
+    """Register `+experiment=TABLE/CELL`, `+sweep=TABLE` and, of a search, `+sweep=TABLE_CELL`."""
+    file = OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / "tables.yaml"))
+    for table, cells in cast(dict[str, dict[str, Any]], file).items():
+        swept = []
+        for cell, values in cells.items():
+            defaults = [{CHOICES[key]: values.pop(key)} for key in CHOICES if key in values]
+            search = values.pop("search", None)
+            experiment = {"defaults": ["/cell", *defaults, "_self_"], "table": table, "cell": cell}
+            _register(f"experiment/{table}", cell, experiment | values)
+            if search is None:
+                swept.append(f"{table}/{cell}")
+            else:
+                # With the search's optimizer, whose settings can then be typed beside `+sweep=`.
+                params = {"+experiment": f"{table}/{cell}", **search}
+                _register_sweep(f"{table}_{cell}", params, defaults[-1:])
+        if swept:
+            _register_sweep(table, {"seed": "${scale.seeds}", "+experiment": ",".join(swept)})
+
+
+def _register_sweep(name: str, params: dict[str, str], defaults: list[Any] | None = None) -> None:
+    multirun = {"mode": "MULTIRUN", "sweeper": {"params": params}}
+    _register("sweep", name, {"defaults": defaults or [], "hydra": multirun})
+
+
+def _register(group: str, name: str, node: dict[str, Any]) -> None:
+    ConfigStore.instance().store(group=group, name=name, node=node, package="_global_")
