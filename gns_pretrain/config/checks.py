@@ -2,15 +2,13 @@
 
 import torch
 
-from gns_pretrain.batch_size.feasible import FeasibleSizes
-from gns_pretrain.batch_size.settings import PolicySettings
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
 from gns_pretrain.parallel.mesh import shard_group_size
 
 
 def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
-    """Rules between settings and ranks; reads no file.
+    """Check settings against the ranks; reads no file.
 
     Raises:
         InputError: the first rule that is broken.
@@ -34,23 +32,8 @@ def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None
         )
 
 
-def feasible_sizes(config: Config, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
-    """The batch sizes that these ranks can take under one of the run's policies.
-
-    Raises:
-        InputError: the largest micro-batch is below the smallest.
-    """
-    noise_scale = config.noise_scale
-    return config.batch_size.sizes_for(
-        policy,
-        num_ranks=num_ranks,
-        micro_batch_size=config.micro_batch_size,
-        min_samples=noise_scale.min_samples if noise_scale.geometries else 1,
-    )
-
-
 def check_batch_size(config: Config, *, num_ranks: int) -> None:
-    """Rules between the batch size's policies, the ranks and what is measured.
+    """Check the batch size's policies against the ranks and what is measured.
 
     Raises:
         InputError: the first rule that is broken.
@@ -69,14 +52,14 @@ def check_batch_size(config: Config, *, num_ranks: int) -> None:
                         f"scale, but noise_scale.{name}=[{','.join(all_measured)}] does not "
                         f"measure it; use noise_scale.{name}=[{','.join([*all_measured, value])}]"
                     )
-        sizes = feasible_sizes(config, policy, num_ranks=num_ranks)
+        sizes = config.feasible_sizes(policy, num_ranks=num_ranks)
         sizes.require(config.batch_size.initial, "batch_size.initial")
         for name, size in policy.whole_sizes:
             sizes.require(size, f"{prefix}.{name}")
 
 
 def check_data(config: Config, *, data_vocab_size: int, validation_sequences: int) -> None:
-    """Rules between settings and the data that is there.
+    """Check settings against the data.
 
     Raises:
         InputError: the first rule that is broken.

@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar
 
 from omegaconf import II, MISSING
 
-from gns_pretrain.batch_size.settings import BatchSizeSettings
+from gns_pretrain.batch_size.feasible import FeasibleSizes
+from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, one_of, positive
@@ -21,7 +22,7 @@ from gns_pretrain.parallel.mesh import ParallelSettings
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
-from gns_pretrain.training.schedule import ScheduleSettings
+from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
 
 
 @dataclass
@@ -123,3 +124,25 @@ class Config(Settings):
                 f"scale={self.scale.name} is not of Table 3's larger model; "
                 f"use scale={self.scale.table3}"
             )
+
+    @property
+    def initial_total_steps(self) -> int:
+        """Steps that the token budget would take at the initial batch size."""
+        return steps_in_budget(
+            self.token_budget,
+            batch_size=self.batch_size.initial,
+            sequence_length=self.data.sequence_length,
+        )
+
+    def feasible_sizes(self, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
+        """Return the batch sizes that ranks can take under one of the run's policies.
+
+        Raises:
+            InputError: the largest micro-batch is below the smallest.
+        """
+        return self.batch_size.sizes_for(
+            policy,
+            num_ranks=num_ranks,
+            micro_batch_size=self.micro_batch_size,
+            min_samples=self.noise_scale.min_samples if self.noise_scale.geometries else 1,
+        )

@@ -9,7 +9,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from gns_pretrain.config.checks import feasible_sizes
 from gns_pretrain.config.compose import as_yaml, settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import register_configs
@@ -132,7 +131,7 @@ def theta_of(name: str) -> float:
 def test_a_batch_grows_in_the_published_steps_at_the_papers_scale(cell, sizes):
     """What the curves of Figures 3 and 2 show, from 64 on 8 GPUs."""
     config = composed(f"+experiment=table2/{cell}", "scale=paper", *ANY_TUNING)
-    feasible = feasible_sizes(config, config.batch_size, num_ranks=8)
+    feasible = config.feasible_sizes(config.batch_size, num_ranks=8)
     grown = [64]
     while len(grown) <= len(sizes):
         grown.append(feasible.at_least(grown[-1] + 1).batch_size)
