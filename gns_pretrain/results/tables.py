@@ -7,7 +7,7 @@ runs that are compared have the same seed.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -102,7 +102,7 @@ class FilledTable:
     scale: str | None
     headers: list[tuple[str, str]]
     rows: list[FilledRow]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def with_paper(self) -> bool:
@@ -158,11 +158,13 @@ def make_table(
     if (scale or where) and not (folders or project):
         raise InputError("--scale and --where choose among runs, and only curves are given")
     conditions = dict(_key_and_value(text) for text in where)
-    selection = Selection()
+    runs, notes = runs_of_curves({}), list[str]()
     if project or folders:
-        runs = runs_of_project(project, name) if project else runs_of_folders(folders)
-        selection = select(layout, runs, scale=scale, conditions=conditions)
-    return fill(layout, selection, runs_of_curves(curves))
+        found = runs_of_project(project, name) if project else runs_of_folders(folders)
+        runs, notes = select(layout, found, scale=scale, conditions=conditions)
+    table = fill(layout, runs, runs_of_curves(curves))
+    table.notes += notes
+    return table
 
 
 def _split_sources(
@@ -194,30 +196,13 @@ def _key_and_value(text: str) -> tuple[str, str]:
 # ---- selection
 
 
-@dataclass
-class Selection:
-    """The runs that count.
-
-    Args:
-        scale: theirs; None without any.
-        runs: finished ones, one for each cell and seed.
-        unfinished: names of those that do not count yet.
-        notes: what else was left out.
-    """
-
-    scale: str | None = None
-    runs: Runs = field(default_factory=pd.DataFrame)
-    unfinished: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def select(
     layout: TableLayout,
     runs: Runs,
     *,
     scale: str | None = None,
     conditions: Mapping[str, str] | None = None,
-) -> Selection:
+) -> tuple[Runs, list[str]]:
     """Choose a table's runs.
 
     Args:
@@ -225,6 +210,10 @@ def select(
         runs: of whatever table; may hold sweeps of several variants.
         scale: the scale to take, where the runs have several.
         conditions: settings that the runs must have, as they are typed, by dotted name.
+
+    Returns:
+        The runs, of which those that are finished count, one for each cell and seed; and a note on
+        each that another one of the same cell and seed replaces.
 
     Raises:
         InputError: no run is left, the scale is not clear, or runs that are to stand for the same
@@ -252,18 +241,18 @@ def select(
     for key, text in (conditions or {}).items():
         own = _where(own, key, text)
     finished = own[own["finished"]].sort_values("name", key=lambda names: names.map(natural_order))
-    selection = Selection(scale, unfinished=list(own["name"][~own["finished"]]))
+    notes = []
     for cell, runs_of_cell in finished.groupby("cell"):
         _refuse_differences(runs_of_cell, f"of {layout.name}'s cell {cell}")
         for _, repeated in runs_of_cell.groupby("seed"):
-            selection.notes += [
+            notes += [
                 f"not counted: {name}, of the same settings and seed as {later}"
                 for name, later in pairwise(repeated["name"])
             ]
     if len(finished):
         _refuse_differences(finished, f"of {layout.name}", groups=COMMON)
-    selection.runs = finished.drop_duplicates(["cell", "seed"], keep="last")
-    return selection
+    counted = finished.drop_duplicates(["cell", "seed"], keep="last")
+    return pd.concat([counted, own[~own["finished"]]]), notes
 
 
 def _where(runs: Runs, key: str, text: str) -> Runs:
@@ -395,18 +384,20 @@ def _seeds(runs: pd.DataFrame) -> tuple[int, ...]:
 # ---- filling
 
 
-def fill(layout: TableLayout, selection: Selection, published: Runs) -> FilledTable:
+def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
     """Compute every entry.
 
     Args:
         layout: of the table.
-        selection: its runs.
+        runs: the table's, as `select` returns them.
         published: curves in place of runs, as `runs_of_curves` reads them.
 
     Raises:
         InputError: a cell has both, or nothing has any.
     """
-    ours, theirs = by_cell(selection.runs), by_cell(published)
+    is_finished = runs["finished"].astype(bool)
+    unfinished = list(runs["name"][~is_finished])
+    ours, theirs = by_cell(runs[is_finished]), by_cell(published)
     for cell in theirs.keys() & ours:
         raise InputError(
             f"{cell} is given as a published curve, and by runs such as "
@@ -414,12 +405,12 @@ def fill(layout: TableLayout, selection: Selection, published: Runs) -> FilledTa
         )
     if not (theirs or ours):
         raise InputError(
-            f"no run of {layout.name} is finished, {len(selection.unfinished)} are not; start "
+            f"no run of {layout.name} is finished, {len(unfinished)} are not; start "
             "their commands again to finish them"
         )
     cells = ours | theirs
-    scale = selection.scale if ours else None
-    seeds = sorted({seed for runs in ours.values() for seed in runs.index})
+    scale = runs["scale"].iloc[0] if ours else None
+    seeds = sorted({seed for of_cell in ours.values() for seed in of_cell.index})
     missing = {
         cell: lacking
         for cell in layout.cells
@@ -427,9 +418,8 @@ def fill(layout: TableLayout, selection: Selection, published: Runs) -> FilledTa
     }
 
     def shown(label: Label, entries: Iterable[Entry]) -> str:
-        return _shown(
-            label, [ours[e.cell]["settings"].iloc[0] for e in entries if e.cell in ours], scale
-        )
+        first = [ours[entry.cell]["settings"].iloc[0] for entry in entries if entry.cell in ours]
+        return _shown(label, first, scale)
 
     def filled(entry: Entry) -> FilledEntry:
         incomplete = {entry.cell, entry.baseline} & missing.keys()
@@ -448,7 +438,10 @@ def fill(layout: TableLayout, selection: Selection, published: Runs) -> FilledTa
             FilledRow(tuple(shown(label, entries) for label in labels), tuple(map(filled, entries)))
             for labels, entries in layout.rows
         ],
-        notes=_notes(layout, cells, missing, selection),
+        notes=[
+            *_notes(layout, cells, missing),
+            *(f"not counted, unfinished: {name}" for name in unfinished),
+        ],
     )
 
 
@@ -485,9 +478,7 @@ def _shown(label: Label, settings: Sequence[Mapping[str, Any]], scale: str | Non
     return label.text.format(" or ".join(str(value) for value in values) or label.role)
 
 
-def _notes(
-    layout: TableLayout, cells: Cells, missing: Mapping[str, list[int]], selection: Selection
-) -> list[str]:
+def _notes(layout: TableLayout, cells: Cells, missing: Mapping[str, list[int]]) -> list[str]:
     notes = []
     if absent := [cell for cell in layout.cells if cell not in cells]:
         notes.append(f"no run: {', '.join(absent)}")
@@ -497,8 +488,7 @@ def _notes(
         for entry in layout.entries
         if entry.quantity == "first_reaching" and (alone := _unpaired(entry, cells))
     ]
-    notes += [f"not counted, unfinished: {name}" for name in selection.unfinished]
-    return notes + selection.notes
+    return notes
 
 
 def _listed(seeds: Iterable[int]) -> str:
