@@ -321,7 +321,7 @@ def test_runs_on_different_data_are_no_table(outputs):
 def test_nothing_to_make_a_table_of_is_said_in_one_line(tmp_path):
     with pytest.raises(InputError, match="table2 of what"):
         made()
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         made(tmp_path / "missing")
     write_run(tmp_path, "table8", "constant_small", [(1, 0.1)])
     with pytest.raises(InputError, match=r"none of 1 runs belongs to table2 .*table8.*=table2"):
