@@ -101,8 +101,10 @@ def submit_runs(
             results[run.directory] = RunResult(run.name, "submitted", f"in the queue as job {job}")
         else:
             ready.append(run)
-    ids = submit_array(ready, folder) if ready else []
-    append_submitted(folder, [run.directory.resolve() for run in ready], ids)
+    ids: list[str] = []
+    if ready:
+        ids = submit_array(ready, folder)
+        append_submitted(folder, [run.directory.resolve() for run in ready], ids)
     for run, job in zip(ready, ids, strict=True):
         results[run.directory] = RunResult(run.name, "submitted", f"as job {job}")
     if wait:

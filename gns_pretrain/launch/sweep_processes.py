@@ -31,13 +31,7 @@ MAX_QUOTED = 300  # characters of the line that says why a run failed
 
 
 class RunProcess:
-    """A run's own command, started.
-
-    Args:
-        run: the run.
-        slot: its place among those that run in parallel.
-        max_parallel: number of places.
-    """
+    """A run's own command, started in a slot of `max_parallel`."""
 
     def __init__(self, run: PlannedRun, *, slot: int, max_parallel: int) -> None:
         self.run = run
