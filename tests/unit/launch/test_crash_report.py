@@ -32,7 +32,7 @@ def fail(reporter: CrashReporter, error: Exception) -> None:
         raise error
 
 
-def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(reporters, tmp_path, capsys):
+def test_root_cause_is_named_before_the_ranks_it_took_along(reporters, tmp_path, capsys):
     first, second, third = reporters
     first.set_run_directory(tmp_path / "run")
     with pytest.raises(SystemExit):
@@ -50,7 +50,7 @@ def test_rank_that_failed_by_itself_is_told_before_those_it_took_along(reporters
     assert report.run_directory == (tmp_path / "run").resolve()
 
 
-def test_rank_without_a_word_is_told_with_the_place_where_it_hung(reporters, tmp_path):
+def test_silent_rank_is_named_with_the_stack_where_it_hung(reporters, tmp_path):
     for rank in (0, 2):
         with pytest.raises(SystemExit):
             fail(reporters[rank], RuntimeError("Timed out waiting 5000ms for recv"))
@@ -62,7 +62,7 @@ def test_rank_without_a_word_is_told_with_the_place_where_it_hung(reporters, tmp
     assert "was here at its end:\nStack" in report.text
 
 
-def test_rank_that_is_told_to_end_leaves_the_place_where_it_stands(tmp_path):
+def test_rank_that_gets_sigterm_leaves_its_stack(tmp_path):
     program = (
         "import os, signal; from pathlib import Path\n"
         "from gns_pretrain.launch.crash_report import CrashReporter\n"
@@ -79,7 +79,7 @@ def test_rank_that_is_told_to_end_leaves_the_place_where_it_stands(tmp_path):
     assert 'File "<string>", line 5' in (tmp_path / "rank_00000.stack").read_text()
 
 
-def test_rank_that_crashed_is_told_before_those_that_waited_for_it(reporters, tmp_path):
+def test_rank_that_crashed_is_named_before_those_that_waited_for_it(reporters, tmp_path):
     (tmp_path / "rank_00000.stack").write_text("Fatal Python error: Aborted\n\nStack ...")
     (tmp_path / "rank_00001.stack").write_text("Fatal Python error: Segmentation fault\n\nStack")
     (tmp_path / "rank_00002.stack").write_text("Fatal Python error: Aborted\n\nStack ...")
@@ -88,7 +88,7 @@ def test_rank_that_crashed_is_told_before_those_that_waited_for_it(reporters, tm
     assert report.cause.endswith("Fatal Python error: Segmentation fault")
 
 
-def test_rank_that_hung_is_told_before_those_that_the_watchdog_aborted(reporters, tmp_path):
+def test_rank_that_hung_is_named_before_those_that_the_watchdog_aborted(reporters, tmp_path):
     for rank in (0, 2):
         (tmp_path / f"rank_0000{rank}.stack").write_text("Fatal Python error: Aborted\n\nStack")
     (tmp_path / "rank_00001.stack").write_text("Stack (most recent call first):\n  in read")
@@ -98,7 +98,7 @@ def test_rank_that_hung_is_told_before_those_that_the_watchdog_aborted(reporters
     assert report.text.splitlines()[1].startswith("rank 1 (process ")
 
 
-def test_abort_leaves_the_place_where_it_happened(tmp_path):
+def test_abort_leaves_a_stack(tmp_path):
     program = (
         "import os; from pathlib import Path\n"
         "from gns_pretrain.launch.crash_report import CrashReporter\n"
@@ -115,8 +115,8 @@ def test_without_a_folder_too_a_consequence_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         fail(CrashReporter(0, None), RuntimeError("Connection closed by peer"))
     assert ended.value.code == 1
-    told = "rank 0: another rank is gone or silent (RuntimeError: Connection closed by peer)\n"
-    assert capsys.readouterr().out == told
+    line = "rank 0: another rank is gone or silent (RuntimeError: Connection closed by peer)\n"
+    assert capsys.readouterr().out == line
     with pytest.raises(KeyError):
         fail(CrashReporter(0, None), KeyError("missing"))
 
@@ -132,7 +132,7 @@ def recorded_end(reporter: CrashReporter, folder, error: Exception) -> dict:
     return next(iter(read_starts(folder)[-1:]), {})
 
 
-def test_failure_is_noted_in_the_runs_folder_by_the_main_rank(tmp_path):
+def test_failure_is_recorded_in_the_runs_history_by_rank_0(tmp_path):
     error = TrainingError("step 5: the loss is nan")
     assert recorded_end(CrashReporter(1, None), tmp_path, error) == {}
     assert (
@@ -142,7 +142,7 @@ def test_failure_is_noted_in_the_runs_folder_by_the_main_rank(tmp_path):
     assert (end["outcome"], end["error"]) == ("failed", "ValueError: first line")
 
 
-def test_consequence_is_left_to_the_batch_script_where_one_gathers_the_reporters(
+def test_consequence_is_left_to_the_batch_script_where_one_collects_the_reports(
     reporters, tmp_path
 ):
     lost = RuntimeError("Connection closed by peer")

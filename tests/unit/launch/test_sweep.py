@@ -181,8 +181,8 @@ def test_sweep_over_data_does_not_train_the_first_alone(tmp_path):
         replace(make(tmp_path, "a"), data=DataSettings(path=path, sequence_length=16))
         for path in ("data/one", "data/other")
     ]
-    told = r"run_name=a is the name of two runs that differ in data.path, data_fingerprint; start"
-    with pytest.raises(InputError, match=told):
+    line = r"run_name=a is the name of two runs that differ in data.path, data_fingerprint; start"
+    with pytest.raises(InputError, match=line):
         plan_runs(
             [[config] for config in runs],
             itemgetter(0),
@@ -296,19 +296,19 @@ def test_command_without_a_failed_run_ends_as_it_would():
         end_command([RunResult("a", "failed")], InputError("bad point"))
 
 
-def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
-    told, ids = [], []
+def test_copied_record_is_logged_to_wandb_too(tmp_path, monkeypatch):
+    logged, ids = [], []
 
     class View:
         def __init__(self, directory, settings, *, config, run_id):
-            told.append(config["run_name"])
+            logged.append(config["run_name"])
             ids.append(run_id)
 
         def write(self, record):
-            told.append(record["loss"])
+            logged.append(record["loss"])
 
         def finish(self, summary):
-            told.append(summary["same_as"])
+            logged.append(summary["same_as"])
 
     monkeypatch.setattr("gns_pretrain.launch.sweep.WandbView", View)
     finish(make(tmp_path, "a"))
@@ -316,7 +316,7 @@ def test_record_taken_over_is_told_to_wandb_too(tmp_path, monkeypatch):
     metrics = MetricsSettings(wandb=WandbSettings(enabled=True))
     (run,) = planned(make(tmp_path, "b", metrics=metrics))
     skip_or_reuse(run, log=print)
-    assert told == ["b", 2.5, "a"]
+    assert logged == ["b", 2.5, "a"]
     assert ids == [read_provenance(tmp_path / "b")["run_id"]] != [twins]
 
 

@@ -10,7 +10,7 @@ from gns_pretrain.runs.history import (
 )
 
 
-def test_start_tells_the_environment_without_secrets(tmp_path, monkeypatch):
+def test_start_records_the_environment_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("SLURM_JWT", "secret")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
@@ -21,7 +21,7 @@ def test_start_tells_the_environment_without_secrets(tmp_path, monkeypatch):
     assert "secret" not in json.dumps(start)
 
 
-def test_only_what_changes_speed_or_numbers_is_told():
+def test_only_what_changes_speed_or_numbers_is_recorded():
     assert recorded_environment({"OMP_NUM_THREADS": "1", "HOME": "/root"}) == {
         "OMP_NUM_THREADS": "1"
     }
