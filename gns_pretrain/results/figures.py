@@ -16,7 +16,7 @@ from gns_pretrain.results.frame import Curve, pd
 from gns_pretrain.tracking.console import short_number
 
 AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
-# Told apart by people who see colours differently (Okabe and Ito); then again with dashes.
+# Distinct also to the colour-blind (Okabe and Ito); then again with dashes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
 STYLE = {

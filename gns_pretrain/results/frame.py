@@ -100,7 +100,7 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
     """Published curves as finished runs of their cells.
 
     A run's seed is the one in its file's name, else its number among the files of the cell, from 0;
-    it has as many steps as the last row with a validation loss says.
+    its steps are those of the last row with a validation loss.
 
     Raises:
         InputError: a file is no curve, or two files of a cell have one seed.
@@ -193,7 +193,7 @@ class Record:
         """The first of these columns that is there.
 
         Raises:
-            InputError: none is; says what a CSV may call them.
+            InputError: none is; names what a CSV may call them.
         """
         for column in columns:
             if column in self.lines:

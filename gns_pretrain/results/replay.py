@@ -13,7 +13,7 @@ FILE is the record of a run, ours or somebody else's:
 
 Columns and rows may be missing: what is there is compared. The settings are those of the published
 signSGD runs (arXiv:2602.03001, Figure 3), or of the config.yaml beside a metrics.jsonl, unless an
-option says otherwise. The replay counts its own sequences, step by step, from nothing but the noise
+option sets them. The replay counts its own sequences, step by step, from nothing but the noise
 scale. Exit code: 0 the same path, 1 another one, 2 bad input.
 """
 

@@ -252,7 +252,7 @@ def test_the_legend_stays_within_the_figure_however_long_the_names(number, monke
     pyplot.close(figure)
 
 
-def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, run):
+def test_what_cannot_be_drawn_is_reported_in_one_line(tmp_path, run):
     pytest.importorskip("matplotlib")
     groups = {"mine": [{"lr": curve((1, 2))}]}
     with pytest.raises(InputError, match="none of the runs has the panel loss; they have lr"):

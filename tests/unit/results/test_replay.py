@@ -110,7 +110,7 @@ def test_published_signsgd_run_is_replayed_to_the_last_token(seed, capsys):
 @pytest.mark.parametrize(
     ("option", "code"), [("--theta=0.6", 0), ("--theta=0.61", 1), ("--decide-every-steps=100", 1)]
 )
-def test_published_figure_1_and_tokens_tell_other_settings_apart(option, code):
+def test_published_figure_1_and_tokens_differ_under_other_settings(option, code):
     if "theta" in option:
         assert main([str(REFERENCE / "figure1" / "gns_l1.csv"), option]) == code
     assert main([str(REFERENCE / "signsgd_160m" / "seed_1.csv"), option]) == code
@@ -131,7 +131,7 @@ def test_file_that_follows_the_rules_is_replayed_and_printed_side_by_side(rows, 
 
 
 @pytest.mark.parametrize(
-    ("column", "change", "told"),
+    ("column", "change", "expected"),
     [
         ("batch", lambda value: value + 32, "batch size"),
         ("tokens", lambda value: value + 1, "tokens"),
@@ -139,14 +139,14 @@ def test_file_that_follows_the_rules_is_replayed_and_printed_side_by_side(rows, 
     ],
 )
 def test_first_row_that_differs_is_named_and_the_exit_code_is_1(
-    column, change, told, rows, tmp_path, capsys
+    column, change, expected, rows, tmp_path, capsys
 ):
     for index in (7, 9):
         rows[index][column] = change(rows[index][column])
     assert main([write(tmp_path / "run.csv", rows), *OPTIONS]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     # Row 1 of the file is its header.
-    assert last.startswith(f"first difference at step {rows[7]['step']} (row 9): {told} ")
+    assert last.startswith(f"first difference at step {rows[7]['step']} (row 9): {expected} ")
 
 
 def test_learning_rate_within_a_billionth_is_the_same(rows, tmp_path):
@@ -202,18 +202,18 @@ def test_empty_cells_are_no_measurement_and_no_comparison(rows, tmp_path):
     assert main([write(tmp_path / "run.csv", rows), *OPTIONS]) == 1
 
 
-def test_file_that_does_not_say_whose_average_it_holds_is_taken_for_what_was_asked(
+def test_file_that_does_not_name_whose_average_it_holds_is_taken_for_what_was_asked(
     rows, tmp_path, capsys
 ):
     words = [write(tmp_path / "run.csv", rows), *OPTIONS]
     assert main([*words, "--geometry=euclidean", "--estimate=debiased"]) == 0
-    said = "does not say whose noise scale adaptive_batch_metrics/gns_ema is; taken as"
-    assert f"{said} euclidean debiased" in capsys.readouterr().out
+    note = "does not say whose noise scale adaptive_batch_metrics/gns_ema is; taken as"
+    assert f"{note} euclidean debiased" in capsys.readouterr().out
     assert main([write(tmp_path / "run.csv", rows, OURS), *OPTIONS]) == 0
-    assert said not in capsys.readouterr().out
+    assert note not in capsys.readouterr().out
 
 
-def test_rows_before_the_first_step_are_left_out_and_said(rows, tmp_path, capsys):
+def test_rows_before_the_first_step_are_left_out_and_reported(rows, tmp_path, capsys):
     before = dict(rows[0], step=0, tokens=0.0, ema=1e9)
     assert main([write(tmp_path / "run.csv", [before, *rows]), *OPTIONS]) == 0
     out = capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_panel_export_of_several_runs_needs_the_name_of_one(rows, tmp_path, caps
     assert main([*words, "--run=mine"]) == 0
 
 
-def test_steps_that_a_resumed_run_repeats_count_once_and_are_said(rows, tmp_path, capsys):
+def test_steps_that_a_resumed_run_repeats_count_once_and_are_reported(rows, tmp_path, capsys):
     lost = [dict(row, batch=7.0, ema=1e9) for row in rows[5:9]]
     assert main([write(tmp_path / "run.csv", [*rows[:5], *lost, *rows[5:]]), *OPTIONS]) == 0
     out = capsys.readouterr().out
@@ -393,7 +393,7 @@ def test_run_that_grew_by_plan_and_measured_nothing_is_replayed(tmp_path, shards
 
 
 @pytest.mark.parametrize(
-    ("recorded", "options", "told"),
+    ("recorded", "options", "expected"),
     [
         (
             "adaptive",
@@ -407,7 +407,7 @@ def test_run_that_grew_by_plan_and_measured_nothing_is_replayed(tmp_path, shards
     ],
 )
 def test_norm_test_and_other_policies_do_not_inherit_each_others_values(
-    recorded, options, told, tmp_path, capsys
+    recorded, options, expected, tmp_path, capsys
 ):
     own = CONFIG["batch_size"] | {"policy": recorded, "rounding": "down", "lr_scaling": "sqrt"}
     path = write_our_record(tmp_path, made_up_run(), CONFIG | {"batch_size": own})
@@ -416,14 +416,14 @@ def test_norm_test_and_other_policies_do_not_inherit_each_others_values(
     noise = [line for line in euclidean if '"noise"' in line]
     Path(path).write_text(text + "".join(noise))
     assert main([path, *options]) in (0, 1)
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
 # Bad input
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "has no column"),
         ("_step,lr\n1,2\n", "has no column noise/manhattan"),
@@ -450,17 +450,17 @@ def test_norm_test_and_other_policies_do_not_inherit_each_others_values(
         ),
     ],
 )
-def test_file_that_cannot_be_replayed_is_named_with_the_reason(text, told, tmp_path, capsys):
+def test_file_that_cannot_be_replayed_is_named_with_the_reason(text, expected, tmp_path, capsys):
     (tmp_path / "run.csv").write_text(text)
     assert main([str(tmp_path / "run.csv")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'run.csv'}")
-    assert told in error
+    assert expected in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["nowhere.csv"], "nowhere.csv: there is no such file"),
         (["run.csv", "--theta=0"], "theta=0.0 must be positive"),
@@ -480,12 +480,12 @@ def test_file_that_cannot_be_replayed_is_named_with_the_reason(text, told, tmp_p
         ),
     ],
 )
-def test_option_that_cannot_be_is_named(words, told, rows, tmp_path, monkeypatch, capsys):
+def test_option_that_cannot_be_is_named(words, expected, rows, tmp_path, monkeypatch, capsys):
     write(tmp_path / "run.csv", rows)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert expected in error
     assert error.count("\n") == 1
 
 

@@ -55,7 +55,7 @@ def test_points_are_sorted_by_their_lowest_loss(signum):
     assert search.at_an_end == []
 
 
-def test_a_best_value_at_an_end_of_what_was_tried_is_told(signum):
+def test_a_best_value_at_an_end_of_what_was_tried_is_reported(signum):
     point(signum, "signum", [3.9], lr=8e-3, momentum=0.9)
     (search,) = found(signum)
     assert search.at_an_end == ["optimizer.lr=0.008 is the largest that was tried"]
@@ -77,7 +77,7 @@ def test_optimizers_and_their_own_numbers_are_kept_apart(signum):
     assert muon.searched == []
 
 
-def test_a_run_that_is_not_finished_does_not_count_and_is_told(signum):
+def test_a_run_that_is_not_finished_does_not_count_and_is_reported(signum):
     point(signum, "signum", [1.0], lr=9e-3, momentum=0.9, finished=False)
     (search,) = found(signum)
     assert search.points["loss"].iloc[0] == 4.0
@@ -101,6 +101,6 @@ def test_script_prints_the_best_point_first(signum, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert left.value.code == 0
-    told = capsys.readouterr().out
-    assert told.index("0.002") < told.index("0.004") < told.index("0.001")
-    assert "for conf/scale/demo.yaml: scale.signum: {lr: 0.002, momentum: 0.9}" in told
+    printed = capsys.readouterr().out
+    assert printed.index("0.002") < printed.index("0.004") < printed.index("0.001")
+    assert "for conf/scale/demo.yaml: scale.signum: {lr: 0.002, momentum: 0.9}" in printed

@@ -83,7 +83,7 @@ def test_a_run_that_never_reaches_has_no_reduction():
     assert (statistic.value, statistic.reached, statistic.seeds) == (None, 0, (0,))
 
 
-def test_the_median_is_over_the_seeds_that_reach_and_their_share_is_told():
+def test_the_median_is_over_the_seeds_that_reach_and_their_share_is_reported():
     runs = {0: adaptive(9.0, 4.0), 1: adaptive(4.0), 2: adaptive(9.0, 9.0), 3: adaptive(9, 9, 9, 4)}
     statistic = reduction_by_first_reaching(seeds(runs), seeds(dict.fromkeys(range(4), BASELINE)))
     # 1 - 20/80, 1 - 10/80, never, 1 - 40/80
@@ -318,7 +318,7 @@ def test_runs_on_different_data_are_no_table(outputs):
     assert any("muon_small" in note for note in table.notes), table.notes
 
 
-def test_nothing_to_make_a_table_of_is_said_in_one_line(tmp_path):
+def test_nothing_to_make_a_table_of_is_reported_in_one_line(tmp_path):
     with pytest.raises(InputError, match="table2 of what"):
         made()
     with pytest.raises(InputError, match="is not a folder"):
@@ -484,7 +484,7 @@ def test_latex_has_as_many_cells_in_every_line(outputs):
     assert "no run: signsgd\\_small" in text
 
 
-def test_json_tells_numbers_seeds_and_notes(outputs):
+def test_json_has_numbers_seeds_and_notes(outputs):
     content = json.loads(FORMATS["json"](made(outputs)))
     signum = next(row for row in content["rows"] if row["labels"] == {"optimizer": "Signum"})
     reaching = signum["entries"][4]
