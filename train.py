@@ -13,6 +13,7 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, OneLineError, print_error
 from gns_pretrain.launch.sweep import failed_runs_raise
 from gns_pretrain.launch.train import launch
+from gns_pretrain.system.process_exit import rank_process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -28,11 +29,12 @@ def main(node: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
-    try:
-        register_configs()
-        with failed_runs_raise():
-            main()
-    except OneLineError as error:
-        sys.exit(print_error(error))
-    except Exception as error:
-        sys.exit(print_error(as_input_error(error, sys.argv[1:])))
+    with rank_process():
+        try:
+            register_configs()
+            with failed_runs_raise():
+                main()
+        except OneLineError as error:
+            sys.exit(print_error(error))
+        except Exception as error:
+            sys.exit(print_error(as_input_error(error, sys.argv[1:])))

@@ -64,7 +64,8 @@ class NoiseScale(ModelCommand):
             with tempfile.TemporaryDirectory() as folder:
                 meeting = f"file://{Path(folder) / 'meeting'}"
                 ranks = [RankInfo(r, num_ranks, r, num_ranks, meeting) for r in range(num_ranks)]
-                with multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
+                # Ranks forked by a server leave by os._exit; spawned ones would finalize Python.
+                with multiprocessing.get_context("forkserver").Pool(num_ranks) as pool:
                     results = pool.starmap(self.on_rank, [(settings, rank) for rank in ranks])
             timings, seconds = results[0]
         return {

@@ -17,6 +17,7 @@ from rich.table import Table
 from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import add_options, from_options
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
+from gns_pretrain.system.process_exit import rank_process
 
 
 def main() -> int:
@@ -58,4 +59,5 @@ def table_of(report: Report) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with rank_process():
+        sys.exit(main())

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -39,6 +38,7 @@ from gns_pretrain.runs.identity import identifying_settings, refuse_another_run
 from gns_pretrain.runs.lock import locked
 from gns_pretrain.runs.provenance import read_provenance, write_provenance
 from gns_pretrain.system.files import make_folder, remove_temporaries
+from gns_pretrain.system.process_exit import end_process
 from gns_pretrain.system.processes import StopRequest, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.training.checkpoint import checkpoint_folders
@@ -118,9 +118,8 @@ def run_started_rank(
     info = rank_info_from(os.environ)
     assert info is not None, "the agent has set no RANK"
     code = run_rank(config, directory, fingerprint, info, StopRequest(stop_flag))
-    if code:
-        sys.stderr.flush()
-        os._exit(code)
+    if code:  # with 0 the agent waits for a result
+        end_process(code)
 
 
 def run_rank(

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, one_of
+from gns_pretrain.system.process_exit import note_process_group
 
 
 @dataclass
@@ -146,6 +147,7 @@ def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) ->
 
 def start_process_group(place: RankInfo, device: torch.device, timeout: timedelta) -> None:
     """Rendezvous with the other ranks; on GPUs gloo serves tensors on the host beside NCCL."""
+    note_process_group(place.num_ranks)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.num_ranks == 1:
         dist.init_process_group(

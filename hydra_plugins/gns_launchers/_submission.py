@@ -17,6 +17,7 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, needs
 from gns_pretrain.launch.slurm_sweep import SlurmSettings
 from gns_pretrain.launch.sweep import PlannedRun
+from gns_pretrain.system.process_exit import rank_process
 
 with needs("slurm", "hydra/launcher=slurm needs submitit"):
     import submitit
@@ -29,7 +30,8 @@ class RunInJob(SlurmLauncher):
     def __call__(self, *arguments: Any, **keywords: Any) -> JobReturn:
         """Compose the settings once more, as in the command that submitted, and train."""
         register_configs()
-        return super().__call__(*arguments, **keywords)
+        with rank_process():  # submitit would end the rank after writing a result that nobody reads
+            return super().__call__(*arguments, **keywords)
 
 
 @dataclass
