@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from benchmarks.cost_model import Roofline
@@ -29,7 +29,7 @@ from benchmarks.profile import Profile
 from benchmarks.speed import Speed
 from benchmarks.startup import Startup
 from gns_pretrain.data.tokenization import train_bpe
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import About, add_options, from_options
 
 
@@ -52,7 +52,6 @@ COMMANDS: dict[str, type[Command]] = {
     "roofline": Roofline,
     "all": All,
 }
-ALIASES = {"roofline": ["paper"]}
 
 # The most wanted figures first; under ten minutes on an H200.
 GPU_PLAN = (
@@ -108,8 +107,7 @@ def main(words: Sequence[str], *, about: str | None = None) -> int:
                     show(row)
                 failed = failed or "failed" in row
     except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        return 2
+        return print_error(error)
     return int(failed)
 
 
@@ -123,9 +121,8 @@ def parser(about: str | None = None) -> argparse.ArgumentParser:
     subcommands = whole.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, command in COMMANDS.items():
         text = (command.__doc__ or "").splitlines()[0]
-        sub = subcommands.add_parser(
-            name, aliases=ALIASES.get(name, []), help=text, description=text
-        )
+        aliases = ["paper"] if command is Roofline else []
+        sub = subcommands.add_parser(name, aliases=aliases, help=text, description=text)
         sub.set_defaults(command=command)
         add_options(sub, command)
         sub.add_argument(
@@ -187,23 +184,21 @@ def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:
 
 
 def show(row: Row) -> None:
-    """Print a row as a table, and each list of rows within it as a table of its own."""
+    """Print a row as a table."""
     if "markdown" in row:
         sys.stdout.write(row["markdown"])
         return
-    plain = Table(show_header=False)
-    tables = [plain]
+    table = Table(show_header=False)
     for key, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            tables.append(Table(*(name.replace("_", " ") for name in value[0])))
-            for entry in value:
-                tables[-1].add_row(*map(formatted, entry.values()))
-        else:
-            plain.add_row(key.replace("_", " "), formatted(value))
-    for table in tables:
-        Console().print(table)
+        table.add_row(key.replace("_", " "), formatted(value))
+    Console().print(table)
 
 
-def formatted(value: Any) -> str:
-    """Return a value as a table shows it."""
+def formatted(value: Any) -> RenderableType:
+    """Return a value as a table shows it; a list of rows is a table within."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        table = Table(*(name.replace("_", " ") for name in value[0]))
+        for entry in value:
+            table.add_row(*map(formatted, entry.values()))
+        return table
     return f"{value:,}" if type(value) is int else str(value)

@@ -10,7 +10,7 @@ blocks are not (compiled, they read and write the activations a few times).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from benchmarks.harness import MODELS, Command, Row, model_config
 from benchmarks.model import flops_per_token
@@ -96,8 +96,7 @@ class Roofline(Command):
         yield {"measured": "nothing", "markdown": "\n\n".join(parts) + "\n"}
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One rank's work in one phase, in a whole step."""
 
     name: str
@@ -125,7 +124,11 @@ class StepCost:
     def __post_init__(self) -> None:
         self.tokens = self.sequences * self.accumulation * self.sequence_length  # of a rank's step
         self.counts = count_parameters(self.model)
-        self.shapes = block_shapes(self.model)
+        kv_dim = self.model.num_kv_heads * self.model.head_dim
+        sides = [self.model.dim] * 2 + [kv_dim] * 2 + [self.model.ffn_dim] * 3
+        # (s, l) of the block matrices, block by block: attention's four, feed-forward's three.
+        self.shapes = [tuple(sorted((self.model.dim, side))) for side in sides]
+        self.shapes *= self.model.num_layers
         self.in_matrices = sum(short * long for short, long in self.shapes)
         self.local = self.counts.total / self.num_shards  # parameters of a rank's shard
         self.from_others = (self.num_shards - 1) / self.num_shards  # not a rank's own
@@ -256,14 +259,6 @@ def ring_rate(ranks: int) -> float:
     if ranks <= RANKS_PER_NODE:
         return NVLINK_BYTES
     return min(NVLINK_BYTES, RANKS_PER_NODE * NETWORK_BYTES)
-
-
-def block_shapes(model: LlamaConfig) -> list[tuple[int, int]]:
-    """Return (s, l) of every matrix in the blocks, block by block."""
-    kv_dim = model.num_kv_heads * model.head_dim
-    sides = [(model.dim, model.dim)] * 2 + [(model.dim, kv_dim)] * 2
-    sides += [(model.dim, model.ffn_dim)] * 3
-    return [(min(pair), max(pair)) for pair in sides] * model.num_layers
 
 
 def busiest_owner(costs: Sequence[float], work: Sequence[float], ranks: int) -> float:

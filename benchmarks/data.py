@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -62,17 +61,15 @@ class Data(Command):
             seed=0,
             device=torch.device("cpu"),
         )
-        began = time.perf_counter()
-        for step in count(1):
-            for _ in batches.micro_batches(
-                (step - 1) * BATCH_SIZE, batch_size=BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE
-            ):
+        sizes = {"batch_size": BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE}
+        sequences, elapsed, began = 0, 0.0, time.perf_counter()
+        while elapsed <= self.seconds:
+            for _ in batches.micro_batches(sequences, **sizes):
                 pass
+            sequences += BATCH_SIZE
             elapsed = time.perf_counter() - began
-            if elapsed > self.seconds:
-                break
         batches.close()
-        tokens = step * BATCH_SIZE * self.sequence_length
+        tokens = sequences * self.sequence_length
         return {
             "measured": "reading",
             "data": str(self.data or "random tokens"),
@@ -100,17 +97,13 @@ class Data(Command):
         rates: dict[str, list[float]] = {"shards": [], "bare": []}  # tokens a second, pair by pair
         with EncodingPool(job, available_cores()) as pool:
             for path in paths:
-                texts = [
-                    t for batch in LocalFiles([path]).batches(None) for t in parse_texts(batch)
-                ]
-                tokens = {
-                    "shards": prepare(path, pool, dtype),
-                    "bare": encode(texts, tokenizer),
-                }
+                corpus = LocalFiles([path])
+                texts = [text for batch in corpus.batches(None) for text in parse_texts(batch)]
                 steps: dict[str, Callable[[], int]] = {
-                    "shards": partial(prepare, path, pool, dtype),
+                    "shards": partial(prepare, corpus, pool, dtype),
                     "bare": partial(encode, texts, tokenizer),
                 }
+                tokens = {name: step() for name, step in steps.items()}
                 timings = paired(steps, self.rounds, this_process(), warm_up=0)
                 for name, seconds in timings.seconds.items():
                     rates[name] += [tokens[name] / s for s in seconds]
@@ -149,16 +142,9 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> int:
     return tokens
 
 
-def prepare(path: Path, pool: EncodingPool, dtype: np.dtype) -> int:
-    """Make shards of a file's documents, throw them away, and return the number of tokens."""
-    plan = SplitPlan(
-        name="train",
-        corpus=LocalFiles([path]),
-        held_out=False,
-        dtype=dtype,
-        shard_tokens=SHARD_TOKENS,
-        max_tokens=None,
-    )
+def prepare(corpus: LocalFiles, pool: EncodingPool, dtype: np.dtype) -> int:
+    """Make shards of some documents, throw them away, and return the number of tokens."""
+    plan = SplitPlan("train", corpus, False, dtype, SHARD_TOKENS, max_tokens=None)
     progress = SplitProgress()
     with tempfile.TemporaryDirectory() as out:
         write_split(Path(out), plan, progress, pool, save=lambda: None, report=lambda *_: None)

@@ -3,9 +3,9 @@
 import gc
 import os
 import platform
+import re
 import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +30,7 @@ from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.train import gpu_versions
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
@@ -38,6 +39,7 @@ from gns_pretrain.optim.spectral import MuonSettings
 from gns_pretrain.parallel.collectives import barrier
 from gns_pretrain.parallel.mesh import World, pick_device
 from gns_pretrain.runs.provenance import git_revision, package_versions
+from gns_pretrain.system.processes import available_cores
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.loop import Run
@@ -45,7 +47,6 @@ from gns_pretrain.training.step import StepResult, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {path.stem: path for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
-PACKAGES = ("numpy", "tokenizers", "transformers", "triton")
 OPTIMIZERS: dict[str, OptimizerSettings] = {
     "adamw": AdamWSettings(lr=1e-4),
     "muon": MuonSettings(lr=1e-3),
@@ -57,8 +58,6 @@ WARM_UP_STEPS = 2
 DISTINCT_STEPS = 4  # steps of random tokens on disk; later ones read them again
 
 Row = dict[str, Any]
-
-
 ModelName = Annotated[str, one_of(*MODELS), About("a file in conf/model")]
 Pairs = Annotated[int, at_least(2), About("timed steps of each kind")]
 
@@ -168,17 +167,20 @@ class Workload:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.batch_size = run.state.batch_size
-        self.micro_batch_size = run.state.micro_batch_size
         self.accumulation = run.state.accumulation
-        self.tokens = self.batch_size * run.sequence_length
+        self.tokens = run.state.batch_size * run.sequence_length
         self._cursor = 0
+
+    def meter(self, geometry: str) -> NoiseMeter:
+        """Return a meter of one geometry over the model."""
+        return NoiseMeter(self.run.model, self.run.world, NoiseScaleSettings([geometry]))
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Return the next step's micro-batches."""
-        cursor, self._cursor = self._cursor, self._cursor + self.batch_size
+        state, cursor = self.run.state, self._cursor
+        self._cursor += state.batch_size
         return self.run.batches.micro_batches(
-            cursor, batch_size=self.batch_size, micro_batch_size=self.micro_batch_size
+            cursor, batch_size=state.batch_size, micro_batch_size=state.micro_batch_size
         )
 
     def step(
@@ -191,7 +193,7 @@ class Workload:
             self.micro_batches() if micro_batches is None else micro_batches,
             accumulation=self.accumulation,
             gradient_clip=self.run.gradient_clip,
-            batch_size=self.batch_size,
+            batch_size=self.run.state.batch_size,
             meter=meter,
         )
 
@@ -208,16 +210,10 @@ def workload(
     policy: BatchSizeSettings | None = None,
     **sections: Any,
 ) -> Iterator[Workload]:
-    """Build a run of train.py over random tokens, on the ranks at hand.
+    """Build a run of train.py over random tokens; every rank of the world calls this.
 
-    Args:
-        shape: of the model, with a vocabulary.
-        world: its ranks, which all call this.
-        batch_size, micro_batch_size: sequences, over all ranks and of one sample.
-        sequence_length: tokens.
-        num_steps: budget, in steps of `batch_size`.
-        policy: of the batch size; None: constant.
-        sections: other fields of `Config`.
+    The budget is `num_steps` steps of `batch_size`, the policy constant unless given, and
+    `sections` are other fields of `Config`.
     """
     tokens = num_steps * batch_size * sequence_length
     evaluation = sections.pop("evaluation", EvaluationSettings(num_sequences=1))
@@ -282,13 +278,9 @@ def paired(
     *,
     warm_up: int = WARM_UP_STEPS,
 ) -> Timings:
-    """Time steps alternating in one process; which goes first changes from pair to pair.
+    """Time steps alternating in one process, after untimed calls; which goes first alternates too.
 
-    Args:
-        steps: two or more, by name.
-        pairs: how often each is timed.
-        world: its device and other ranks are waited for before and after each step.
-        warm_up: untimed calls of each before.
+    The device and the other ranks are waited for before and after each step.
     """
     for step in steps.values():
         for _ in range(warm_up):
@@ -321,11 +313,7 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance(words: Sequence[str]) -> Row:
-    """Return when, by which command, on which machine and with which versions a row was measured.
-
-    Args:
-        words: arguments of scripts/benchmark.py.
-    """
+    """Return where, when and with which versions a row was measured, by `words` of a command."""
     threads = os.environ.get("OMP_NUM_THREADS")
     command = shlex.join(["python", "scripts/benchmark.py", *words])
     return {
@@ -333,12 +321,12 @@ def provenance(words: Sequence[str]) -> Row:
         "command": f"OMP_NUM_THREADS={threads} {command}" if threads else command,
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "cores": available_cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {
-            **package_versions(*PACKAGES),
+            **package_versions("numpy", "tokenizers", "transformers", "triton"),
             **gpu_versions(),
             "code": git_revision(),
         },
@@ -346,8 +334,8 @@ def provenance(words: Sequence[str]) -> Row:
 
 
 def processor() -> str:
-    """Return the processor's name."""
+    """Return the processor's name, which Python itself does not know on Linux."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = information.read_text() if information.exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()

@@ -42,30 +42,27 @@ class Memory(ModelCommand):
         world, shape = this_process(), self.shape()
         budget = self.steps * LARGEST_BATCH * SEQUENCE_LENGTH  # more than the run takes
         resident: list[int] = []  # bytes after each step
-        allocated: list[int] = []  # likewise, on a GPU
+        allocated: list[int] = []  # likewise, of the GPU
 
         def record_memory() -> bool:
             resident.append(resident_bytes())
-            if world.device.type == "cuda":
-                allocated.append(torch.cuda.memory_allocated(world.device))
+            allocated.append(torch.cuda.memory_allocated())  # 0 without a GPU
             return len(resident) >= self.steps
 
         # Everything on that keeps state between steps.
-        settings: Row = {
-            "batch_size": LARGEST_BATCH,
-            "micro_batch_size": MICRO_BATCH,
-            "sequence_length": SEQUENCE_LENGTH,
-            "num_steps": self.steps,
-            "policy": BatchSizeSettings(policy="adaptive", initial=FIRST_BATCH, cap=LARGEST_BATCH),
-            "noise_scale": NoiseScaleSettings(["manhattan", "nuclear"], every_steps=MEASURES_EVERY),
-            "evaluation": EvaluationSettings(every_tokens=budget // 4, num_sequences=8),
-            "checkpoint": CheckpointSettings(every_steps=max(self.steps // 4, 10), keep=1),
-        }
-        with (
-            Path(os.devnull).open("w") as silence,
-            redirect_stdout(silence),
-            workload(shape, world, **settings) as work,
-        ):
+        everything = workload(
+            shape,
+            world,
+            batch_size=LARGEST_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            sequence_length=SEQUENCE_LENGTH,
+            num_steps=self.steps,
+            policy=BatchSizeSettings(policy="adaptive", initial=FIRST_BATCH, cap=LARGEST_BATCH),
+            noise_scale=NoiseScaleSettings(["manhattan", "nuclear"], every_steps=MEASURES_EVERY),
+            evaluation=EvaluationSettings(every_tokens=budget // 4, num_sequences=8),
+            checkpoint=CheckpointSettings(every_steps=max(self.steps // 4, 10), keep=1),
+        )
+        with Path(os.devnull).open("w") as silence, redirect_stdout(silence), everything as work:
             train(work.run, record_memory)
             last_batch = work.run.state.batch_size
         yield {
@@ -76,7 +73,7 @@ class Memory(ModelCommand):
             "resident_mib": round(resident[-1] / MIB, 1),
             "largest_resident_mib": round(max(resident) / MIB, 1),
             **growth("", resident),
-            **(growth("gpu_", allocated) if allocated else {}),
+            **(growth("gpu_", allocated) if any(allocated) else {}),
         }
 
 

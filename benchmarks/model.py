@@ -1,7 +1,6 @@
 """Speed of a training step against transformers' LlamaForCausalLM of the same shape and weights."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,14 +16,11 @@ from benchmarks.harness import (
     paired,
     this_process,
 )
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import needs
 from gns_pretrain.fields import About, at_least
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, hf_config, hf_names
 from gns_pretrain.model.llama import Llama
-
-# Dense bfloat16 FLOP/s from the vendor's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 @dataclass
@@ -40,8 +36,7 @@ class Model(ModelCommand):
         """Yield one row: forward, backward and AdamW of both models, alternating.
 
         On a GPU both compute in bfloat16 from float32 weights. Compiled, each model has its blocks
-        compiled one by one. `ratio` is ours / transformers'; `flops_share`, on a known GPU, is the
-        share of its peak that the model's own arithmetic makes up.
+        compiled one by one. `ratio` is ours / transformers'.
         """
         world, shape = this_process(), self.shape()
         device = world.device
@@ -61,15 +56,15 @@ class Model(ModelCommand):
         ).to(device)
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
+        # shift_labels: the targets as they are; labels alone would lose the last position.
+        inputs = {"input_ids": tokens, "labels": targets, "shift_labels": targets}
+
         def our_loss() -> Tensor:
             return ours(tokens, targets)
 
         def their_loss() -> Tensor:
-            autocast = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
-            with autocast:
-                # shift_labels: the targets as they are; labels alone would lose the last position.
-                labels = {"labels": targets, "shift_labels": targets}
-                return theirs(input_ids=tokens, use_cache=False, **labels).loss
+            with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+                return theirs(**inputs, use_cache=False).loss
 
         difference = (our_loss() - their_loss()).item()
         timings = paired(
@@ -77,8 +72,6 @@ class Model(ModelCommand):
             self.pairs,
             world,
         )
-        rates = [tokens.numel() / timings.median(name) for name in ("ours", "transformers")]
-        peaks = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in device_name(device)]
         yield {
             "measured": "model",
             "model": shape.name,
@@ -91,12 +84,11 @@ class Model(ModelCommand):
             "seconds": round(timings.median("ours"), 5),
             "transformers_seconds": round(timings.median("transformers"), 5),
             **timings.ratio("ratio", "ours", "transformers"),
-            "tokens_per_second": round(rates[0]),
-            "transformers_tokens_per_second": round(rates[1]),
+            "tokens_per_second": round(tokens.numel() / timings.median("ours")),
+            "transformers_tokens_per_second": round(
+                tokens.numel() / timings.median("transformers")
+            ),
             "loss_difference": difference,
-            "flops_share": flops_share(rates[0], shape, self.sequence_length, peaks[0])
-            if peaks
-            else None,
         }
 
 
@@ -121,18 +113,10 @@ def flops_share(
 
 
 def transformers_twin(model: Llama, sequence_length: int) -> Any:
-    """Return a LlamaForCausalLM with a copy of the model's weights.
-
-    Raises:
-        InputError: transformers is not installed.
-    """
-    try:
+    """Return a LlamaForCausalLM with a copy of the model's weights."""
+    with needs("huggingface", "the comparison needs transformers"):
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForCausalLM
-    except ImportError as error:
-        raise InputError(
-            "the comparison needs transformers; pip install 'gns-pretrain[huggingface]'"
-        ) from error
     values = hf_config(model.config, ExportedText(max_positions=sequence_length))
     for key in ("architectures", "model_type", "rope_theta", "rope_scaling"):
         del values[key]

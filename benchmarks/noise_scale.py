@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -49,36 +50,31 @@ class NoiseScale(ModelCommand):
 
     def run(self) -> Iterator[Row]:
         """Yield a row for each number of ranks and geometry; costs are medians of paired ratios."""
-        for num_ranks in self.ranks:
-            for geometry in self.geometry:
-                settings = NoiseScaleSettings(
-                    [geometry], self.estimate, square_root=self.square_root
-                )
-                yield self.measure(settings, num_ranks)
+        for num_ranks, geometry in product(self.ranks, self.geometry):
+            settings = NoiseScaleSettings([geometry], self.estimate, square_root=self.square_root)
+            timings, seconds = self.on_ranks(num_ranks, settings)
+            yield {
+                "measured": "noise_scale",
+                "geometry": geometry,
+                "estimates": ", ".join(self.estimate),
+                "ranks": num_ranks,
+                **self.options("square_root", "model", "samples", "micro_batch_size"),
+                **self.options("sequence_length", "pairs"),
+                "plain_step_seconds": round(timings.median("plain"), 4),
+                "measurement_seconds": round(seconds, 4),
+                **timings.cost("measured", "plain"),
+            }
 
-    def measure(self, settings: NoiseScaleSettings, num_ranks: int) -> Row:
-        """Time both kinds of steps; several ranks are started on this machine."""
+    def on_ranks(self, num_ranks: int, settings: NoiseScaleSettings) -> tuple[Timings, float]:
+        """Return the first rank's results; several are started on this machine."""
         if num_ranks == 1:
-            timings, seconds = self.on_rank(settings, RankInfo())
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                meeting = f"file://{Path(folder) / 'meeting'}"
-                ranks = [RankInfo(r, num_ranks, r, num_ranks, meeting) for r in range(num_ranks)]
-                # Ranks forked by a server leave by os._exit; spawned ones would finalize Python.
-                with multiprocessing.get_context("forkserver").Pool(num_ranks) as pool:
-                    results = pool.starmap(self.on_rank, [(settings, rank) for rank in ranks])
-            timings, seconds = results[0]
-        return {
-            "measured": "noise_scale",
-            "geometry": ", ".join(settings.geometries),
-            "estimates": ", ".join(settings.estimates),
-            "ranks": num_ranks,
-            **self.options("square_root", "model", "samples", "micro_batch_size"),
-            **self.options("sequence_length", "pairs"),
-            "plain_step_seconds": round(timings.median("plain"), 4),
-            "measurement_seconds": round(seconds, 4),
-            **timings.cost("measured", "plain"),
-        }
+            return self.on_rank(settings, RankInfo())
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = f"file://{Path(folder) / 'meeting'}"
+            ranks = [RankInfo(r, num_ranks, r, num_ranks, meeting) for r in range(num_ranks)]
+            # Ranks forked by a server leave by os._exit; spawned ones would finalize Python.
+            with multiprocessing.get_context("forkserver").Pool(num_ranks) as pool:
+                return pool.starmap(self.on_rank, [(settings, rank) for rank in ranks])[0]
 
     def on_rank(self, settings: NoiseScaleSettings, rank: RankInfo) -> tuple[Timings, float]:
         """Return one rank's timings, and the median seconds that the meter itself counts."""

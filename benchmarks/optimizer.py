@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.harness import (
     ModelCommand,
@@ -72,7 +72,9 @@ class Optimizer(ModelCommand):
         )
         ours.step()
         theirs.step()
-        apart = relative_distance(matrices, copies)
+        difference = [(a - b).detach() for a, b in zip(matrices, copies, strict=True)]
+        norm = torch.nn.utils.get_total_norm
+        apart = (norm(difference) / norm([copy.detach() for copy in copies])).item()
         timings = paired({"ours": ours.step, "torch": theirs.step}, self.pairs, world)
         return {
             "measured": "muon",
@@ -123,10 +125,3 @@ class Optimizer(ModelCommand):
             "device": device_name(world.device),
             "pairs": self.pairs,
         }
-
-
-def relative_distance(first: list[nn.Parameter], second: list[nn.Parameter]) -> float:
-    """Return ||first - second|| / ||second|| over all tensors."""
-    norm = torch.nn.utils.get_total_norm
-    difference: list[Tensor] = [(a - b).detach() for a, b in zip(first, second, strict=True)]
-    return (norm(difference) / norm([b.detach() for b in second])).item()

@@ -10,7 +10,6 @@ import gzip
 import json
 import math
 import tempfile
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from benchmarks.harness import (
 from gns_pretrain.fields import About, at_least, one_of
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 STEP = "step"
 WAITING = "waiting"  # for the device, at the end of a step
@@ -74,9 +72,7 @@ class Profile(StepCommand):
         if world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with self.workload(world, self.optimizer) as work, tempfile.TemporaryDirectory() as folder:
-            meter = None
-            if self.geometry is not None:
-                meter = NoiseMeter(work.run.model, world, NoiseScaleSettings([self.geometry]))
+            meter = work.meter(self.geometry) if self.geometry else None
             for _ in range(WARM_UP_STEPS):
                 named_step(work, meter)
             with profile(activities=activities) as profiler:
@@ -84,17 +80,37 @@ class Profile(StepCommand):
                     named_step(work, meter)
             path = self.trace or Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            events = read_trace(path)
+            with (gzip.open if path.suffix == ".gz" else open)(path) as file:
+                events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
         yield {
             "measured": "profile",
             **self.described(self.optimizer),
             **self.options("geometry", "steps"),
             **({"trace": str(self.trace)} if self.trace else {}),
             **Timeline(events).rows(self.steps),
-            "operators": operator_rows(
-                profiler.key_averages(), self.steps, self.operators, world.device
-            ),
+            "operators": self.operator_rows(profiler.key_averages(), world.device),
         }
+
+    def operator_rows(self, averages: Any, device: torch.device) -> list[Row]:
+        """Return the costliest kernels of a GPU, or operators of a CPU, by their own time."""
+        on_gpu = device.type == "cuda"
+        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        entries = [
+            (getattr(entry, own) / 1e6 / self.steps, entry.count / self.steps, entry.key)
+            for entry in averages
+            if on_gpu == (entry.device_type == torch.autograd.DeviceType.CUDA)
+            and not (entry.key in (STEP, *PHASES) or entry.is_user_annotation)
+        ]
+        total = sum(seconds for seconds, _, _ in entries) or 1
+        return [
+            {
+                "operator": name,
+                "calls": round(calls, 1),
+                "seconds": round(seconds, 6),
+                "percent": round(100 * seconds / total, 1),
+            }
+            for seconds, calls, name in sorted(entries, reverse=True)[: self.operators]
+        ]
 
 
 def named_step(work: Workload, meter: NoiseMeter | None) -> None:
@@ -117,28 +133,26 @@ def named_batches(work: Workload) -> Iterator[Tensor]:
         yield batch
 
 
-def read_trace(path: Path) -> list[Event]:
-    """Return the events of a Chrome trace that have a duration."""
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    events: list[Event] = json.loads(text)["traceEvents"]
-    return [event for event in events if event.get("ph") == "X"]
-
-
 class Timeline:
-    """Which phase each moment belongs to, and each phase's share of what happened.
-
-    Args:
-        events: of a Chrome trace; ranges of other names are ignored.
-    """
+    """Each phase's share of what happened, from the events of a Chrome trace."""
 
     def __init__(self, events: Sequence[Event]) -> None:
-        self._name_stretches(events)
-        self.host: dict[str, float] = defaultdict(
-            float
-        )  # microseconds; they add up to those of the steps
-        for name, start, end in zip(self.names, self.starts, self.starts[1:], strict=False):
-            if name is not None:
-                self.host[name] += end - start
+        # Start, negative duration and phase; of those that contain a moment, the innermost is last.
+        self.spans = sorted(
+            (event["ts"], -event["dur"], OTHER if event["name"] == STEP else event["name"])
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"] in (STEP, *PHASES)
+        )
+        # Microseconds; they add up to those of the steps.
+        self.host: dict[str, float] = defaultdict(float)
+        open_spans: list[tuple[float, str]] = []  # end and phase, the innermost last
+        for start, negative, phase in self.spans:
+            while open_spans and open_spans[-1][0] <= start:
+                open_spans.pop()
+            if open_spans:
+                self.host[open_spans[-1][1]] += negative
+            self.host[phase] -= negative
+            open_spans.append((start - negative, phase))
         runtime = [event for event in events if event.get("cat") in LAUNCHES]
         launched = {e["args"].get("correlation"): e["ts"] for e in runtime if "args" in e}
         self.device: dict[str, float] = defaultdict(float)  # microseconds of kernels and copies
@@ -150,28 +164,10 @@ class Timeline:
         waits = [self.phase_at(e["ts"]) for e in runtime if e["name"] in SYNCHRONISATIONS]
         self.waits = Counter(phase for phase in waits if phase not in (None, WAITING))
 
-    def _name_stretches(self, events: Sequence[Event]) -> None:
-        """Cut time into stretches and name each by the innermost range; ranges nest."""
-        spans = sorted(
-            (event["ts"], -event["dur"], event["name"])
-            for event in events
-            if event.get("cat") == "user_annotation" and event["name"] in (STEP, *PHASES)
-        )
-        self.starts: list[float] = []
-        self.names: list[str | None] = []
-        open_spans: list[tuple[float, str]] = []  # end and name, the innermost last
-        for start, negative, name in [*spans, (math.inf, 0.0, OTHER)]:
-            while open_spans and open_spans[-1][0] <= start:
-                self.starts.append(open_spans.pop()[0])
-                self.names.append(open_spans[-1][1] if open_spans else None)
-            open_spans.append((start - negative, OTHER if name == STEP else name))
-            self.starts.append(start)
-            self.names.append(open_spans[-1][1])
-
     def phase_at(self, time: float) -> str | None:
         """Return the phase at a time: `other` in a step but outside its phases, None outside."""
-        index = bisect_right(self.starts, time) - 1
-        return self.names[index] if index >= 0 else None
+        spans = reversed(self.spans)
+        return next((p for start, neg, p in spans if start <= time < start - neg), None)
 
     def rows(self, steps: int) -> Row:
         """Return a step's totals, and its phases as rows of their own.
@@ -197,26 +193,3 @@ class Timeline:
                 entry["host_synchronisations"] = round(self.waits[phase] / steps, 2)
             row["phases"].append(entry)
         return row
-
-
-def operator_rows(averages: Any, steps: int, count: int, device: torch.device) -> list[Row]:
-    """Return the costliest kernels of a GPU, or operators of a CPU, by their own time."""
-    on_gpu = device.type == "cuda"
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    entries = [
-        entry
-        for entry in averages
-        if on_gpu == (entry.device_type == torch.autograd.DeviceType.CUDA)
-        and not (entry.key in (STEP, *PHASES) or entry.is_user_annotation)
-    ]
-    entries.sort(key=lambda entry: getattr(entry, own), reverse=True)
-    total = sum(getattr(entry, own) for entry in entries) or 1
-    return [
-        {
-            "operator": entry.key,
-            "calls": round(entry.count / steps, 1),
-            "seconds": round(getattr(entry, own) / 1e6 / steps, 6),
-            "percent": round(100 * getattr(entry, own) / total, 1),
-        }
-        for entry in entries[:count]
-    ]

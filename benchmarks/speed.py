@@ -22,8 +22,6 @@ from benchmarks.harness import (
 from benchmarks.model import Model, flops_share
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least
-from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.step import accumulate_gradients
@@ -70,19 +68,11 @@ class Speed(StepCommand):
             yield row | {"times_as_fast": round(1 / row["ratio"], 3)}
 
     def measure_steps(self, world: World, rate: float) -> Iterator[Row]:
-        """Time AdamW's step without a measurement and with one, alternating.
-
-        Args:
-            rate: FLOP/s of a matmul.
-        """
+        """Time AdamW's step without and with a measurement; `rate` is a matmul's FLOP/s."""
         with self.workload(world, "adamw") as work:
-            meters = {
-                geometry: NoiseMeter(work.run.model, world, NoiseScaleSettings([geometry]))
-                for geometry in GEOMETRIES
-            }
-            steps: dict[str, Callable[[], Any]] = {"plain": work.step}
-            for geometry, meter in meters.items():
-                steps[geometry] = partial(work.step, meter)
+            meters = {geometry: work.meter(geometry) for geometry in GEOMETRIES}
+            measured = {name: partial(work.step, meter) for name, meter in meters.items()}
+            steps: dict[str, Callable[[], Any]] = {"plain": work.step, **measured}
             timings = paired(steps, self.pairs, world)
             tokens_per_second = work.tokens / timings.median("plain")
             described = {**self.described("adamw"), "pairs": self.pairs}

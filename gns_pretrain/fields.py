@@ -67,9 +67,8 @@ def within(low: float, high: float, *, hint: str = "", exclusive: bool = False) 
     if exclusive:
         text = f"must lie between {low} and {high} (exclusive)"
         return Bound(lambda value: low < value < high, text, hint)
-    return Bound(
-        lambda value: low <= value < high, f"must be at least {low} and below {high}", hint
-    )
+    text = f"must be at least {low} and below {high}"
+    return Bound(lambda value: low <= value < high, text, hint)
 
 
 def one_of(*choices: str, hint: str = "") -> Bound:
@@ -98,12 +97,9 @@ class Settings:
 def check_bounds(settings: Any, section: str) -> None:
     """Check every field against the bounds in its annotation; None is left to the field's type.
 
-    Args:
-        settings: an instance of a dataclass.
-        section: dotted path of `settings`, which an error puts before the field's name.
-
     Raises:
-        InputError: the first field outside its bounds: setting, value, rule and hint in one line.
+        InputError: the first field outside its bounds: setting, with the dotted path `section`
+            before its name, value, rule and hint in one line.
     """
     cls: type = type(settings)
     for name, notes in _notes(cls).items():
@@ -136,8 +132,6 @@ def add_options(
     Options that are not typed stay out of the namespace, so a default has one home: the class.
 
     Args:
-        parser: gets the options.
-        cls: the dataclass.
         skip: names of fields that are no options.
         texts: help by field, in place of the class's and without its defaults: for a command that
             takes them from elsewhere.
@@ -149,9 +143,7 @@ def add_options(
         notes = _notes(cls).get(field.name, ())
         about = next((note for note in notes if isinstance(note, About)), About(""))
         bound = next((note for note in notes if isinstance(note, Bound) and note.choices), None)
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
+        required = field.default is field.default_factory  # both are MISSING
         text = about.text if texts is None else texts.get(field.name, "")
         if texts is None and isinstance(field.default, int | float | str):
             text += f" (default: {field.default})"

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import harness
@@ -39,3 +42,13 @@ def test_stopwatch_warms_up_then_times_each_step_alternating(monkeypatch):
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert timings.seconds == {"a": [1.0] * 3, "b": [3.0] * 3}
     assert timings.quartiles("b", "a") == [3.0, 3.0, 3.0]
+
+
+def test_waiting_threads_sleep_because_torch_is_loaded_after_the_package():
+    # OpenMP reads the environment once, as torch is loaded.
+    check = "import benchmarks, os, sys; print(os.environ['OMP_WAIT_POLICY'], *sys.modules)"
+    command = ["env", "-u", "OMP_WAIT_POLICY", sys.executable, "-c", check]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    policy, *modules = answer.stdout.split()
+    assert policy == "PASSIVE"
+    assert "torch" not in modules
