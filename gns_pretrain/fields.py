@@ -119,6 +119,12 @@ def setting_name(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 
+def script_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows a script's docstring as it is."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=about, formatter_class=formatter)
+
+
 def add_options(
     parser: argparse.ArgumentParser,
     cls: type,

@@ -7,33 +7,26 @@ Under each search stand the best point's numbers as conf/scale/<scale>.yaml take
 them lie at an end of what was tried, where the search should go on.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import with_exit_code
+from gns_pretrain.fields import script_parser
 
 
-def main() -> int:
-    """Exit code 0: printed; 2: bad input."""
-    try:
-        # Imported here, so that without pandas the error is one line.
-        from gns_pretrain.results.frame import runs_of_folders
-        from gns_pretrain.results.search import FORMATS, searches
+@with_exit_code
+def main() -> None:
+    # Imported here, so that without pandas the error is one line.
+    from gns_pretrain.results.frame import runs_of_folders
+    from gns_pretrain.results.search import FORMATS, searches
 
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        option = parser.add_argument
-        option("folders", nargs="+", type=Path, help="run directories or folders of them")
-        option("--format", choices=FORMATS, default="text", help="default: text")
-        given = parser.parse_args()
-        found = searches(runs_of_folders(given.folders))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = script_parser(__doc__)
+    option = parser.add_argument
+    option("folders", nargs="+", type=Path, help="run directories or folders of them")
+    option("--format", choices=FORMATS, default="text", help="default: text")
+    given = parser.parse_args()
+    found = searches(runs_of_folders(given.folders))
     sys.stdout.write("\n".join(FORMATS[given.format](search) for search in found))
-    return 0
 
 
 if __name__ == "__main__":

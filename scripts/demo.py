@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.errors import InputError, print_error
+from gns_pretrain.errors import InputError, with_exit_code
 from gns_pretrain.results.figures import draw
 from gns_pretrain.results.frame import read_curves
 from gns_pretrain.runs.directory import RunRecord
@@ -22,40 +22,35 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}
 
 
-def main() -> int:
-    """Exit code of the first run that did not finish, else 0."""
+@with_exit_code
+def main() -> None:
     settings = sys.argv[1:]
     if {"-h", "--help"} & set(settings):
         sys.stdout.write(__doc__ or "")
-        return 0
+        return
     if "resume=never" in settings:
-        sys.stderr.write(
-            "error: resume=never would train into folders that the table does not show; "
-            "use another output_directory=...\n"
+        raise InputError(
+            "resume=never would train into folders that the table does not show; "
+            "use another output_directory=..."
         )
-        return 2
     for label, experiment in RUNS.items():
         Console(soft_wrap=True).print(f"\n{label}: python train.py +experiment=demo/{experiment}")
         command = [sys.executable, "train.py", f"+experiment=demo/{experiment}", *settings]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if code:
-            return code
+            sys.exit(code)
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
     outputs, seed = ROOT / given.get("output_directory", "outputs"), given.get("seed", "0")
     picture = outputs / f"demo-seed{seed}.png"
-    try:
-        runs = {
-            label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
-            for label, experiment in RUNS.items()
-        }
-        curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
-        draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
-    except InputError as error:
-        return print_error(error)
+    runs = {
+        label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
+        for label, experiment in RUNS.items()
+    }
+    curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
+    draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     console = Console(soft_wrap=True)
     console.print(closing_table(runs))
     console.print(f"picture: {picture}")
-    return 0
 
 
 def closing_table(runs: dict[str, RunRecord]) -> Table:
@@ -66,15 +61,9 @@ def closing_table(runs: dict[str, RunRecord]) -> Table:
         table.add_column(column, justify="right")
     for label, run in runs.items():
         summary = run.summary
-        table.add_row(
-            label,
-            f"{summary['steps']:,}",
-            f"{summary['tokens']:,}",
-            f"{summary['batch_size']:,}",
-            f"{summary['validation_loss']:.4f}",
-            f"{summary['tokens_per_second']:,.0f}",
-            f"{summary['seconds']:.0f} s",
-        )
+        formats = {"steps": ",", "tokens": ",", "batch_size": ",", "validation_loss": ".4f"}
+        formats |= {"tokens_per_second": ",.0f", "seconds": ".0f"}
+        table.add_row(label, *(format(summary[name], how) for name, how in formats.items()))
     return table
 
 

@@ -13,18 +13,17 @@ from typing import Any
 from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
-from gns_pretrain.errors import InputError, print_error
+from gns_pretrain.errors import InputError, with_exit_code
+from gns_pretrain.fields import script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG
 from gns_pretrain.runs.provenance import read_provenance
 
 
-def main() -> int:
-    """Exit code 0: the folder is written; 2: bad input, and nothing is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@with_exit_code
+def main() -> None:
+    parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step_* folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the data's own)")
@@ -36,19 +35,15 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args()
-    try:
-        row = export(arguments)
-    except InputError as error:
-        return print_error(error)
+    row = export(arguments)
     if arguments.json:
         sys.stdout.write(json.dumps(row) + "\n")
-        return 0
+        return
     tokenizer = row["tokenizer"] or "without a tokenizer: name one with --tokenizer"
     sys.stdout.write(
         f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} "
         f"positions, {tokenizer}\n"
     )
-    return 0
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,60 +10,49 @@ any depth. Published curves are given cell by cell; several of one cell, or a fo
 its seeds.
 """
 
-import argparse
 import sys
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import with_exit_code
+from gns_pretrain.fields import script_parser
 
 
-def main() -> int:
-    """Exit code 0: printed; 2: bad input."""
-    try:
-        # Imported here, so that without pandas the error is one line.
-        from gns_pretrain.results.layouts import LAYOUTS
-        from gns_pretrain.results.render import FORMATS
-        from gns_pretrain.results.tables import make_table
+@with_exit_code
+def main() -> None:
+    # Imported here, so that without pandas the error is one line.
+    from gns_pretrain.results.layouts import LAYOUTS
+    from gns_pretrain.results.render import FORMATS
+    from gns_pretrain.results.tables import make_table
 
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        option = parser.add_argument
-        option("table", choices=LAYOUTS, help="which one")
-        option(
-            "sources",
-            nargs="*",
-            metavar="FOLDER|CELL=PATH",
-            help="run directories or folders of them; a CSV or a folder of CSVs for a cell",
-        )
-        option("--scale", help="the scale to take, where the runs have several")
-        option(
-            "--where",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="only runs with this setting of their config.yaml, as batch_size.theta=0.6; "
-            "repeatable. Runs that do not use it (a constant batch) stay",
-        )
-        option("--wandb", metavar="ENTITY/PROJECT", help="read W&B instead of folders")
-        option("--format", choices=FORMATS, default="text", help="default: text")
-        option(
-            "--json",
-            dest="format",
-            action="store_const",
-            const="json",
-            help="same as --format json",
-        )
-        given = parser.parse_intermixed_args()
-        table = make_table(
-            given.table, given.sources, scale=given.scale, where=given.where, project=given.wandb
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = script_parser(__doc__)
+    option = parser.add_argument
+    option("table", choices=LAYOUTS, help="which one")
+    option(
+        "sources",
+        nargs="*",
+        metavar="FOLDER|CELL=PATH",
+        help="run directories or folders of them; a CSV or a folder of CSVs for a cell",
+    )
+    option("--scale", help="the scale to take, where the runs have several")
+    option(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this setting of their config.yaml, as batch_size.theta=0.6; "
+        "repeatable. Runs that do not use it (a constant batch) stay",
+    )
+    option("--wandb", metavar="ENTITY/PROJECT", help="read W&B instead of folders")
+    option("--format", choices=FORMATS, default="text", help="default: text")
+    option(
+        "--json", dest="format", action="store_const", const="json", help="same as --format json"
+    )
+    given = parser.parse_intermixed_args()
+    table = make_table(
+        given.table, given.sources, scale=given.scale, where=given.where, project=given.wandb
+    )
     sys.stdout.write(FORMATS[given.format](table))
     if given.format == "csv" and table.notes:  # has no place for them
         print(*table.notes, sep="\n", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

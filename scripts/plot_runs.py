@@ -9,77 +9,63 @@ the seed alone are one line with a band (sample standard deviation); a label=PAT
 has the same label.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import with_exit_code
+from gns_pretrain.fields import script_parser
 
 
-def main() -> int:
-    """Exit code 0: drawn; 2: bad input."""
-    try:
-        # Imported here, so that without pandas the error is one line.
-        from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
-        from gns_pretrain.results.frame import grouped, named_noise, read_curves
+@with_exit_code
+def main() -> None:
+    # Imported here, so that without pandas the error is one line.
+    from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
+    from gns_pretrain.results.frame import grouped, named_noise, read_curves
 
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        option = parser.add_argument
-        option(
-            "runs",
-            nargs="+",
-            metavar="PATH|LABEL=PATH",
-            help="run directory, folder of them, or CSV",
-        )
-        option(
-            "--out",
-            type=Path,
-            action="append",
-            required=True,
-            help="file.png or file.pdf; repeatable",
-        )
-        option("--x", choices=AXIS_LABELS, default="step", help="x-axis (default: step)")
-        option(
-            "--panels",
-            help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)",
-        )
-        option(
-            "--noise",
-            metavar="GEOMETRY/ESTIMATE",
-            help="whose noise scale, as manhattan/plug_in (default: the one that chose the batch)",
-        )
-        option("--each-seed", action="store_true", help="a line for every seed, instead of a band")
-        option(
-            "--focus",
-            type=float,
-            default=0.15,
-            metavar="SHARE",
-            help="the y-axis of a loss fits what comes after this share of a run (default: 0.15, "
-            "the paper's warm-up); 0 shows all",
-        )
-        option("--title", help="over the figure")
-        option("--json", action="store_true", help="print one JSON object")
-        given = parser.parse_intermixed_args()
-        groups = grouped(given.runs)
-        noise = given.noise and named_noise(given.noise)
-        panels = draw(
-            {
-                label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
-                for label, paths in groups.items()
-            },
-            given.out,
-            panels=given.panels and given.panels.split(","),
-            axis=given.x,
-            each_seed=given.each_seed,
-            title=given.title,
-            focus=given.focus,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = script_parser(__doc__)
+    option = parser.add_argument
+    option(
+        "runs", nargs="+", metavar="PATH|LABEL=PATH", help="run directory, folder of them, or CSV"
+    )
+    option(
+        "--out", type=Path, action="append", required=True, help="file.png or file.pdf; repeatable"
+    )
+    option("--x", choices=AXIS_LABELS, default="step", help="x-axis (default: step)")
+    option(
+        "--panels", help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)"
+    )
+    option(
+        "--noise",
+        metavar="GEOMETRY/ESTIMATE",
+        help="whose noise scale, as manhattan/plug_in (default: the one that chose the batch)",
+    )
+    option("--each-seed", action="store_true", help="a line for every seed, instead of a band")
+    option(
+        "--focus",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="the y-axis of a loss fits what comes after this share of a run (default: 0.15, "
+        "the paper's warm-up); 0 shows all",
+    )
+    option("--title", help="over the figure")
+    option("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args()
+    groups = grouped(given.runs)
+    noise = given.noise and named_noise(given.noise)
+    panels = draw(
+        {
+            label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
+            for label, paths in groups.items()
+        },
+        given.out,
+        panels=given.panels and given.panels.split(","),
+        axis=given.x,
+        each_seed=given.each_seed,
+        title=given.title,
+        focus=given.focus,
+    )
     drawn = {
         "out": [str(path) for path in given.out],
         "panels": panels,
@@ -90,7 +76,6 @@ def main() -> int:
     else:
         seeds = ", ".join(f"{label} ({len(paths)})" for label, paths in groups.items())
         print(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}")
-    return 0
 
 
 if __name__ == "__main__":

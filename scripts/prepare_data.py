@@ -10,34 +10,28 @@
 Killed and restarted with the same settings, it resumes from the last whole shard.
 """
 
-import argparse
 import json
 import sys
 from typing import Any
 
 from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
-from gns_pretrain.errors import InputError, TrainingError, print_error
-from gns_pretrain.fields import add_options, from_options
+from gns_pretrain.errors import with_exit_code
+from gns_pretrain.fields import add_options, from_options, script_parser
 
 
-def main() -> int:
-    """Exit code 0: the folder is finished; 2: bad input; 3: a worker was killed; 130: Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@with_exit_code
+def main() -> None:
+    parser = script_parser(__doc__)
     add_options(parser, PrepareSettings)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args()
     try:
         row = prepare(from_options(PrepareSettings, options))
-    except (InputError, TrainingError) as error:
-        return print_error(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command resumes from the last whole shard\n")
-        return 130
+        sys.exit(130)
     sys.stdout.write((json.dumps(row) if options.json else _summary(row)) + "\n")
-    return 0
 
 
 def _summary(row: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
-from gns_pretrain.system.files import folder_lock, sha256_of, write_bytes
+from gns_pretrain.system.files import folder_lock, sha256_of, whole_folder, write_bytes
 from gns_pretrain.system.processes import available_cores
 
 FORMAT = 1  # raise it when the code below makes other tokens from the same packages
@@ -85,29 +84,25 @@ def _settings(vocab_size: int) -> dict[str, Any]:
 
 
 def _build(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the shards in a temporary folder; rename it, unless another process was faster."""
+    """Make the shards, unless another process is faster."""
     console = Console(stderr=True, highlight=False)
     console.print("making the embedded text from the docstrings of installed packages, once ...")
-    temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=folder.parent))
+    documents = gather_documents()
+    if not documents:
+        raise InputError(
+            "no docstrings found: the sources of the installed packages are missing; "
+            "set data.path to a folder made with scripts/prepare_data.py"
+        )
     try:
-        documents = gather_documents()
-        if not documents:
-            raise InputError(
-                "no docstrings found: the sources of the installed packages are missing; "
-                "set data.path to a folder made with scripts/prepare_data.py"
-            )
-        meta = _write_shards(temporary, documents, settings)
-        write_meta(temporary, meta)
-        if folder.is_dir() and not (folder / META_FILE).is_file():
-            shutil.rmtree(folder)  # its meta.json was removed
-        temporary.chmod(0o755)  # mkdtemp's folders are private
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / META_FILE).is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(folder) as unfinished:
+            meta = _write_shards(unfinished, documents, settings)
+            write_meta(unfinished, meta)
+            if folder.is_dir() and not (folder / META_FILE).is_file():
+                shutil.rmtree(folder)  # its meta.json was removed
+    except OSError:
+        if not (folder / META_FILE).is_file():
+            raise
+        return
     console.print(f"{sum(shard.tokens for shard in meta.shards):,} tokens in {folder}")
 
 

@@ -58,18 +58,15 @@ def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:
             f"data.path={settings.path} is not a folder; make one with "
             f"scripts/prepare_data.py, or set data.path={EMBEDDED}"
         )
-
-    def open_split(setting: str, split: str) -> TokenShards:
-        tokens = TokenShards.open(folder, split, verify=settings.verify, setting=setting)
+    opened = []
+    for setting in ("train_split", "validation_split"):
+        split = getattr(settings, setting)
+        tokens = TokenShards.open(folder, split, verify=settings.verify, setting=f"data.{setting}")
         if tokens.num_sequences(settings.sequence_length) < 1:
             raise InputError(
                 f"data.sequence_length={settings.sequence_length} must be below the "
                 f"{tokens.num_tokens} tokens of the split {split} of {folder}; "
                 "use shorter sequences, or more data"
             )
-        return tokens
-
-    return (
-        open_split("data.train_split", settings.train_split),
-        open_split("data.validation_split", settings.validation_split),
-    )
+        opened.append(tokens)
+    return opened[0], opened[1]

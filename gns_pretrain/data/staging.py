@@ -13,7 +13,6 @@ files, named by the key of their content, add up.
 """
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import time
@@ -63,21 +62,27 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
     }
     if meta.tokenizer is not None and meta.tokenizer_sha256 is not None:
         files[meta.tokenizer] = meta.tokenizer_sha256
+    sizes: dict[str, int] = {}
+    for name in files:
+        if not (source / name).is_file():
+            raise InputError(f"{source / name} is missing, though meta.json names it; {HINT}")
+        sizes[name] = (source / name).stat().st_size
 
-    def has_size(name: str) -> bool:
+    def is_whole(name: str, verify: bool) -> bool:
         copy = target / name
-        return copy.is_file() and copy.stat().st_size == _size_of(source / name)
+        return (
+            copy.is_file()
+            and copy.stat().st_size == sizes[name]
+            and (not verify or sha256_of(copy) == files[name])
+        )
 
-    def has_sha256(name: str) -> bool:
-        return has_size(name) and sha256_of(target / name) == files[name]
-
-    def copy_unless(keep: Callable[[str], bool]) -> None:
-        """Copy what is missing or not to be kept, meta.json last."""
+    def copy_missing(verify: bool) -> None:
+        """Copy what is missing or not whole, meta.json last."""
         with folder_lock(target, wait=True):
             remove_temporaries(target)
-            missing = [name for name in files if not keep(name)]
+            missing = [name for name in files if not is_whole(name, verify)]
             if missing:
-                num_bytes = sum(_size_of(source / name) for name in missing)
+                num_bytes = sum(sizes[name] for name in missing)
                 free = shutil.disk_usage(target).free
                 if num_bytes > free:
                     raise InputError(
@@ -93,11 +98,11 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
             if not (target / META_FILE).exists():
                 write_bytes(target / META_FILE, (source / META_FILE).read_bytes())
 
-    copy_unless(has_size)
+    copy_missing(verify=False)
     # The copy was hashed when it was made; a size that has changed since is still found. Hashing
     # again takes long, so a node's ranks do it in parallel, and only repair one after the other.
-    if settings.verify and not all(map(has_sha256, files)):
-        copy_unless(has_sha256)
+    if settings.verify and not all(is_whole(name, verify=True) for name in files):
+        copy_missing(verify=True)
     return dataclasses.replace(settings, path=str(target), verify=False)
 
 
@@ -112,22 +117,14 @@ def local_folder(stage_to: str) -> Path:
     return Path(path)
 
 
-def _size_of(path: Path) -> int:
-    if not path.is_file():
-        raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
-    return path.stat().st_size
-
-
 def copy_checked(source: Path, target: Path, sha256: str) -> None:
     """Copy a file whole; InputError, and no copy, if what was read has another sha256."""
 
     def write(file: BinaryIO) -> None:
-        digest = hashlib.sha256()
         with source.open("rb") as original:
-            while chunk := original.read(CHUNK_BYTES):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != sha256:
+            shutil.copyfileobj(original, file, CHUNK_BYTES)
+        file.flush()
+        if sha256_of(Path(file.name)) != sha256:
             raise InputError(
                 f"{source} was altered: its sha256 is not the one in meta.json; {HINT}"
             )
@@ -171,9 +168,9 @@ def compile_cache(
 
 
 def copy_new_files(source: Path, target: Path) -> None:
-    """Copy the files that the target lacks, each compared with its sha256."""
+    """Copy the files that the target lacks."""
     for path in sorted(source.rglob("*")) if source.is_dir() else ():
         copy = target / path.relative_to(source)
         if path.is_file() and not path.name.startswith(".") and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy_checked(path, copy, sha256_of(path))
+            write_bytes(copy, path.read_bytes())

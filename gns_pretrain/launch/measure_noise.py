@@ -98,32 +98,24 @@ class MeasurementRequest(Settings):
 
 
 @dataclass(frozen=True)
-class Estimated:
-    """A measurement and the standard error of its noise scale, in sequences; None if unknown."""
-
-    measurement: Measurement
-    standard_error: float | None
-
-
-@dataclass(frozen=True)
 class Report:
     """The result of a measurement."""
 
     num_samples: int
     batch_size: int  # sequences
-    estimated: list[Estimated]
+    # Each with the standard error of its noise scale, in sequences; None if unknown.
+    estimated: list[tuple[Measurement, float | None]]
     notes: list[str] = field(default_factory=list)  # a line for each interval that is not given
 
     def as_dict(self) -> dict[str, Any]:
         """Convert for JSON: a geometry's first estimate by itself, others under their names."""
         values: dict[str, Any] = {"num_samples": self.num_samples, "batch_size": self.batch_size}
-        for entry in self.estimated:
-            m = entry.measurement
+        for m, standard_error in self.estimated:
             numbers = {
                 "noise": m.noise,
                 "signal": m.signal,
                 "noise_scale": m.noise_scale,
-                "standard_error": entry.standard_error,
+                "standard_error": standard_error,
             }
             if m.geometry in values:
                 values[m.geometry][m.estimate] = numbers
@@ -188,7 +180,7 @@ def measure(request: MeasurementRequest) -> Report | None:
 
 def estimate(
     model: nn.Module, meter: NoiseMeter, batch: list[Tensor], request: MeasurementRequest
-) -> list[Estimated]:
+) -> list[tuple[Measurement, float | None]]:
     """Take every geometry and estimate of the batch, with standard errors where asked for.
 
     Args:
@@ -208,9 +200,7 @@ def estimate(
     errors: list[float | None] = [None] * len(readings)
     if request.interval and rounds > 2:
         errors = standard_errors(model, meter, whole, batch, request.num_sequences)
-    return [
-        Estimated(reading.total, error) for reading, error in zip(readings, errors, strict=True)
-    ]
+    return [(reading.total, error) for reading, error in zip(readings, errors, strict=True)]
 
 
 def standard_errors(

@@ -4,10 +4,7 @@ The folder holds model.safetensors and config.json; an exported one also the tok
 one. No weight is permuted: both store the same matrices and rotate the same pairs of coordinates.
 """
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from torch import Tensor
 from gns_pretrain.errors import InputError, needs
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.system.files import read_json, write_json
+from gns_pretrain.system.files import read_json, whole_folder, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -162,27 +159,13 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     names = hf_names(model.config)
     tensors = {names[name]: value.contiguous() for name, value in model.state_dict().items()}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    with _appearing_whole(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         library.torch.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
         # safetensors writes for its owner's eyes only; everything else follows the umask.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
         if text.tokenizer is not None:
             _copy_tokenizer(text.tokenizer, unfinished, text, model.config.known_vocab_size)
-
-
-@contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write in; it takes the name `folder` at the end, or vanishes on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _copy_tokenizer(source: Path, folder: Path, text: ExportedText, vocab_size: int) -> None:
@@ -240,9 +223,14 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
         weight_map = read_json(folder / INDEX_FILE, hint=HINT).get("weight_map", {})
         files = [folder / name for name in sorted(set(weight_map.values()))]
     ours = {theirs: name for name, theirs in names.items()}
+    library = _safetensors()
     state: dict[str, Tensor] = {}
     for path in files:
-        for name, value in _read_tensors(path):
+        try:
+            tensors = library.torch.load_file(path)
+        except (OSError, library.SafetensorError) as error:
+            raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+        for name, value in tensors.items():
             if name in ours:
                 state[ours[name]] = value.to(torch.float32)
             # Old files also store what follows from the configuration, or a tied matrix twice.
@@ -252,16 +240,6 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
     if missing:
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors")
     return state
-
-
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    library = _safetensors()
-    try:
-        with library.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
-    except (OSError, library.SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _safetensors() -> Any:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,20 @@ def make_folder(folder: Path, setting: str) -> None:
         raise InputError(
             f"{setting}: {folder} cannot be made ({error.strerror}); name another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write in; it takes the name `folder` at the end, or vanishes on failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with the same number
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

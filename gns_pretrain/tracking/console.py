@@ -1,18 +1,17 @@
 """The console: a progress bar on a terminal, one line per interval elsewhere. Nobody parses it."""
 
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich import console as rich_console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gns_pretrain.tracking.jsonl import METRICS, SUMMARY
 from gns_pretrain.tracking.settings import MetricsSettings
 
 _REFRESHES_PER_SECOND = 4  # enough for the eye; the bar shares the cores with training
+_SPEED_SECONDS = 3600.0  # that the time left goes by: evaluations are included
 
 
 class ConsoleView:
@@ -44,8 +43,6 @@ class ConsoleView:
         self._token_budget = token_budget
         self._run_directory = run_directory
         self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._bar_began = (0.0, 0)  # seconds of a monotonic clock, tokens
         self._has_logged = False
         self._noise_scales: dict[str, str] = {}  # by geometry and estimate
 
@@ -110,21 +107,16 @@ class ConsoleView:
             self._bar = Progress(
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[status]}", markup=False),
+                TimeRemainingColumn(),
                 console=self._console,
                 refresh_per_second=_REFRESHES_PER_SECOND,
+                speed_estimate_period=_SPEED_SECONDS,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=self._token_budget, status="")
             # Tokens before this point may be those of a run that was resumed: they took no time.
-            self._bar_began = (time.monotonic(), tokens)
+            self._bar.add_task("", total=self._token_budget, completed=tokens, status="")
             self._bar.start()
-        began, tokens_then = self._bar_began
-        left = time_left(
-            self._token_budget - tokens,
-            tokens_done=tokens - tokens_then,
-            seconds=time.monotonic() - began,
-        )
-        self._bar.update(self._task, completed=tokens, status=f"{status}  {left}")
+        self._bar.update(self._bar.task_ids[0], completed=tokens, status=status)
 
     def _tokens_text(self, tokens: int) -> str:
         percent = 100 * tokens / self._token_budget
@@ -163,13 +155,6 @@ def short_number(value: float, *, exact: bool = False) -> str:
     # "#" keeps the zeros of 3.20B, and the point of 485M, which is removed.
     digits = f"{value:#.3g}".rstrip(".") if unit else f"{value:.0f}"
     return digits + unit
-
-
-def time_left(tokens_left: int, *, tokens_done: int, seconds: float) -> str:
-    """Format hours:minutes:seconds left at the mean speed so far, evaluations included."""
-    if tokens_done <= 0 or seconds <= 0:
-        return "-:--:--"
-    return str(timedelta(seconds=round(max(tokens_left, 0) * seconds / tokens_done)))
 
 
 def duration(seconds: float) -> str:

@@ -121,9 +121,8 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor: int | None
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}); choose another run_name or fix "
@@ -136,13 +135,12 @@ class JsonLines:
         Raises:
             TrainingError: the disk is full or gone. A torn line may remain; resuming drops it.
         """
-        assert self._descriptor is not None, "written to after close()"
         text = json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"
         remaining = memoryview(text.encode())
         try:
             # A write may be cut short by a signal or a nearly full disk; the rest follows.
             while remaining:
-                remaining = remaining[os.write(self._descriptor, remaining) :]
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             raise TrainingError(
                 f"{self._path}: the line of step {record.get('step')} could not be written "
@@ -152,9 +150,7 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._file.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

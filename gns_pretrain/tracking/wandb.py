@@ -137,15 +137,14 @@ def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> l
         remote = wandb.Api(timeout=_TIMEOUT_SECONDS).runs(
             project, filters=dict(filters or {}), per_page=200, lazy=False
         )
-        return [_tracked(run) for run in remote]
+        runs = []
+        for run in remote:
+            steps = run.summary.get("final/steps")
+            finished = run.state == "finished" and steps is not None
+            runs.append(TrackedRun(run.name, dict(run.config), finished, int(steps or 0), run))
+        return runs
     except (wandb.Error, ValueError, OSError) as error:
         raise _unreadable(f"project {project}", error) from error
-
-
-def _tracked(run: Any) -> TrackedRun:
-    steps = run.summary.get("final/steps")
-    finished = run.state == "finished" and steps is not None
-    return TrackedRun(run.name, dict(run.config), finished, int(steps or 0), run)
 
 
 def _unreadable(what: str, error: Exception) -> InputError:

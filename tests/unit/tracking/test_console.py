@@ -4,13 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gns_pretrain.tracking.console import (
-    ConsoleView,
-    closing_table,
-    duration,
-    short_number,
-    time_left,
-)
+from gns_pretrain.tracking.console import ConsoleView, closing_table, duration, short_number
 from gns_pretrain.tracking.jsonl import summarize
 from gns_pretrain.tracking.settings import MetricsSettings
 
@@ -132,7 +126,7 @@ def test_a_terminal_of_80_columns_shows_the_whole_bar(monkeypatch, progress):
     view.message("a line of [its] own")
     view.close()
     screen = file.getvalue()
-    text = "1.60B/3.20B (50.0%)  loss 4.873  lr 3.7e-03  batch 96  586k tok/s  -:--:--"
+    text = "1.60B/3.20B (50.0%)  loss 4.873  lr 3.7e-03  batch 96  586k tok/s -:--:--"
     assert text in screen
     assert "━" in screen
     assert "a line of [its] own\n" in screen
@@ -149,10 +143,22 @@ def test_progress_never_prints_lines_on_a_terminal():
 
 
 def test_time_left_goes_by_the_tokens_of_this_process():
-    # 100 tokens in 50 s, 400 to go: 200 s.
-    assert time_left(400, tokens_done=100, seconds=50.0) == "0:03:20"
-    assert time_left(-5, tokens_done=100, seconds=50.0) == "0:00:00"
-    assert time_left(400, tokens_done=0, seconds=0.0) == "-:--:--"
+    # Resumed at 1.6B tokens, then 200M in 100 s each: the 1.2B to go take 600 s.
+    file, seconds = Terminal(), [0.0]
+    console = Console(
+        file=file, width=100, color_system=None, get_time=lambda: seconds[0], force_terminal=True
+    )
+    view = ConsoleView(
+        MetricsSettings(progress="always"),
+        token_budget=3_200_000_000,
+        run_directory=Path("outputs/demo"),
+        console=console,
+    )
+    for now, tokens in ((0.0, 1_600_000_000), (100.0, 1_800_000_000), (200.0, 2_000_000_000)):
+        seconds[0] = now
+        view.write(TRAIN | {"tokens": tokens})
+    view.close()
+    assert "0:10:00" in file.getvalue()
 
 
 @pytest.mark.parametrize(
