@@ -1,4 +1,7 @@
-"""The command line of scripts/benchmark.py: parse, measure, print and record.
+"""Measure this code's speed, each thing by a subcommand.
+
+python scripts/benchmark.py noise_scale --ranks 1 2    one of the subcommands below
+python scripts/benchmark.py all --json FILE            all of them; --quick: smoke test
 
 `all` is a plan: a list of the other subcommands with their arguments, for a GPU, for a CPU, or at
 their smallest.
@@ -28,7 +31,6 @@ from benchmarks.optimizer import Optimizer
 from benchmarks.profile import Profile
 from benchmarks.speed import Speed
 from benchmarks.startup import Startup
-from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import About, add_options, from_options
 
@@ -77,7 +79,7 @@ QUICK_MODEL = "--model demo --vocab-size 64"
 QUICK_SAMPLE = f"{QUICK_MODEL} --micro-batch-size 1 --sequence-length 8"
 QUICK_PLAN = (
     f"model {QUICK_MODEL} --batch-size 1 --sequence-length 8 --pairs 2",
-    "data --data {folder}/shards --files {folder}/documents.json.gz"
+    "data --data {folder}/shards --files {folder}/documents.0.json.gz"
     " --tokenizer {folder}/tokenizer.json --seconds 0 --rounds 1 --sequence-length 8",
     f"noise_scale {QUICK_SAMPLE} --geometry manhattan --samples 2 --pairs 2",
     f"optimizer {QUICK_MODEL} --layers 1 --pairs 2 --eager",
@@ -90,13 +92,13 @@ QUICK_PLAN = (
 )
 
 
-def main(words: Sequence[str], *, about: str | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run a command line; return its exit code.
 
     Returns:
         0: measured; 1: a part of `all` failed, the others are measured; 2: bad input.
     """
-    options = parser(about).parse_args(words)
+    options = parser().parse_args(words)
     failed = False
     try:
         with json_file(options.json) as file:
@@ -111,11 +113,11 @@ def main(words: Sequence[str], *, about: str | None = None) -> int:
     return int(failed)
 
 
-def parser(about: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the parser of every subcommand; `command` of what it parses is its class."""
     whole = argparse.ArgumentParser(
         prog="benchmark.py",
-        description=about,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subcommands = whole.add_subparsers(required=True, metavar="SUBCOMMAND")
@@ -163,11 +165,10 @@ def measured_rows(
 
 
 def write_quick_data(folder: Path) -> None:
-    """Write token shards, documents in C4's schema, and a tokenizer of their words."""
+    """Write token shards, documents and a tokenizer."""
     write_random_tokens(folder / "shards", 64, {"train": 2**13, "validation": 2**10})
     texts = ["the gradient of a small batch is noise", "a larger batch hears the signal"] * 8
-    write_documents(folder / "documents.json.gz", texts)
-    train_bpe(texts, 300).save(str(folder / "tokenizer.json"))
+    write_documents(folder, texts, num_files=1, vocab_size=300)
 
 
 def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:

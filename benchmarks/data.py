@@ -88,7 +88,8 @@ class Data(Command):
         """
         files, tokenizer_file = self.files, self.tokenizer
         if files is None or tokenizer_file is None:
-            own_files, own_tokenizer = write_embedded_documents(scratch)
+            texts = list(gather_documents().values())
+            own_files, own_tokenizer = write_documents(scratch, texts, num_files=4, vocab_size=4096)
             files, tokenizer_file = files or own_files, tokenizer_file or own_tokenizer
         tokenizer = Tokenizer.from_file(tokenizer_file)
         dtype = token_dtype(vocabulary_size(tokenizer))
@@ -118,19 +119,17 @@ class Data(Command):
         }
 
 
-def write_embedded_documents(folder: Path) -> tuple[list[str], str]:
-    """Write the embedded text as gzipped documents; return their paths and a tokenizer's."""
-    texts = list(gather_documents().values())
-    paths = [folder / f"documents.{number}.json.gz" for number in range(4)]
+def write_documents(
+    folder: Path, texts: list[str], *, num_files: int, vocab_size: int
+) -> tuple[list[str], str]:
+    """Write documents in C4's schema, gzipped, and a BPE of the first file's; return the paths."""
+    paths = [folder / f"documents.{number}.json.gz" for number in range(num_files)]
     for number, path in enumerate(paths):
-        write_documents(path, texts[number :: len(paths)])
-    train_bpe(texts[:: len(paths)], 4096).save(str(folder / "tokenizer.json"))
-    return [str(path) for path in paths], str(folder / "tokenizer.json")
-
-
-def write_documents(path: Path, texts: list[str]) -> None:
-    """Write documents in C4's schema, gzipped."""
-    path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
+        lines = (json.dumps({"text": text}) + "\n" for text in texts[number::num_files])
+        path.write_bytes(gzip.compress("".join(lines).encode()))
+    tokenizer = str(folder / "tokenizer.json")
+    train_bpe(texts[::num_files], vocab_size).save(tokenizer)
+    return [str(path) for path in paths], tokenizer
 
 
 def encode(texts: list[str], tokenizer: Tokenizer) -> int:

@@ -105,13 +105,6 @@ def flops_per_token(shape: LlamaConfig, sequence_length: int) -> float:
     return 6.0 * (count_parameters(shape).with_output + attention)
 
 
-def flops_share(
-    tokens_per_second: float, shape: LlamaConfig, sequence_length: int, flops_rate: float
-) -> float:
-    """Return the share of a rate, in FLOP/s, that the model's own arithmetic makes up."""
-    return round(tokens_per_second * flops_per_token(shape, sequence_length) / flops_rate, 4)
-
-
 def transformers_twin(model: Llama, sequence_length: int) -> Any:
     """Return a LlamaForCausalLM with a copy of the model's weights."""
     with needs("huggingface", "the comparison needs transformers"):

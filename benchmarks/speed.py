@@ -19,7 +19,7 @@ from benchmarks.harness import (
     paired,
     this_process,
 )
-from benchmarks.model import Model, flops_share
+from benchmarks.model import Model, flops_per_token
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least
 from gns_pretrain.noise_scale.tap import GradientTap
@@ -75,15 +75,14 @@ class Speed(StepCommand):
             steps: dict[str, Callable[[], Any]] = {"plain": work.step, **measured}
             timings = paired(steps, self.pairs, world)
             tokens_per_second = work.tokens / timings.median("plain")
+            token_flops = flops_per_token(self.shape(), self.sequence_length)
             described = {**self.described("adamw"), "pairs": self.pairs}
             yield {
                 "measured": "step",
                 **described,
                 "seconds": round(timings.median("plain"), 5),
                 "tokens_per_second": round(tokens_per_second),
-                "share_of_product_rate": flops_share(
-                    tokens_per_second, self.shape(), self.sequence_length, rate
-                ),
+                "share_of_product_rate": round(tokens_per_second * token_flops / rate, 4),
             }
             peaks = {name: peak_bytes(step, world) for name, step in steps.items()}
             for geometry, meter in meters.items():

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from benchmarks.model import Model, flops_per_token, flops_share
+from benchmarks.model import Model, flops_per_token
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 
@@ -28,8 +28,6 @@ def test_flops_by_hand():
     shape = config()
     flops = 6 * count_parameters(shape).with_output + 6 * 2 * 16 * 100
     assert flops_per_token(shape, 100) == flops
-    # 1,000 tokens a second on hardware that does 10,000 times a token's FLOPs: a tenth of it.
-    assert flops_share(1000, shape, 100, 10_000 * flops) == 0.1
 
 
 @pytest.mark.parametrize("command", [SmallModel, SmallTiedModel])
