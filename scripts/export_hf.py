@@ -19,6 +19,7 @@ from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG
 from gns_pretrain.runs.provenance import read_provenance
+from gns_pretrain.training.checkpoint import load_model
 
 
 @with_exit_code
@@ -48,8 +49,6 @@ def main() -> None:
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the folder and describe it."""
-    from gns_pretrain.training.checkpoint import load_model
-
     model = load_model(arguments.checkpoint)
     text = text_of_run(arguments, model.config)
     try:

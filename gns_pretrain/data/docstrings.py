@@ -30,6 +30,7 @@ MIN_CHARACTERS = 64  # of a docstring; shorter ones are labels
 # They attach the documentation of what is written in C.
 DOCUMENTING_CALLS = frozenset(("add_docstr", "add_newdoc", "add_newdoc_for_scalar_type"))
 _QUOTED = re.compile(rb'"""(.*?)"""', re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # alone in a text, it cannot be encoded
 
 
 def source_files() -> dict[str, Path]:
@@ -89,7 +90,7 @@ def docstrings_of(source: bytes) -> list[str]:
     except (SyntaxError, ValueError):
         return []
     texts = [cleandoc(text) for text in _raw_docstrings(tree)]
-    return [text for text in texts if len(text) >= MIN_CHARACTERS and _is_unicode(text)]
+    return [text for text in texts if len(text) >= MIN_CHARACTERS and not _SURROGATE.search(text)]
 
 
 def _raw_docstrings(node: ast.AST) -> list[str]:
@@ -115,14 +116,6 @@ def _attached_documentation(node: ast.AST) -> list[str]:
         return []
     parts = [part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)]
     return [part for part in parts if isinstance(part, str)]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -89,13 +89,9 @@ def read_meta(folder: Path) -> CorpusMeta:
     content = read_json(path, hint=HINT)
     again = "prepare the folder again"
     try:
+        types = {"file": str, "split": str, "tokens": int, "sha256": str}
         shards = tuple(
-            ShardMeta(
-                file=str(shard["file"]),
-                split=str(shard["split"]),
-                tokens=int(shard["tokens"]),
-                sha256=str(shard["sha256"]),
-            )
+            ShardMeta(**{name: read(shard[name]) for name, read in types.items()})
             for shard in content["shards"]
         )
         required = {"dtype": str(content["dtype"]), "vocab_size": int(content["vocab_size"])}

@@ -44,27 +44,28 @@ class EncodingJob:
     eos_id: int | None
     held_out_fraction: float = 0.0  # of the documents, for validation
 
-    def encoder(self) -> DocumentEncoder:
-        """Load the tokenizer."""
-        return DocumentEncoder(
-            Tokenizer.from_file(self.tokenizer_file),
-            dtype=np.dtype(self.dtype),
-            bos_id=self.bos_id,
-            eos_id=self.eos_id,
-        )
 
-    def encode(self, encoder: DocumentEncoder, batch: RecordBatch, held_out: bool) -> TokenBatch:
-        """Encode the held-out documents of a batch, or the others."""
-        texts = parse_texts(batch)
-        if self.held_out_fraction:
-            texts = [t for t in texts if is_held_out(t, self.held_out_fraction) == held_out]
-        return TokenBatch(batch.cursor, *encoder.encode(texts), batch.fraction)
+@cache  # the tokenizer is loaded once per process
+def _encoder(job: EncodingJob) -> DocumentEncoder:
+    tokenizer = Tokenizer.from_file(job.tokenizer_file)
+    return DocumentEncoder(
+        tokenizer, dtype=np.dtype(job.dtype), bos_id=job.bos_id, eos_id=job.eos_id
+    )
+
+
+def _encode(job: EncodingJob, batch: RecordBatch, held_out: bool) -> TokenBatch:
+    """Encode the held-out documents of a batch, or the others."""
+    texts = parse_texts(batch)
+    if job.held_out_fraction:
+        texts = [text for text in texts if is_held_out(text, job.held_out_fraction) == held_out]
+    return TokenBatch(batch.cursor, *_encoder(job).encode(texts), batch.fraction)
 
 
 class EncodingPool:
     """Worker processes for one job (1 worker: this process); any number gives the same tokens."""
 
     def __init__(self, job: EncodingJob, workers: int):
+        _encoder.cache_clear()  # an earlier pool of this process may have read another file
         self._job = job
         self._window = 4 * workers  # batches in flight: enough that no worker waits
         self._pool = None
@@ -91,13 +92,12 @@ class EncodingPool:
             TrainingError: a worker was killed.
         """
         if self._pool is None:
-            encoder = self._job.encoder()
-            yield from (self._job.encode(encoder, batch, held_out) for batch in batches)
+            yield from (_encode(self._job, batch, held_out) for batch in batches)
             return
         waiting: deque[Future[TokenBatch]] = deque()
         try:
             for batch in batches:
-                waiting.append(self._pool.submit(_encode_in_worker, self._job, batch, held_out))
+                waiting.append(self._pool.submit(_encode, self._job, batch, held_out))
                 if len(waiting) > self._window:
                     yield waiting.popleft().result()
             while waiting:
@@ -124,12 +124,3 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@cache  # the tokenizer is loaded once per worker
-def _worker_encoder(job: EncodingJob) -> DocumentEncoder:
-    return job.encoder()
-
-
-def _encode_in_worker(job: EncodingJob, batch: RecordBatch, held_out: bool) -> TokenBatch:
-    return job.encode(_worker_encoder(job), batch, held_out)

@@ -5,7 +5,6 @@ shard, each followed by progress.json; meta.json, which makes the folder valid.
 """
 
 import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -130,7 +129,15 @@ def _write_folder(
     """Write all that a folder still lacks, from the tokenizer to meta.json."""
     tokens_before = sum(shard.tokens for shard in progress.shards)
     with PreparationBars(hidden=not show_progress) as bars:
-        corpora = _open_corpora(settings, files)
+        corpora: dict[str, Corpus] = {}
+        for split in SPLITS:
+            # With a held-out fraction both splits are made of the training documents.
+            part = "train" if settings.validation_fraction else split
+            if settings.source == "local":
+                corpora[split] = LocalFiles(files[part])
+            else:
+                paths = list(map(str, files[part]))
+                corpora[split] = HubDataset(settings.dataset, settings.dataset_config, part, paths)
         tokenizer = _place_tokenizer(folder, settings, corpora["train"], progress, bars.console)
         job = EncodingJob(
             tokenizer_file=str(folder / TOKENIZER_FILE),
@@ -174,21 +181,6 @@ def _write_folder(
     return _row(folder, meta, "prepared", tokens_written=written, seconds=seconds)
 
 
-def _open_corpora(settings: PrepareSettings, files: dict[str, list[Path]]) -> dict[str, Corpus]:
-    """Open the corpus of each split; with a held-out fraction both are the training documents."""
-    corpora: dict[str, Corpus] = {}
-    for split in SPLITS:
-        part = "train" if settings.validation_fraction else split
-        corpora[split] = (
-            LocalFiles(files[part])
-            if settings.source == "local"
-            else HubDataset(
-                settings.dataset, settings.dataset_config, part, list(map(str, files[part]))
-            )
-        )
-    return corpora
-
-
 def _place_tokenizer(
     folder: Path,
     settings: PrepareSettings,
@@ -209,8 +201,9 @@ def _place_tokenizer(
                 f"on the first {documents:,} documents",
                 highlight=False,
             )
-            texts = islice(_training_texts(corpus, settings.validation_fraction), documents)
-            text = train_bpe(texts, settings.train_bpe).to_str()
+            texts = (text for batch in corpus.batches(None) for text in parse_texts(batch))
+            kept = (text for text in texts if not is_held_out(text, settings.validation_fraction))
+            text = train_bpe(islice(kept, documents), settings.train_bpe).to_str()
         write_bytes(path, text.encode())
         progress.tokenizer_sha256 = sha256_of(path)
         progress.save(folder)
@@ -220,11 +213,6 @@ def _place_tokenizer(
             "put it back, or name another --out"
         )
     return Tokenizer.from_file(str(path))
-
-
-def _training_texts(corpus: Corpus, held_out_fraction: float) -> Iterator[str]:
-    for batch in corpus.batches(None):
-        yield from (text for text in parse_texts(batch) if not is_held_out(text, held_out_fraction))
 
 
 class PreparationBars(Progress):
@@ -260,8 +248,8 @@ def _row(
 ) -> dict[str, Any]:
     splits = {
         split: {
-            "shards": len(meta.of_split(split)),
-            "tokens": sum(shard.tokens for shard in meta.of_split(split)),
+            "shards": len(shards := meta.of_split(split)),
+            "tokens": sum(shard.tokens for shard in shards),
             "documents": meta.documents.get(split),
         }
         for split in ("train", "validation")
