@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cost_model import Roofline
@@ -185,21 +185,23 @@ def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:
 
 
 def show(row: Row) -> None:
-    """Print a row as a table."""
+    """Print a row as a table, and each list of rows within it as a table of its own."""
     if "markdown" in row:
         sys.stdout.write(row["markdown"])
         return
-    table = Table(show_header=False)
+    plain = Table(show_header=False)
+    tables = [plain]
     for key, value in row.items():
-        table.add_row(key.replace("_", " "), formatted(value))
-    Console().print(table)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            tables.append(Table(*(name.replace("_", " ") for name in value[0])))
+            for entry in value:
+                tables[-1].add_row(*map(formatted, entry.values()))
+        else:
+            plain.add_row(key.replace("_", " "), formatted(value))
+    for table in tables:
+        Console().print(table)
 
 
-def formatted(value: Any) -> RenderableType:
-    """Return a value as a table shows it; a list of rows is a table within."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        table = Table(*(name.replace("_", " ") for name in value[0]))
-        for entry in value:
-            table.add_row(*map(formatted, entry.values()))
-        return table
+def formatted(value: Any) -> str:
+    """Return a value as a table shows it."""
     return f"{value:,}" if type(value) is int else str(value)
