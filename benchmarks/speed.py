@@ -158,6 +158,7 @@ def peak_bytes(step: Callable[[], Any], world: World) -> int:
 
 def statistics_bytes(tap: GradientTap) -> int:
     """Return the size of what a tap gathers on one process: float32 squares, float64 Grams."""
-    squares = sum(4 * weight.shape.numel() for weight in tap.weights)
-    grams = sum(8 * min(weight.shape) ** 2 for weight in tap.weights if weight.owner is not None)
+    squares = sum(4 * tapped.weight.numel() for tapped in tap.weights)
+    owned = [tapped.weight for tapped in tap.weights if tapped.owner is not None]
+    grams = sum(8 * min(weight.shape) ** 2 for weight in owned)
     return squares * tap.needs.squares + grams

@@ -56,7 +56,6 @@ class Controller:
         bound as its signal vanishes.
 
         Args:
-            position: of the run, before the step.
             batch_size: B_k, sequences.
             noise: averages of what the policy reads; None before the first measurement.
         """
@@ -107,7 +106,6 @@ class BatchSizer:
 
     Args:
         controllers: the one that is followed, then the shadows.
-        smoothing: of the logged averages.
         measured: geometry and estimate of each measurement; the policies' are added.
     """
 
@@ -137,14 +135,11 @@ class BatchSizer:
         return tracker.smoothed if tracker else None
 
     def decide(self, position: Position, batch_size: int) -> tuple[Decision | None, list[Decision]]:
-        """Let every policy decide on the coming step.
+        """Return what the run is to do, None to stay as it is; and what shadows would have done.
 
         Args:
             position: of the run, before the step.
             batch_size: sequences of the step before.
-
-        Returns:
-            What the run is to do, None to stay as it is; and what shadows would have done.
         """
         decision = self.followed.decide(position, batch_size, self.noise_for(self.followed))
         of_shadows = []

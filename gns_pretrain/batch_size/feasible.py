@@ -50,11 +50,8 @@ class FeasibleSizes:
         growing = self._while_micro_batch_grows()
         if size >= growing[-1].batch_size:
             return self._accumulated(math.floor(size / self._unit))
-        return max(
-            (split for split in growing if split.batch_size <= size),
-            key=lambda split: split.batch_size,
-            default=None,
-        )
+        below = [split for split in growing if split.batch_size <= size]
+        return below[-1] if below else None
 
     def at_least(self, size: float) -> Split:
         """The smallest feasible size that is not below `size`."""

@@ -1,8 +1,8 @@
 """Policies of the batch size: where a run stands and what was measured in, a wanted size out.
 
 One flat `PolicySettings` serves every policy, and each reads its own: what depends on the size of
-an experiment can then be set whatever the role of a run in it. A new policy is one class decorated
-with `register`, whose name `batch_size.policy` then accepts.
+an experiment can then be set whatever the role of a run in it. A new policy is one class listed at
+the end of this file, whose name `batch_size.policy` then accepts.
 """
 
 import math
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, check_bounds, key_of, one_of, positive, within
@@ -98,11 +98,8 @@ class PolicySettings:
     def check(self, prefix: str) -> None:
         """Check every setting, then those that depend on one another, then the policy's own.
 
-        Args:
-            prefix: of the settings' names, as the user types them.
-
         Raises:
-            InputError: the first rule that is broken.
+            InputError: the first rule that is broken; the setting's name starts with `prefix`.
         """
         check_bounds(self, prefix)
         geometry = GEOMETRIES[self.geometry]
@@ -166,22 +163,14 @@ class Policy(ABC):
 
     @abstractmethod
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """Return the batch size that it wants for the coming step, in sequences.
+        """Return the batch size that it wants for the coming step, in sequences; None to keep it.
 
         Args:
-            position: of the run.
             noise: averages of what it reads; None before the first measurement.
-
-        Returns:
-            None where it takes no decision: the batch stays as it is.
         """
 
     def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
-        """Return how an average of its own is smoothed; None to follow the logged one.
-
-        Args:
-            shared: of the logged averages.
-        """
+        """Return how an average of its own is smoothed; None to follow the logged, `shared` one."""
         return None
 
     @classmethod
@@ -200,16 +189,6 @@ class Policy(ABC):
         return None
 
 
-P = TypeVar("P", bound=type[Policy])
-
-
-def register(policy: P) -> P:
-    """Make a policy known by its name."""
-    POLICIES[policy.name] = policy
-    return policy
-
-
-@register
 class Constant(Policy):
     """The batch size stays as it is."""
 
@@ -221,7 +200,6 @@ class Constant(Policy):
         return None
 
 
-@register
 class Adaptive(Policy):
     """The batch size follows the smoothed noise scale, once the warm-up is over (Algorithm 1).
 
@@ -289,12 +267,8 @@ class Adaptive(Policy):
         )
 
 
-@register
 class Staged(Policy):
-    """Batch sizes by plan; each stage begins with the first step at or after its tokens.
-
-    A baseline.
-    """
+    """Batch sizes by plan, each from the first step at or after its tokens: a baseline."""
 
     name = "staged"
     sizes = ("stage_sizes",)
@@ -317,7 +291,6 @@ class Staged(Policy):
             )
 
 
-@register
 class LinearRamp(Policy):
     """From the initial size to the last one in proportion to the tokens seen: a baseline."""
 
@@ -344,7 +317,6 @@ class LinearRamp(Policy):
                 )
 
 
-@register
 class NormTest(Policy):
     """The norm test of AdAdaGrad (arXiv:2402.11215), a baseline.
 
@@ -379,3 +351,7 @@ class NormTest(Policy):
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
         """The Euclidean scale, whatever the settings of the adaptive policy."""
         return "euclidean", "plug_in"
+
+
+for _policy in (Constant, Adaptive, Staged, LinearRamp, NormTest):
+    POLICIES[_policy.name] = _policy

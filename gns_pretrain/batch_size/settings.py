@@ -33,12 +33,7 @@ class BatchSizeSettings(PolicySettings):
 
     # sequences, over all ranks
     initial: Annotated[
-        int,
-        at_least(
-            1,
-            "sequence",
-            hint="it counts the sequences of one optimizer step over all ranks",
-        ),
+        int, at_least(1, "sequence", hint="it counts one optimizer step over all ranks")
     ] = 16
     # largest micro-batch; null: micro_batch_size, always
     micro_batch_max: Annotated[int | None, at_least(1, "sequence")] = None
@@ -78,14 +73,9 @@ class BatchSizeSettings(PolicySettings):
     def sizes_for(
         self, policy: PolicySettings, *, num_ranks: int, micro_batch_size: int, min_samples: int
     ) -> FeasibleSizes:
-        """Return the batch sizes that ranks can take under a policy.
+        """Return the batch sizes that ranks can take under a policy, this one or a shadow.
 
-        Args:
-            policy: this one or a shadow; a constant batch has constant micro-batches, and needs no
-                samples.
-            num_ranks: data-parallel ranks.
-            micro_batch_size: sequences of the smallest micro-batch.
-            min_samples: micro-batches of a step at least, where the batch may change.
+        A constant batch has constant micro-batches, and needs no samples.
 
         Raises:
             InputError: the largest micro-batch is below the smallest.

@@ -1,7 +1,8 @@
 """Steepest-descent directions p = argmax <g, p> over ||p|| <= 1 (arXiv:2602.03001, Eq. 2).
 
 Each satisfies <g, p> = dual norm of g; a gradient of zero has no direction and gives zero. The
-Euclidean one, g / ||g||_2, needs the norm over all weights and stands where that is known.
+sign is torch's own. The Euclidean one, g / ||g||_2, needs the norm over all weights and stands
+where that is known.
 """
 
 import torch
@@ -16,11 +17,6 @@ RANK_CUT = 1e-5
 
 # The float64 Gram squares singular values, so half of its 16 digits are left for their ratios.
 _SMALLEST_RANK_CUT = 1e-7
-
-
-def sign_direction(gradient: Tensor) -> Tensor:
-    """p = sign(g), the unit ball of l_inf; same shape and dtype, 0 where the gradient is 0."""
-    return torch.sign(gradient)
 
 
 def matrix_sign(matrix: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:

@@ -45,7 +45,6 @@ def orthogonalize(
     Args:
         matrices: [..., m, n], any scale; tall ones are transposed meanwhile, so that the matmuls
             are on the smaller side. A matrix of zeros stays zero.
-        steps: Newton–Schulz steps, at least 1.
         coefficients: "muon" (one triple for every step) or "polar_express" (one for each).
         dtype: of the matmuls; default bfloat16 on an accelerator, float32 on a CPU.
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from numpy.polynomial.polynomial import polyroots
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
@@ -196,9 +197,7 @@ def nearest_odd_polynomial(lower: float, num_terms: int) -> tuple[list[float], f
     The best p is the one whose error takes its largest size, with alternating sign, at
     num_terms + 1 points: the ends of the interval and the roots of p' between them.
 
-    Args:
-        lower: in (0, 1).
-        num_terms: at least 2.
+    `lower` lies in (0, 1), and there are at least 2 terms.
 
     Returns:
         Coefficients of x, x^3, ..., and the error; computed in float64 on the CPU.
@@ -211,17 +210,10 @@ def nearest_odd_polynomial(lower: float, num_terms: int) -> tuple[list[float], f
         system = torch.cat([points[:, None] ** powers, signs[:, None]], dim=1)
         solution = torch.linalg.solve(system, torch.ones(num_terms + 1, dtype=torch.float64))
         coefficients, error = solution[:-1], abs(solution[-1].item())
-        stationary = _roots(coefficients * powers).clamp(lower**2, 1.0).sqrt()
+        roots = torch.from_numpy(polyroots((coefficients * powers).numpy()).real)
+        stationary = roots.clamp(lower**2, 1.0).sqrt()
         moved = torch.cat([points.new_tensor([lower, 1.0]), stationary]).sort().values
         if (moved - points).abs().max() < 1e-9:
             break
         points = moved
     return coefficients.tolist(), error
-
-
-def _roots(coefficients: Tensor) -> Tensor:
-    """Real parts of the roots of sum_k coefficients[k] z^k, from the companion matrix."""
-    degree = coefficients.numel() - 1
-    companion = torch.diag(torch.ones(degree - 1, dtype=torch.float64), diagonal=-1)
-    companion[:, -1] = -coefficients[:-1] / coefficients[-1]
-    return torch.linalg.eigvals(companion).real

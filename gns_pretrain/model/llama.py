@@ -51,7 +51,6 @@ def rotary_tables(frequencies: Tensor, length: int, device: torch.device) -> tup
     Args:
         frequencies: [d / 2], float32; from `inverse_frequencies`.
         length: T, tokens.
-        device: of the tables.
 
     Returns:
         Two tensors [T, 1, d], float32: (cos, cos) and (-sin, sin) side by side.
@@ -218,7 +217,8 @@ class Llama(nn.Module):
         for block in self.layers:
             x = block(x, cos, sin)
         x = self.norm(x)
-        weight = self.output_weight.to(x.dtype)
+        makes_logits = self.embedding if self.output is None else self.output
+        weight = makes_logits.weight.to(x.dtype)  # [V, D]
         if targets is None:
             return F.linear(x, weight)
         return next_token_loss(x.flatten(0, 1), weight, targets.flatten())
@@ -232,11 +232,6 @@ class Llama(nn.Module):
         for block in self.layers:
             block.compile(backend=backend)
         self._blocks_compiled = True
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The matrix [V, D] that makes logits; the embedding's if tied."""
-        return self.embedding.weight if self.output is None else self.output.weight
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return tables for T positions, computed once for a length and device.
@@ -313,11 +308,7 @@ _KIND_OF_MODULE = {
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
-    """Return the kind of every parameter of a Llama, keyed and ordered as in named_parameters().
-
-    Raises:
-        InputError: a parameter of unknown kind.
-    """
+    """Return each parameter's kind, ordered as in named_parameters(); InputError if unknown."""
     kinds = {}
     for name, _ in model.named_parameters():
         found = [part for part in name.split(".") if part in _KIND_OF_MODULE]

@@ -74,13 +74,20 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if with_gradients else None
         for start in range(0, num_tokens, slice_tokens):
             rows = slice(start, min(start + slice_tokens, num_tokens))
-            logits = _logits(hidden[rows], weight, buffer)
+            logits = buffer[: rows.stop - start]  # [S, V]
+            if hidden.dtype == softmax_dtype:
+                torch.mm(hidden[rows], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[rows] @ weight.T)
             slice_loss = _loss_and_logit_gradient_(logits, targets[rows, None])
             loss += slice_loss
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = logits.to(weight.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                _add_product_(grad_weight, grad_logits.T, hidden[rows])
+                if grad_weight.dtype == weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+                else:
+                    grad_weight += grad_logits.T @ hidden[rows]
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.num_tokens = num_tokens
@@ -94,32 +101,11 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """Logits [S, V] of a slice, in the buffer's memory and dtype."""
-    logits = buffer[: hidden.shape[0]]
-    if hidden.dtype == buffer.dtype:
-        return torch.mm(hidden, weight.T, out=logits)
-    return logits.copy_(hidden @ weight.T)
-
-
 def _loss_and_logit_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of a slice; leaves d loss / d logits = softmax - one_hot in `logits`.
-
-    Args:
-        logits: [S, V], float32; overwritten.
-        targets: [S, 1], int64.
-    """
+    """Summed loss of a slice; leaves d loss / d logits = softmax - one_hot in the logits [S, V]."""
     logits -= logits.amax(dim=1, keepdim=True)
     target_logits = logits.gather(1, targets)
     normalizer = logits.exp_().sum(dim=1, keepdim=True)
     logits /= normalizer
     logits.scatter_add_(1, targets, torch.full_like(target_logits, -1.0))
     return (normalizer.log() - target_logits).sum()
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, which may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

@@ -33,13 +33,12 @@ size of largest gain per sequence; the first has neither. Batch sizes are in seq
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign, sign_direction
+from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign
 from gns_pretrain.geometry.square_root import trace_square_root
 
 # A coordinate below this share of its other half counts as zero: it is the rounding of S and D,
@@ -128,24 +127,10 @@ def manhattan_signal_total(mean: Tensor) -> Tensor:
     return mean.abs().sum(dtype=torch.float64)
 
 
-class NuclearTotals(NamedTuple):
-    """Noise and signal of k matrices; summed over all layers, then squared, Eq. 17.
-
-    Args:
-        noise: [k], float64; tr C^(1/2) of each matrix.
-        signal: [k], float64; ||G||_S1 of each matrix.
-        num_fallbacks: of the 2k square roots, those that the iteration could not vouch for.
-    """
-
-    noise: Tensor
-    signal: Tensor
-    num_fallbacks: int
-
-
 def nuclear_totals(
     mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int, mode: str
-) -> NuclearTotals:
-    """tr C^(1/2) and ||G||_S1 of each matrix of a stack (Eq. 17).
+) -> tuple[Tensor, Tensor, int]:
+    """tr C^(1/2) and ||G||_S1 of each matrix of a stack; summed over layers, then squared, Eq. 17.
 
     ||G||_S1 = tr (G G^T)^(1/2), and C needs that Gram anyway: both square roots are one batch.
 
@@ -153,13 +138,16 @@ def nuclear_totals(
         mean_gram: [k, s, s], float64; Grams of the smaller side, averaged over samples.
         gram_of_mean: [k, s, s]; the same Gram of the mean gradients.
         mode: of the square roots, see `trace_square_root`.
+
+    Returns:
+        Noise and signal, [k], float64; and how many of the 2k roots the iteration could not prove.
     """
     covariance = gram_covariance(
         mean_gram, gram_of_mean, batch_size=batch_size, num_samples=num_samples
     )
     roots = trace_square_root(torch.cat([covariance, gram_of_mean]), mode=mode)
     noise, signal = roots.values.split(len(mean_gram))
-    return NuclearTotals(noise, signal, roots.num_fallbacks)
+    return noise, signal, roots.num_fallbacks
 
 
 def half_means(
@@ -176,19 +164,16 @@ def half_means(
     Args:
         sample_sum: S, the sum of the R sample gradients; any shape.
         signed_sum: D, the same with +1 for even and -1 for odd sample indices.
-        num_even: n_A, at least 1.
-        num_odd: n_B, at least 1.
+        num_even, num_odd: n_A and n_B, at least 1.
     """
     assert num_even > 0, "half A is empty"
     assert num_odd > 0, "half B is empty"
     first = (sample_sum + signed_sum) / (2 * num_even)
     second = (sample_sum - signed_sum) / (2 * num_odd)
-    return without_rounding(first, of=second), without_rounding(second, of=first)
-
-
-def without_rounding(half: Tensor, *, of: Tensor) -> Tensor:
-    """One half's mean gradient, 0 where it is no more than the rounding of the other's."""
-    return torch.where(half.abs() < ROUNDING_CUT * of.abs(), 0.0, half)
+    return (
+        torch.where(first.abs() < ROUNDING_CUT * second.abs(), 0.0, first),
+        torch.where(second.abs() < ROUNDING_CUT * first.abs(), 0.0, second),
+    )
 
 
 def euclidean_cross_totals(first: Tensor, second: Tensor) -> Tensor:
@@ -213,7 +198,7 @@ def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
 
 def manhattan_cross_total(first: Tensor, second: Tensor) -> Tensor:
     """s for p(g) = sign(g) of any shape, which adds up over shards; 0-dimensional, float64."""
-    gains = first * sign_direction(second) + second * sign_direction(first)
+    gains = first * second.sign() + second * first.sign()
     return gains.sum(dtype=torch.float64) / 2
 
 
@@ -244,8 +229,7 @@ def target_batch_size(noise: float, signal: float, *, theta: float) -> float | N
     In the Manhattan and Nuclear geometries it reaches (1 - theta)^2 of the largest gain.
 
     Args:
-        noise: N, of one sequence.
-        signal: M.
+        noise, signal: N and M, of one sequence.
         theta: tolerated noise-to-signal ratio of the gradient, positive; the paper's is 0.6, and
             0.3 for the Euclidean one of its Table 9. Algorithm 1 has it below 1; an estimate that
             reads the noise scale higher than the plug-in one does may need more.

@@ -19,7 +19,7 @@ estimate. The cross-fitted s stands for the dual norm in all three geometries, a
 plug-in one. A single M of `debiased` or `cross_fitted` may be negative. It is kept that way: s |s|
 gives s back, and only averages are clamped (`smoothing.py`).
 
-A new geometry is one class decorated with `register`, whose name `noise_scale.geometries` and
+A new geometry is one class listed in `GEOMETRIES`, whose name `noise_scale.geometries` and
 `batch_size.geometry` then accept.
 
 Legend as in `equations.py`; W weights. No process groups, no configuration.
@@ -29,7 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ from gns_pretrain.noise_scale.equations import (
     nuclear_totals,
     small_sample_factor,
 )
+
+if TYPE_CHECKING:
+    from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
 # Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
@@ -116,8 +119,8 @@ class SampleSums:
     num_odd: int
     square_norms: Tensor  # [W], float64; ||g^j||_2^2 summed over this rank's own samples
     means: list[Tensor]  # this rank's rows of each weight's mean gradient
-    squares: list[Tensor]  # of sum_j (g^j)^2, flat, perhaps with padding behind
-    signed: list[Tensor]  # of sum_j (+-1) g^j, likewise
+    squares: list[Tensor]  # likewise of sum_j (g^j)^2
+    signed: list[Tensor]  # likewise of sum_j (+-1) g^j
     grams: dict[int, Tensor]  # by owned weight: sum_j of the smaller side's Gram, float64
     matrices: dict[int, Tensor]  # its mean gradient, whole
     signed_matrices: dict[int, Tensor]  # its sum_j (+-1) G^j
@@ -130,19 +133,11 @@ class SampleSums:
     def variance(self, index: int, *, batch_size: int) -> Tensor:
         """Per-sequence variance of each coordinate of this rank's rows of a weight (Eq. 20)."""
         mean, samples = self.means[index], self.num_samples
-        mean_square = self.squares[index][: mean.numel()].view_as(mean) / samples
+        mean_square = self.squares[index] / samples
         return coordinate_variance(mean_square, mean, batch_size=batch_size, num_samples=samples)
 
-    def halves(self, index: int) -> tuple[Tensor, Tensor]:
-        """g_A and g_B of this rank's rows of a weight."""
-        mean = self.means[index]
-        return self._halves(mean, self.signed[index][: mean.numel()].view_as(mean))
-
-    def matrix_halves(self, index: int) -> tuple[Tensor, Tensor]:
-        """g_A and g_B of a matrix that this rank owns."""
-        return self._halves(self.matrices[index], self.signed_matrices[index])
-
-    def _halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+    def halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+        """g_A and g_B of a weight's rows or of a whole matrix."""
         total = mean * self.num_samples
         return half_means(total, signed, num_even=self.num_even, num_odd=self.num_odd)
 
@@ -180,15 +175,6 @@ class SampleSums:
         )
 
 
-class GeometryChoices(Protocol):
-    """What a geometry reads of `NoiseScaleSettings`."""
-
-    parameters: str
-    nuclear_parameters: str
-    nuclear_local_batch_factor: bool
-    square_root: str
-
-
 class Geometry(ABC):
     """The noise scale of one geometry; the defaults are those of Manhattan and Nuclear.
 
@@ -211,7 +197,7 @@ class Geometry(ABC):
     }
     fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa
 
-    def __init__(self, settings: GeometryChoices) -> None:
+    def __init__(self, settings: "NoiseScaleSettings") -> None:
         self.settings = settings
 
     @property
@@ -227,10 +213,6 @@ class Geometry(ABC):
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """Return one rank's part of each weight's totals; they add up over weights and ranks.
 
-        Args:
-            sums: of this rank.
-            batch_size: B, sequences of all the samples.
-
         Returns:
             [W, columns], float64: by default the roots of N and of M, and the cross-fitted s.
         """
@@ -241,10 +223,7 @@ class Geometry(ABC):
         """Return N and M of an estimate, by the table at the top.
 
         Args:
-            estimate: one of `estimates`.
             totals: `columns`, added over the weights in question and over all ranks.
-            batch_size: B, sequences per optimizer step over all ranks.
-            num_samples: R, at least 2.
         """
         noise, signal, gain, *_ = totals
         return noise**2, gain * abs(gain) if estimate == "cross_fitted" else signal**2
@@ -270,17 +249,6 @@ class Geometry(ABC):
         return {}
 
 
-GEOMETRIES: dict[str, type[Geometry]] = {}
-G = TypeVar("G", bound=type[Geometry])
-
-
-def register(geometry: G) -> G:
-    """Make a geometry known by its name."""
-    GEOMETRIES[geometry.name] = geometry
-    return geometry
-
-
-@register
 class Euclidean(Geometry):
     """SGD's geometry (Eq. 6). Its signal is ||g||^2 itself, and its gain has no inflection."""
 
@@ -298,7 +266,8 @@ class Euclidean(Geometry):
         for index, mean in enumerate(sums.means):
             totals[index, 1] = euclidean_signal_total(mean)
             if sums.signed:
-                totals[index, 2:] = euclidean_cross_totals(*sums.halves(index))
+                halves = sums.halves(mean, sums.signed[index])
+                totals[index, 2:] = euclidean_cross_totals(*halves)
         return totals
 
     def noise_and_signal(
@@ -314,7 +283,6 @@ class Euclidean(Geometry):
         return noise, mean_squares - noise / batch_size if estimate == "debiased" else mean_squares
 
 
-@register
 class Manhattan(Geometry):
     """The geometry of signSGD and Signum (Eq. 13)."""
 
@@ -336,7 +304,8 @@ class Manhattan(Geometry):
             totals[index, 0] = manhattan_noise_total(sums.variance(index, batch_size=batch_size))
             totals[index, 1] = manhattan_signal_total(mean)
             if sums.signed:
-                totals[index, 2] = manhattan_cross_total(*sums.halves(index))
+                halves = sums.halves(mean, sums.signed[index])
+                totals[index, 2] = manhattan_cross_total(*halves)
         return totals
 
     def noise_and_signal(
@@ -349,7 +318,6 @@ class Manhattan(Geometry):
         return noise, signal
 
 
-@register
 class Nuclear(Geometry):
     """The geometry of specSGD and Muon (Eq. 17), of matrices and not of the other weights."""
 
@@ -377,18 +345,18 @@ class Nuclear(Geometry):
         """
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
         for members in chunks_of_one_size(sums.grams):
-            nuclear = nuclear_totals(
+            noise, signal, num_fallbacks = nuclear_totals(
                 torch.stack([sums.grams[i] for i in members]) / sums.num_samples,
                 torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in members]),
                 batch_size=batch_size,
                 num_samples=sums.num_samples,
                 mode=self.settings.square_root,
             )
-            totals[members, 0] = nuclear.noise
-            totals[members, 1] = nuclear.signal
-            totals[members[0], 3] = nuclear.num_fallbacks
-        for index in sums.signed_matrices:
-            first, second = sums.matrix_halves(index)
+            totals[members, 0] = noise
+            totals[members, 1] = signal
+            totals[members[0], 3] = num_fallbacks
+        for index, signed in sums.signed_matrices.items():
+            first, second = sums.halves(sums.matrices[index], signed)
             totals[index, 2] = nuclear_cross_totals(first[None], second[None])[0]
         return totals
 
@@ -405,6 +373,9 @@ class Nuclear(Geometry):
         """How many square roots took the slow route, if any: a GPU pays for those."""
         fallbacks = round(totals[3])
         return {"square_root_fallbacks": fallbacks} if fallbacks else {}
+
+
+GEOMETRIES: dict[str, type[Geometry]] = {g.name: g for g in (Euclidean, Manhattan, Nuclear)}
 
 
 def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:

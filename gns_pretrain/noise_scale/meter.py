@@ -26,13 +26,7 @@ class Reading:
 
 
 class NoiseMeter:
-    """Measures the noise scale of single steps, whose samples its `tap` gathers.
-
-    Args:
-        model: parallelized.
-        world: its ranks; all of them measure together.
-        settings: geometries, estimates and what they look at.
-    """
+    """Measures the noise scale of a parallelized model in single steps that its `tap` gathers."""
 
     def __init__(self, model: nn.Module, world: World, settings: NoiseScaleSettings) -> None:
         self.settings = settings
@@ -44,13 +38,9 @@ class NoiseMeter:
 
     @torch.no_grad()
     def read(self, batch_size: int) -> list[Reading]:
-        """Return noise and signal of the step, after its backward passes and before clipping.
+        """Return a reading for each geometry and estimate asked for, the same on every rank.
 
-        Args:
-            batch_size: B, sequences of the step over all ranks.
-
-        Returns:
-            One reading for each geometry and estimate that was asked for, the same on every rank.
+        Call it on all ranks, after the step's backward passes and before clipping.
         """
         with self.tap.measuring():
             readings = self.readings_of(self.tap.sums(), batch_size)

@@ -21,6 +21,8 @@ from gns_pretrain.noise_scale.geometries import Measurement
 
 SPREAD_OVER = 10  # measurements
 
+Decay = Annotated[float, within(0, 1, hint="0 keeps only the last measurement, the paper uses 0.9")]
+
 
 @dataclass
 class SmoothingSettings(Settings):
@@ -28,12 +30,8 @@ class SmoothingSettings(Settings):
 
     section: ClassVar[str] = "noise_scale.smoothing"
 
-    noise_decay: Annotated[
-        float, within(0, 1, hint="0 keeps only the last measurement, the paper uses 0.9")
-    ] = 0.9  # beta^N, the paper's
-    signal_decay: Annotated[
-        float, within(0, 1, hint="0 keeps only the last measurement, the paper uses 0.9")
-    ] = 0.9  # beta^M, the paper's
+    noise_decay: Decay = 0.9  # beta^N, the paper's
+    signal_decay: Decay = 0.9  # beta^M, the paper's
     bias_corrected: bool = True  # ours: divide by the weight given so far
 
 
@@ -59,7 +57,9 @@ class SmoothedNoiseScale:
 def include(averages: Averages, measurement: Measurement, settings: SmoothingSettings) -> Averages:
     """Return the averages after one more measurement (Eq. 23)."""
     beta_noise, beta_signal = settings.noise_decay, settings.signal_decay
-    signal = _linear(measurement.signal, measurement.estimate)
+    signal = measurement.signal
+    if measurement.estimate == "cross_fitted":  # the mean of s is unbiased, that of s |s| is not
+        signal = math.copysign(math.sqrt(abs(signal)), signal)
     return Averages(
         noise=beta_noise * averages.noise + (1.0 - beta_noise) * measurement.noise,
         signal=beta_signal * averages.signal + (1.0 - beta_signal) * signal,
@@ -77,11 +77,6 @@ def smoothed(averages: Averages, estimate: str, settings: SmoothingSettings) -> 
     if estimate == "cross_fitted":
         signal = signal**2
     return SmoothedNoiseScale(noise, signal, noise_scale(noise, signal))
-
-
-def _linear(signal: float, estimate: str) -> float:
-    """The quantity whose mean is unbiased: s of M = s |s| for a cross-fitted estimate, else M."""
-    return math.copysign(math.sqrt(abs(signal)), signal) if estimate == "cross_fitted" else signal
 
 
 class NoiseTracker:

@@ -27,7 +27,6 @@ from torch.profiler import record_function
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.model.llama import Kind, parameter_kinds
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
-from gns_pretrain.parallel.collectives import reduce_scatter, reduce_to
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.shard_layout import ShardLayout, packed, rows_per_shard
@@ -44,21 +43,13 @@ class TappedWeight:
     owner: int | None  # rank that owns its Gram; None for what has none
     block: str  # weights of one block travel together
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the whole weight."""
-        return self.weight.shape
-
 
 def tapped_weights(
     model: nn.Module, world: World, matrices: Collection[Kind]
 ) -> list[TappedWeight]:
-    """Return every trainable weight, with what autograd reaches and, for matrices, an owner.
+    """Return every trainable weight of a parallelized model, with what autograd reaches.
 
-    Args:
-        model: parallelized.
-        world: its ranks.
-        matrices: kinds of weights that need an owner; balanced by the cost of a square root.
+    Weights of the kinds `matrices` have owners, balanced by the cost of a square root.
     """
     llama = unwrapped(model)
     kinds = parameter_kinds(llama)
@@ -104,13 +95,7 @@ def unsharded_weights(llama: nn.Module) -> dict[str, Tensor]:
 
 
 class GradientTap:
-    """Gathers what the samples of one step have in common and in what they differ.
-
-    Args:
-        model: parallelized.
-        world: its ranks.
-        needs: what to gather.
-    """
+    """Gathers what the samples of one step have in common and in what they differ."""
 
     def __init__(self, model: nn.Module, world: World, needs: Needs) -> None:
         self.world = world
@@ -174,10 +159,10 @@ class GradientTap:
         """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
         return [
             torch.zeros(
-                rows_per_shard(w.shape[0], self.layout.num_shards) * w.shape[1:].numel(),
+                rows_per_shard(shape[0], self.layout.num_shards) * shape[1:].numel(),
                 device=self.world.device,
             )
-            for w in self.weights
+            for shape in (tapped.weight.shape for tapped in self.weights)
         ]
 
     @torch.no_grad()
@@ -226,7 +211,10 @@ class GradientTap:
             torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in tensors])
             return
         buffer = packed(tensors, self.layout.num_shards)
-        own, work = reduce_scatter(buffer, self.layout.shard_group)
+        own = torch.empty_like(buffer[0])
+        # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        work = scatter(own, buffer.flatten(), group=self.layout.shard_group, async_op=True)
 
         def add() -> None:
             widths = [sums[i].numel() for i in members]
@@ -243,7 +231,7 @@ class GradientTap:
         # float64: where a sample has fewer tokens than the matrix is wide, float32 rounding fills
         # the null space, and a square root makes 1e-3 of 1e-7.
         gram = smaller_side_gram(sample.double())
-        work = reduce_to(owner, gram, self.world)
+        work = dist.reduce(gram, owner, async_op=True) if self.world.num_ranks > 1 else None
 
         def add() -> None:
             if owner == self.world.rank:
@@ -275,6 +263,7 @@ class GradientTap:
                 dist.all_reduce(rows, group=self.layout.replica_group)
         # Equal shard groups hold equal rows, of which only the first group's are counted.
         counts = self.layout.replica == 0
+        means = [self._mean_rows(i) for i in range(len(self.weights))] if counts else []
         matrices, signed_matrices = {}, {}
         if self.needs.matrices:
             matrices = self._owned_means()
@@ -284,9 +273,9 @@ class GradientTap:
             num_even=self.num_even,
             num_odd=self.num_samples - self.num_even,
             square_norms=self.square_norms,
-            means=[self._mean_rows(i) for i in range(len(self.weights))] if counts else [],
-            squares=self.squares if counts else [],
-            signed=self.signed_sums if counts else [],
+            means=means,
+            squares=without_padding(self.squares, means),
+            signed=without_padding(self.signed_sums, means),
             grams={i: self.grams.get(i, zero_gram(m)) for i, m in matrices.items()},
             matrices=matrices,
             signed_matrices=signed_matrices,
@@ -305,11 +294,7 @@ class GradientTap:
         return {i: gradient_or_zeros(self.weights[i].weight) for i in owned}
 
     def _owned_matrices(self, rows: Callable[[int], Tensor]) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, by weight, from every rank's rows.
-
-        Args:
-            rows: this rank's rows of a weight, perhaps padded.
-        """
+        """The whole matrices that this rank owns, by weight, from every rank's (padded) rows."""
         layout = self.layout
         home = {  # replica and shard of each matrix's owner
             i: divmod(tapped.owner, layout.num_shards)
@@ -319,7 +304,7 @@ class GradientTap:
         replica = [i for i, (place, _) in home.items() if place == layout.replica]
         if not replica:  # fewer matrices than replicas: none belongs to this one
             return {}
-        shapes = [(self.weights[i].shape[0], self.weights[i].shape[1]) for i in replica]
+        shapes = [(w.shape[0], w.shape[1]) for w in (self.weights[i].weight for i in replica)]
         exchange = MatrixExchange(shapes, [home[i][1] for i in replica], layout)
         local = [layout.rows_of(layout.shard, m) for m, _ in shapes]
         shards = [
@@ -332,6 +317,11 @@ class GradientTap:
 def gradient_or_zeros(weight: nn.Parameter) -> Tensor:
     """A weight's mean gradient, in its own layout; zeros if no sample reached it."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def without_padding(flat: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+    """Sums of the weights' rows, in the rows' shapes; none where there are no rows or no sums."""
+    return [part[: mean.numel()].view_as(mean) for part, mean in zip(flat, means, strict=False)]
 
 
 def zero_gram(matrix: Tensor) -> Tensor:

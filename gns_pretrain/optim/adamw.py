@@ -52,13 +52,10 @@ class AdamWSettings(AdamWPart, OptimizerSettings):
 
 
 class Composite(torch.optim.Optimizer):
-    """Optimizers over different parameters of a model, seen as one.
+    """Freshly built optimizers over different parameters of a model, seen as one.
 
     Groups and state are the parts' own, in the parts' order, so that the learning rate, saving and
     loading see one optimizer over all parameters.
-
-    Args:
-        parts: freshly built, over parameters that do not overlap.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -95,14 +92,7 @@ def with_adamw(
     *,
     decay_matrices_only: bool,
 ) -> Composite:
-    """Join a rule over the block matrices with AdamW over embedding, output and norms.
-
-    Args:
-        model: sharded or not.
-        rule: built over `block_matrices(model)`.
-        settings: of AdamW.
-        decay_matrices_only: whether the norms' weights go without decay.
-    """
+    """Join a rule over `block_matrices(model)` with AdamW over embedding, output and norms."""
     groups = decay_groups(
         model,
         weight_decay=settings.weight_decay,

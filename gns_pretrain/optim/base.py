@@ -86,16 +86,10 @@ def decay_groups(
     matrices_only: bool,
     kinds: Collection[Kind] = ALL_KINDS,
 ) -> list[Group]:
-    """Group parameters with and without weight decay, in the model's own order.
+    """Group trainable parameters of some kinds, in the model's own order.
 
-    Args:
-        model: sharded or not; frozen parameters are left out.
-        weight_decay: of the first group.
-        matrices_only: whether the norms' weights go to a second group without decay.
-        kinds: parameters of other kinds are left out.
-
-    Raises:
-        InputError: a parameter of unknown kind.
+    With `matrices_only` the norms' weights go to a second group, without weight decay. InputError
+    for a parameter of unknown kind.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -109,11 +103,7 @@ def decay_groups(
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable weights inside the blocks, which a matrix rule updates, in order.
-
-    Raises:
-        InputError: one of them is not a matrix, or a parameter is of unknown kind.
-    """
+    """Return the trainable weights inside the blocks, in order; InputError if one is no matrix."""
     matrices = []
     for name, parameter, _ in trainable(model, BLOCK_MATRICES):
         if parameter.ndim != 2:
@@ -192,7 +182,6 @@ def summed_momentum(
         gradients: g, whole tensors or local shards.
         momenta: m, sharded like the gradients; updated in place.
         group: whose momentum beta is; the gain is 1 unless half-lives are kept (`momentum_gain`).
-        nesterov: whether to look ahead.
 
     Returns:
         d, sharded like the gradients; without Nesterov the momenta themselves.
@@ -218,8 +207,7 @@ def descend(
     """Set w = shrink w - lr d in place, on local shards.
 
     Args:
-        parameters: w, sharded or not.
-        directions: d, the local shard of each.
+        directions: d, the local shard of each w.
         lr: of this step; a 0-dim tensor where only the device knows it.
         shrink: 1 - lr * weight_decay, the decoupled decay.
     """
@@ -253,61 +241,37 @@ def update_half_life(
 ) -> None:
     """Set momenta, betas and weight decays for a step of B sequences.
 
+        beta' = beta^(B / B_0)
+        (lr * multiplier) * decay' = lr * decay * B / B_0
+
+    An average keeps its half-life of -B ln 2 / ln beta' sequences. A weight shrinks by lr * decay a
+    step, so its half-life in tokens stays, to first order in lr * decay; with the multiplier
+    sqrt(B / B_0) the decay itself grows as sqrt(B / B_0).
+
     Args:
         optimizer: nothing happens to groups that `keep_token_half_life` has not seen.
         batch_size: B, sequences of the coming step.
-        lr_multiplier: of the learning rate, from the batch size.
+        lr_multiplier: what the batch size has done to the learning rate already.
     """
     for group in optimizer.param_groups:
         if "tied_batch_size" not in group:
             continue
         growth = batch_size / group["tied_batch_size"]
         if "tied_momentum" in group:
-            group["momentum"] = rescaled_beta(group["tied_momentum"], growth)
+            group["momentum"] = group["tied_momentum"] ** growth
         if "tied_betas" in group:
-            group["betas"] = tuple(rescaled_beta(beta, growth) for beta in group["tied_betas"])
+            group["betas"] = tuple(beta**growth for beta in group["tied_betas"])
         if "tied_weight_decay" in group:
-            group["weight_decay"] = rescaled_weight_decay(
-                group["tied_weight_decay"], growth, lr_multiplier
-            )
-
-
-def rescaled_beta(beta: float, growth: float) -> float:
-    """beta' = beta^(B / B_0): the same half-life, -B ln 2 / ln beta sequences, at any B.
-
-    Args:
-        beta: of the average at B_0, in [0, 1).
-        growth: B / B_0.
-    """
-    return beta**growth
-
-
-def rescaled_weight_decay(weight_decay: float, growth: float, lr_multiplier: float) -> float:
-    """Decay whose product with the learning rate grows as the batch does.
-
-        (lr * multiplier) * decay' = lr * decay * B / B_0
-
-    A weight shrinks by lr * decay a step, so its half-life in tokens stays, to first order in
-    lr * decay. With the multiplier sqrt(B / B_0) the decay itself grows as sqrt(B / B_0).
-
-    Args:
-        weight_decay: at B_0.
-        growth: B / B_0.
-        lr_multiplier: what the batch size has done to the learning rate already.
-    """
-    return weight_decay * growth / lr_multiplier
+            group["weight_decay"] = group["tied_weight_decay"] * growth / lr_multiplier
 
 
 def momentum_gain(group: Group) -> float:
     """Factor of the gradients in a momentum that sums them, m = beta' m + gain g.
 
-        gain = (1 - beta') / (1 - beta)
+        gain = (1 - beta') / (1 - beta)    exactly 1 without `keep_token_half_life`
 
     Such a sum settles at g / (1 - beta) times its gain, so the step's length stays what it was at
     B_0 and the learning rate's multiplier alone changes it. Averages need none.
-
-    Args:
-        group: of an optimizer; exactly 1 without `keep_token_half_life`.
     """
     beta: float = group["momentum"]
     initial: float = group.get("tied_momentum", beta)

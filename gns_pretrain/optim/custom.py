@@ -21,9 +21,8 @@ class CustomSettings(OptimizerSettings):
     weight_decay: WeightDecay = 0.0  # handed to the class, which may couple it with the gradient
     class_path: str = "???"  # such as torch.optim.NAdam
     kwargs: Any = None  # a mapping, for the class beside lr and weight decay; null: nothing
-    parameters: Annotated[str, one_of("all", "block_matrices")] = (
-        "all"  # or with AdamW for the rest
-    )
+    # block_matrices: with AdamW for the rest
+    parameters: Annotated[str, one_of("all", "block_matrices")] = "all"
     adamw: AdamWPart = field(default_factory=AdamWPart)  # for what the class does not take
 
     def __post_init__(self) -> None:

@@ -51,14 +51,8 @@ class SGD(Rule):
 
     With half-lives kept, g is multiplied by `momentum_gain`, so that the sum keeps its length.
     ||d||_2 runs over all parameters together, so the normalised step is the geometry's own unit
-    direction (arXiv:2602.03001, Eq. 2) and its length is lr.
-
-    Args:
-        groups: parameter groups with their weight decay.
-        lr: learning rate.
-        momentum: beta; 0 keeps no state.
-        nesterov: whether to look ahead.
-        normalize: whether to divide by the global norm; a gradient of zero moves nothing.
+    direction (arXiv:2602.03001, Eq. 2) and its length is lr; a gradient of zero moves nothing.
+    With beta = 0 no state is kept.
     """
 
     def __init__(

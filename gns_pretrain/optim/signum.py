@@ -32,13 +32,8 @@ class Signum(Rule):
         m = beta m + (1 - beta) g
         w = (1 - lr * weight_decay) w - lr sign(m)
 
-    Coordinates are independent, so each rank updates its local shard without communication.
-
-    Args:
-        groups: parameter groups with their weight decay.
-        lr: learning rate.
-        momentum: beta; 0 is signSGD and keeps no state.
-        compile: one kernel over all tensors: "auto" (on GPUs), "always" or "never".
+    Coordinates are independent, so each rank updates its local shard without communication. With
+    beta = 0 it is signSGD and keeps no state; compiled, one kernel serves all tensors.
     """
 
     def __init__(
@@ -74,15 +69,9 @@ def sign_step(
     shrink: float | Tensor,
     rate: float | Tensor,
 ) -> None:
-    """Take one step in place.
+    """Take one step in place: gain is 1 - beta, shrink 1 - lr * weight_decay and rate -lr.
 
-    Args:
-        weights: w.
-        gradients: g, left as they are.
-        momenta: m; none of them for signSGD.
-        gain: 1 - beta.
-        shrink: 1 - lr * weight_decay.
-        rate: -lr.
+    The gradients are left as they are; signSGD has no momenta.
     """
     if momenta and isinstance(gain, Tensor):
         # lerp's own formula: with a tensor for its weight it compiles to code four times as slow.

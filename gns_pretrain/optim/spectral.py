@@ -100,7 +100,6 @@ class Spectral(Rule):
 
     Args:
         matrices: 2-dimensional, all of one layout; the same on every rank.
-        settings: of the rule; its `adamw` is not used here.
         replicas: `replica_group` of the model.
     """
 
@@ -110,12 +109,8 @@ class Spectral(Rule):
         settings: SpectralSettings,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
-        defaults = {
-            "lr": settings.lr,
-            "weight_decay": settings.weight_decay,
-            "momentum": settings.momentum,
-        }
-        super().__init__(matrices, defaults)
+        names = ("lr", "weight_decay", "momentum")
+        super().__init__(matrices, {name: getattr(settings, name) for name in names})
         self.settings = settings
         self.compute = OwnerCompute(matrices, replicas)
         on_cpu = matrices[0].device.type == "cpu"

@@ -8,6 +8,7 @@ Matrices of one shape form a batch. While a batch is computed, the next one's ro
 last one's results leave.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,14 +26,10 @@ _BATCH_ENTRIES = 2**26
 
 
 def balanced_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """Assign each matrix to a rank so that the ranks' total costs are close.
+    """Assign each matrix to a rank so that the ranks' total costs, such as min(m, n)^3, are close.
 
     The costliest first, each to the rank with the least so far (ties: the lowest rank): at most
     4/3 of the best possible makespan (Graham, 1969).
-
-    Args:
-        costs: of each matrix, such as min(m, n)^3.
-        num_ranks: ranks to choose from.
     """
     loads = [0.0] * num_ranks
     owners = [0] * len(costs)
@@ -89,13 +86,10 @@ class MatrixExchange:
         return rows.stop - rows.start, columns
 
     def to_owners(self, shards: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Assemble every matrix on its owner.
-
-        Args:
-            shards: the local rows of each matrix, [rows_i, n_i], one dtype and device.
+        """Assemble each matrix [m_i, n_i] on its owner from all ranks' local rows, [rows_i, n_i].
 
         Returns:
-            The whole matrices [m_i, n_i] that this rank owns, by index.
+            The whole matrices that this rank owns, by index.
         """
         return self.assembled(self.start_to_owners(shards))
 
@@ -115,14 +109,11 @@ class MatrixExchange:
         return {i: torch.cat(shards[k::count]) for k, i in enumerate(self.owned)}
 
     def start_to_shards(self, matrices: dict[int, Tensor], *, like: Tensor) -> Transfer:
-        """Start to send the owners' matrices back to every rank's rows.
+        """Start to send the owners' matrices back; return every matrix's local rows, in order.
 
         Args:
             matrices: the whole matrices that this rank owns, by index; none on some ranks.
             like: gives the dtype and device of all.
-
-        Returns:
-            The local rows of every matrix, in the list's order.
         """
         if self.layout.shard_group is None:
             return Transfer([matrices[i] for i in range(len(self.shapes))])
@@ -145,30 +136,21 @@ class MatrixExchange:
     ) -> Transfer:
         """Start to send `parts`, whose shapes are listed for each rank, and to receive others."""
         sent = torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
-        sizes = [sum(rows * columns for rows, columns in shapes) for shapes in received_shapes]
-        received = sent.new_empty(sum(sizes))
-        work = dist.all_to_all_single(
-            received,
-            sent,
-            sizes,
-            [sum(rows * columns for rows, columns in shapes) for shapes in sent_shapes],
-            group=self.layout.shard_group,
-            async_op=True,
+        sent_sizes, sizes = (
+            [sum(map(math.prod, shapes)) for shapes in by_rank]
+            for by_rank in (sent_shapes, received_shapes)
         )
+        received = sent.new_empty(sum(sizes))
+        group = self.layout.shard_group
+        work = dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group, async_op=True)
         shapes = [shape for of_rank in received_shapes for shape in of_rank]
-        pieces = received.split([rows * columns for rows, columns in shapes])
+        pieces = received.split([math.prod(shape) for shape in shapes])
         tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return Transfer(tensors, work, sent)
 
 
 class ReplicaExchange:
-    """`MatrixExchange` where every rank of a group has all matrices whole.
-
-    Args:
-        shapes: all (m, n), the same for every matrix and on every rank.
-        owners: rank in the group of each matrix's owner.
-        group: its ranks.
-    """
+    """`MatrixExchange` where every rank of `group` has all matrices, of one shape, whole."""
 
     def __init__(
         self, shapes: Sequence[Shape], owners: Sequence[int], group: dist.ProcessGroup

@@ -80,9 +80,8 @@ def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_no
     Raises:
         InputError: the ranks cannot be split into groups of that size.
     """
-    if settings.shard_size is not None:
-        size = settings.shard_size
-    else:
+    size = settings.shard_size
+    if size is None:
         size = ranks_per_node if num_ranks > ranks_per_node else max(num_ranks // 2, 1)
     if size < 1 or num_ranks % size:
         raise InputError(
@@ -150,9 +149,8 @@ def start_process_group(place: RankInfo, device: torch.device, timeout: timedelt
     note_process_group(place.num_ranks)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.num_ranks == 1:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     on_this_machine = any(host in place.rendezvous for host in ("//127.0.0.1", "//localhost"))
     if on_this_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):

@@ -74,14 +74,10 @@ def rows_per_shard(num_rows: int, num_shards: int) -> int:
 
 
 def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
-    """Pack whole tensors into one buffer whose row r is for shard r, padded with zeros.
-
-    Args:
-        tensors: [m_i, ...] each, of one dtype.
-        num_shards: S.
+    """Pack whole tensors [m_i, ...] of one dtype into a buffer whose row r is for shard r of S.
 
     Returns:
-        [S, sum_i ceil(m_i / S) * rest_i]
+        [S, sum_i ceil(m_i / S) * rest_i], padded with zeros.
     """
     parts = []
     for tensor in tensors:

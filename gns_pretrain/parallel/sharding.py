@@ -16,12 +16,10 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
     """Parallelize the model over the ranks of `world`.
 
     Weights, their gradients' reduction and the optimizer's state stay float32 on every layout;
-    `compute_dtype` is that of the copies that the forward and backward passes use.
+    `compute_dtype`, float32 or bfloat16, is that of the copies that forward and backward use.
 
     Args:
         model: on the world's device, float32, with the same values on every rank.
-        world: ranks and layout.
-        compute_dtype: float32 or bfloat16.
     """
     model.compute_dtype = compute_dtype
     if world.kind == "single":

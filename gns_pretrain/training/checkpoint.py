@@ -13,6 +13,7 @@ complete. Loading takes the newest one whose files match the manifest, because
 torch.distributed.checkpoint itself loads a flipped byte without an error.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -63,13 +64,7 @@ class CheckpointSettings(Settings):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
-
-    Args:
-        directory: `outputs/<run_name>/checkpoints`; made when the first is saved.
-        keep: newest ones that stay.
-        world: all its ranks call `save` and `load_latest` together.
-    """
+    """The checkpoints of one run directory; all ranks call `save` and `load_latest` together."""
 
     def __init__(self, directory: Path, *, keep: int, world: World) -> None:
         self.directory = directory
@@ -86,9 +81,6 @@ class Checkpoints:
         """Write a checkpoint of this step, then delete older ones beyond `keep`.
 
         Args:
-            model: parallelized.
-            optimizer: over its parameters.
-            state: of the run.
             others: further parts of the run, whose `state_dict` is fit for JSON and written beside
                 the state's own entries.
 
@@ -112,9 +104,12 @@ class Checkpoints:
         except (OSError, RuntimeError, CheckpointException) as error:
             if self.world.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
+            whole, _ = pick_whole(self.directory)
+            older = f"{whole} is whole, the run resumes from it" if whole else "none is older"
             raise TrainingError(
                 f"step {state.step}: the checkpoint {target} could not be written "
-                f"({root_cause(error)}); {self._hint()}",
+                f"({root_cause(error)}); {older}; make room or mend the path, and start the same "
+                "command again",
                 on_all_ranks=True,
             ) from error
         if self.world.is_main:
@@ -127,8 +122,7 @@ class Checkpoints:
         """Load the newest whole checkpoint into model, optimizer, others and random generators.
 
         Returns:
-            The state it was saved with, None where there is no checkpoint; and a line for each
-            damaged one that was skipped.
+            Its state, None where there is no checkpoint; a line for each damaged one skipped.
 
         Raises:
             TrainingError: there are checkpoints and every one is damaged.
@@ -151,7 +145,11 @@ class Checkpoints:
         # be missing, since dcp.load was asked for every tensor of this optimizer.
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-        restore_generators(torch.load(chosen / GENERATORS, weights_only=True))
+        generators = torch.load(chosen / GENERATORS, weights_only=True)
+        torch.set_rng_state(generators["cpu"])
+        # A kind of device that was not saved keeps its own.
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["cuda"])
         values = json.loads((chosen / TRAIN_STATE).read_text())
         for other in others:
             other.load_state_dict(values)
@@ -183,11 +181,6 @@ class Checkpoints:
         folders = checkpoint_folders(self.directory)
         for old in folders[folders.index(newest) + self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
-
-    def _hint(self) -> str:
-        whole, _ = pick_whole(self.directory)
-        left = f"{whole} is whole, the run resumes from it" if whole else "there is no older one"
-        return f"{left}; make room or mend the path, and start the same command again"
 
 
 def load_model(checkpoint: Path) -> Llama:
@@ -227,7 +220,7 @@ def no_dist(world: World | None = None) -> Iterator[bool]:
 
 def write_state(folder: Path, model: nn.Module, state: TrainState, *others: Stateful) -> None:
     """Write what is not a sharded tensor: the run's position, the model's shape, the generators."""
-    values = state.as_dict()
+    values = asdict(state)
     for other in others:
         values |= other.state_dict()
     write_json(folder / TRAIN_STATE, values)
@@ -237,13 +230,6 @@ def write_state(folder: Path, model: nn.Module, state: TrainState, *others: Stat
     if torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state()
     torch.save(generators, folder / GENERATORS)
-
-
-def restore_generators(states: dict[str, torch.Tensor]) -> None:
-    """Set torch's default generators; a kind of device that was not saved keeps its own."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def make_empty(folder: Path) -> None:
@@ -276,12 +262,8 @@ def seal(folder: Path, digests: list[dict[str, tuple[int, str]]]) -> None:
 def publish(unfinished: Path, target: Path) -> None:
     """Rename a complete folder into place; a damaged one of that name is set aside, not deleted."""
     if target.exists():
-        aside = next(
-            path
-            for n in range(1, 1000)
-            if not (path := target.with_name(f"damaged_{n}_{target.name}")).exists()
-        )
-        target.rename(aside)
+        candidates = (target.with_name(f"damaged_{n}_{target.name}") for n in itertools.count(1))
+        target.rename(next(path for path in candidates if not path.exists()))
     unfinished.rename(target)
     flush_to_disk(target.parent)
 

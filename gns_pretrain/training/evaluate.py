@@ -23,13 +23,11 @@ class EvaluationSettings(Settings):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -> float:
-    """Mean negative log-likelihood per token, in nats.
+    """Mean negative log-likelihood per token, in nats; each rank takes every num_ranks-th chunk.
 
     Args:
-        model: parallelized.
         sequences: int64 [n, L + 1] on the device, the same on every rank.
         chunk: sequences in a forward pass.
-        world: each rank takes every num_ranks-th chunk.
     """
     chunks = list(sequences.split(chunk))
     total = torch.zeros(2, dtype=torch.float64, device=sequences.device)

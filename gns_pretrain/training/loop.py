@@ -59,7 +59,6 @@ def train(
     """Train until the token budget is reached or a rank is asked to stop.
 
     Args:
-        run: built.
         should_stop: asked once after every step, on each rank; one True stops all of them.
         step: takes one optimizer step and returns what was measured; None is `one_step`.
 
@@ -179,11 +178,7 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 
 
 def validate(run: Run) -> None:
-    """Take the validation loss and record it.
-
-    Raises:
-        TrainingError: it is not finite: the step before has broken the weights.
-    """
+    """Take the validation loss and record it; TrainingError if it is not finite."""
     state = run.state
     loss = evaluate(
         run.model, run.validation_sequences, chunk=state.micro_batch_size, world=run.world

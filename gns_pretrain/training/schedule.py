@@ -35,16 +35,11 @@ class Schedule:
 
     This is the form that reproduces the learning rates of the published runs (arXiv:2602.03001,
     Section 4.2 and Figure 3) with S = 24,415 and B_0 = 64.
-
-    Args:
-        settings: shape, warm-up and final value.
-        initial_batch_size: B_0, in sequences.
-        total_steps: S, steps that the token budget takes at B_0.
     """
 
     settings: ScheduleSettings
-    initial_batch_size: int
-    total_steps: int
+    initial_batch_size: int  # B_0, in sequences
+    total_steps: int  # S, steps that the token budget takes at B_0
 
     @property
     def warmup_steps(self) -> int:

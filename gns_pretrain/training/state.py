@@ -1,6 +1,6 @@
 """Where a run stands: what changes and is neither weight, optimizer state nor average."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gns_pretrain.batch_size.feasible import Split
@@ -39,13 +39,9 @@ class TrainState:
         self.accumulation = split.accumulation
         self.lr_multiplier = lr_multiplier
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for a JSON file; floats survive exactly."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
-        """Inverse of `as_dict`; other entries are left alone."""
+        """Inverse of `asdict`, through JSON too; other entries are left alone."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 

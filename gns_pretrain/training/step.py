@@ -40,13 +40,10 @@ def train_step(
     """Forward and backward over this rank's micro-batches, then one update.
 
     Args:
-        model: parallelized.
-        optimizer: over its parameters, learning rates set.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
-        accumulation: micro-batches of this rank in the step.
         gradient_clip: largest global gradient norm; None clips nothing.
         batch_size: sequences of the step over all ranks.
-        meter: measures the noise scale in this step; None leaves the step as it is.
+        meter: measures the noise scale in this step, if given.
     """
     with meter.tap.armed(accumulation) if meter else nullcontext():
         losses = accumulate_gradients(
@@ -70,9 +67,8 @@ def accumulate_gradients(
     """Leave the mean gradient over all ranks' micro-batches in the weights' `.grad`.
 
     Args:
-        model: parallelized, without gradients.
+        model: without gradients.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
-        accumulation: micro-batches of this rank.
         tap: armed; its `end_of_sample` is called after each micro-batch.
 
     Returns:

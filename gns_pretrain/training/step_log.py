@@ -3,15 +3,15 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gns_pretrain.errors import TrainingError
 from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
-from gns_pretrain.parallel.collectives import mean_over_ranks
+from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
@@ -22,14 +22,7 @@ from gns_pretrain.training.step import StepResult
 def record_noise(
     record: Record, step: int, readings: Iterable[Reading], averages: Mapping[str, NoiseTracker]
 ) -> None:
-    """Write a line for each reading and the averages that it has entered.
-
-    Args:
-        record: of the run.
-        step: that was measured.
-        readings: of the step.
-        averages: `BatchSizer.averages` after the step.
-    """
+    """Write a line for each reading of a step and the averages (after it) that it has entered."""
     for reading in readings:
         total = reading.total
         if total.skip_reason is not None:
@@ -69,9 +62,7 @@ class StepLog:
     def __init__(self, record: Record, world: World) -> None:
         self._record = record
         self._world = world
-        self._counters: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._pending: list[tuple[dict[str, Any], StepResult]] = []  # each step's counters, result
         self._tokens_at_last_flush: int | None = None
         self.restart_clock()
 
@@ -80,27 +71,10 @@ class StepLog:
         self._since = time.perf_counter()
 
     def add(self, state: TrainState, result: StepResult, *, lr: float, tokens_before: int) -> None:
-        """Keep one step, counted in `state` already, for the next flush.
-
-        Args:
-            state: after the step.
-            result: of the step.
-            lr: learning rate of the step.
-            tokens_before: tokens of the run before the step.
-        """
-        self._losses.append(result.loss)
-        self._norms.append(result.gradient_norm)
-        self._counters.append(
-            {
-                "step": state.step,
-                "samples": state.samples,
-                "tokens": state.tokens,
-                "lr": lr,
-                "batch_size": state.batch_size,
-                "micro_batch_size": state.micro_batch_size,
-                "accumulation": state.accumulation,
-            }
-        )
+        """Keep one step, counted in `state` but not in `tokens_before`, for the next flush."""
+        counters = asdict(state) | {"lr": lr}
+        del counters["lr_multiplier"]  # part of lr
+        self._pending.append((counters, result))
         if self._tokens_at_last_flush is None:
             self._tokens_at_last_flush = tokens_before
 
@@ -110,35 +84,32 @@ class StepLog:
         Raises:
             TrainingError: a loss or a gradient norm is not finite; steps before it are recorded.
         """
-        if not self._counters:
+        if not self._pending:
             return
-        losses = mean_over_ranks(torch.stack(self._losses), self._world)
-        values = torch.stack([losses, torch.stack(self._norms).to(losses)]).tolist()
+        steps, results = zip(*self._pending, strict=True)
+        total_losses = sum_over_ranks(torch.stack([r.loss for r in results]), self._world)
+        norms = torch.stack([r.gradient_norm for r in results]).to(total_losses)
+        values = torch.stack([total_losses / self._world.num_ranks, norms]).tolist()
         seconds = time.perf_counter() - self._since
-        tokens = self._counters[-1]["tokens"] - self._tokens_at_last_flush
-        for counters, loss, norm in zip(self._counters, *values, strict=True):
+        tokens = steps[-1]["tokens"] - self._tokens_at_last_flush
+        for counters, loss, norm in zip(steps, *values, strict=True):
             raise_unless_finite(counters["step"], "loss", loss)
             raise_unless_finite(counters["step"], "gradient norm", norm)
             line = TrainLine(
                 **counters,
                 loss=loss,
                 grad_norm=norm,
-                step_seconds=seconds / len(self._counters),
+                step_seconds=seconds / len(steps),
                 tokens_per_second=tokens / seconds,
             )
             self._record.write(line)
-        self._tokens_at_last_flush = self._counters[-1]["tokens"]
-        for pending in (self._counters, self._losses, self._norms):
-            pending.clear()
+        self._tokens_at_last_flush = steps[-1]["tokens"]
+        self._pending.clear()
         self.restart_clock()
 
 
 def raise_unless_finite(step: int, name: str, value: float) -> None:
-    """Stop a run whose loss or gradient is not finite.
-
-    Raises:
-        TrainingError: with a hint.
-    """
+    """Raise TrainingError, which stops the run, for a loss or gradient that is not finite."""
     if not math.isfinite(value):
         raise TrainingError(
             f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "

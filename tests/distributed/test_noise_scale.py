@@ -280,8 +280,9 @@ def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]
                 model, FEW.tensors()[place.rank : place.rank + 1], accumulation=1, tap=meter.tap
             )
             sums = meter.tap.sums()
-        rows = [sum(t.numel() for t in kind) for kind in (sums.squares, sums.signed)]
-        return rows, sorted(sums.grams), sum(w.shape.numel() for w in meter.tap.weights)
+        sharded = (meter.tap.squares, meter.tap.signed_sums)
+        rows = [sum(t.numel() for t in kind) for kind in sharded]
+        return rows, sorted(sums.grams), sum(w.weight.shape.numel() for w in meter.tap.weights)
 
 
 def test_sums_stay_sharded_and_every_gram_has_one_owner(tmp_path):

@@ -33,7 +33,7 @@ def test_a_list_counts_as_one_gradient() -> None:
 def test_a_step_along_each_direction_gains_its_dual_norm(shape: tuple[int, int]) -> None:
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for direction, norm in (
-        (directions.sign_direction, dual_norms.manhattan),
+        (torch.sign, dual_norms.manhattan),
         (directions.matrix_sign, dual_norms.nuclear),
     ):
         gain = (gradient * direction(gradient)).sum()

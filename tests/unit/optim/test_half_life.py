@@ -1,6 +1,7 @@
 """Half-lives in tokens stay when the batch grows."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,6 @@ import torch
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.base import (
     keep_token_half_life,
-    rescaled_beta,
-    rescaled_weight_decay,
     update_half_life,
 )
 from gns_pretrain.optim.sgd import SGD
@@ -17,21 +16,31 @@ from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
 
+def resized(growth: float, *, momentum: float, lr_multiplier: float = 1.0) -> dict[str, Any]:
+    """The group of an optimizer with decay 0.1 after the batch went from 8 to 8 * growth."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.1}]
+    optimizer = SGD(groups, lr=1.0, momentum=momentum)
+    keep_token_half_life(optimizer, 8)
+    update_half_life(optimizer, round(8 * growth), lr_multiplier=lr_multiplier)
+    return optimizer.param_groups[0]
+
+
 @pytest.mark.parametrize("growth", [0.5, 1.0, 3.0])
 def test_average_forgets_half_after_the_same_number_of_sequences(growth):
     # At B_0 = 8 and beta = 0.9 half is forgotten after 8 ln 2 / -ln 0.9 = 52.6 sequences.
-    beta = rescaled_beta(0.9, growth)
+    beta = resized(growth, momentum=0.9)["momentum"]
     assert 8 * growth * math.log(2) / -math.log(beta) == pytest.approx(52.6, abs=0.05)
 
 
 def test_average_over_one_step_stays_one():
-    assert rescaled_beta(0.0, 4.0) == 0.0
+    assert resized(4.0, momentum=0.0)["momentum"] == 0.0
 
 
 def test_decay_times_rate_grows_as_the_batch():
     # Four times the batch: with lr x 2 the decay doubles, with lr x 1 it is four times as large.
-    assert rescaled_weight_decay(0.1, 4.0, 2.0) == pytest.approx(0.2)
-    assert rescaled_weight_decay(0.1, 4.0, 1.0) == pytest.approx(0.4)
+    for multiplier, decay in ((2.0, 0.2), (1.0, 0.4)):
+        group = resized(4.0, lr_multiplier=multiplier, momentum=0.9)
+        assert group["weight_decay"] == pytest.approx(decay)
 
 
 def muon() -> torch.optim.Optimizer:

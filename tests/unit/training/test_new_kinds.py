@@ -14,7 +14,7 @@ from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.register import register_configs
 from gns_pretrain.launch.train import launch
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry, Needs, register
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry, Needs
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import World
@@ -59,10 +59,8 @@ class Doubling(Policy):
 
 
 @pytest.fixture
-def rows():
-    register(Rows)
-    yield
-    del GEOMETRIES[Rows.name]
+def rows(monkeypatch):
+    monkeypatch.setitem(GEOMETRIES, Rows.name, Rows)
 
 
 def of_kind(folder, kind):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 from gns_pretrain.batch_size.feasible import Split
 from gns_pretrain.training.state import TrainState, crossed
@@ -7,7 +8,7 @@ from gns_pretrain.training.state import TrainState, crossed
 def test_state_survives_json_bit_for_bit():
     state = TrainState(batch_size=16, micro_batch_size=4, accumulation=2, lr_multiplier=2**0.5)
     state.advance(sequence_length=128)
-    assert TrainState.from_dict(json.loads(json.dumps(state.as_dict()))) == state
+    assert TrainState.from_dict(json.loads(json.dumps(asdict(state)))) == state
 
 
 def test_state_counts_tokens_of_a_changing_batch():
