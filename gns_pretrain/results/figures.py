@@ -37,25 +37,15 @@ Curves = Mapping[str, Curve]  # of one run, by quantity, as read_curves gives th
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes.
+    """One set of axes."""
 
-    Args:
-        label: of the y-axis, with its unit.
-        quantity: that it shows.
-        transform: of its values, after seeds were brought onto one grid.
-        log: scale of the y-axis.
-        stepwise: it stays until it changes: neither it nor its average is sloped between points.
-        falls: steeply at first, so that the y-axis fits what comes after.
-        behind: a quantity drawn faintly behind it.
-    """
-
-    label: str
-    quantity: str
-    transform: Callable[[Curve], Curve] = np.positive
-    log: bool = False
-    stepwise: bool = False
-    falls: bool = False
-    behind: str | None = None
+    label: str  # of the y-axis, with its unit
+    quantity: str  # that it shows
+    transform: Callable[[Curve], Curve] = np.positive  # after seeds were brought onto one grid
+    log: bool = False  # scale of the y-axis
+    stepwise: bool = False  # stays until it changes: nothing is sloped between points
+    falls: bool = False  # steeply at first, so that the y-axis fits what comes after
+    behind: str | None = None  # a quantity drawn faintly behind it
 
 
 PANELS = {
@@ -69,18 +59,9 @@ PANELS = {
 }
 
 
-def chosen_panels(
+def _chosen_panels(
     groups: Mapping[str, Sequence[Curves]], panels: Sequence[str] | None
-) -> list[str]:
-    """Names of those to draw.
-
-    Args:
-        groups: runs by label.
-        panels: names of PANELS; None takes the paper's, as far as the runs have them.
-
-    Raises:
-        InputError: there is no such panel, or no run has what it shows.
-    """
+) -> Sequence[str]:
     known = {quantity for runs in groups.values() for run in runs for quantity in run}
     if panels is None:
         paper = ("perplexity", "batch_size", "noise_scale", "lr")
@@ -95,7 +76,7 @@ def chosen_panels(
             raise InputError(
                 f"none of the runs has the panel {name}; they have {', '.join(sorted(known))}"
             )
-    return list(panels)
+    return panels
 
 
 def over_seeds(
@@ -104,18 +85,16 @@ def over_seeds(
     transform: Callable[[Curve], Curve] = np.positive,
     stepwise: bool = False,
 ) -> pd.DataFrame:
-    """Mean and sample standard deviation (`std`) of several curves, where all of them are known.
+    """Mean and sample standard deviation (`std`) of the seeds' curves, where all of them are known.
 
     Runs whose batch adapts were evaluated at different steps: each is interpolated onto all their
-    points, from the latest first to the earliest last one.
+    points, from the latest first to the earliest last one; a single curve has a mean alone, at its
+    own points.
 
     Args:
         curves: one for each seed.
         transform: of the interpolated values; a perplexity is interpolated as a loss.
         stepwise: interpolate by the value before, as a batch size.
-
-    Returns:
-        By steps or tokens; a single curve has a mean alone, at its own points.
 
     Raises:
         InputError: they have no range in common.
@@ -168,7 +147,7 @@ def draw(
     Raises:
         InputError: a panel that no run can fill, or a file that cannot be written.
     """
-    names = chosen_panels(groups, panels)
+    names = list(_chosen_panels(groups, panels))
     with needs("figures", "figures are drawn with matplotlib"):
         import matplotlib
     matplotlib.use("Agg")  # to files alone
@@ -177,13 +156,24 @@ def draw(
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
+    looks = {
+        label: {
+            "label": label,
+            "color": COLORS[number % len(COLORS)],
+            "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
+        }
+        for number, label in enumerate(groups)
+    }
     with pyplot.rc_context(STYLE):
         figure, grid = pyplot.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained"
         )
         for name, axes in zip(names, grid.flat, strict=False):
-            _draw_panel(axes, PANELS[name], groups, each_seed=each_seed, focus=focus)
-            _format_axes(axes, PANELS[name], axis)
+            panel = PANELS[name]
+            fitted: list[Curve] = []
+            for label, runs in groups.items():
+                fitted += _draw_runs(axes, panel, runs, looks[label], each_seed, focus)
+            _format_axes(axes, panel, axis, fitted if panel.falls and focus > 0 else [])
         drawn = grid.flat[: len(names)]
         widest = max(axes.get_xlim()[1] for axes in drawn)
         for axes in drawn:
@@ -192,7 +182,7 @@ def draw(
             axes.set_visible(False)
         if title:
             figure.suptitle(title)
-        _legend_below(figure, [pyplot.Line2D([], [], **line) for line in _lines(groups)])
+        _legend_below(figure, [pyplot.Line2D([], [], **look) for look in looks.values()])
         try:
             for path in paths:
                 figure.savefig(path, dpi=200)
@@ -219,80 +209,52 @@ def _legend_below(figure: Any, handles: Sequence[Any]) -> None:
         text.set_fontsize(text.get_fontsize() / share * 0.95)
 
 
-def _lines(groups: Mapping[str, Sequence[Curves]]) -> list[dict[str, Any]]:
-    """How the line of each group looks."""
-    return [
-        {
-            "label": label,
-            "color": COLORS[number % len(COLORS)],
-            "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
-        }
-        for number, label in enumerate(groups)
-    ]
-
-
-def _draw_panel(
+def _draw_runs(
     axes: Any,
     panel: Panel,
-    groups: Mapping[str, Sequence[Curves]],
-    *,
+    runs: Sequence[Curves],
+    look: dict[str, Any],
     each_seed: bool,
     focus: float,
-) -> None:
-    shown: list[Curve] = []  # what the y-axis of a loss has to fit
-    for look, runs in zip(_lines(groups), groups.values(), strict=True):
-        if panel.behind:
-            for curve in (run[panel.behind] for run in runs if panel.behind in run):
-                axes.plot(thinned(curve), **(look | {"alpha": 0.25, "lw": 0.8}))
-        curves = [run[panel.quantity] for run in runs if panel.quantity in run]
-        if not curves:
-            continue
-        parts = [[curve] for curve in curves] if each_seed else [curves]
-        for part in parts:
-            band = over_seeds(part, transform=panel.transform, stepwise=panel.stepwise)
-            _draw_band(axes, band, look | ({"lw": 0.9} if len(parts) > 1 else {}), panel)
-            first, last = band.index[[0, -1]]
-            shown += [band["mean"].loc[first + focus * (last - first) :], _edges(band)[0].iloc[-1:]]
-    if panel.falls and focus > 0:
-        _fit(axes, pd.concat(shown), log=panel.log)
+) -> list[Curve]:
+    """Draw a group's runs; return what the y-axis of a loss has to fit."""
+    if panel.behind:
+        for curve in (run[panel.behind] for run in runs if panel.behind in run):
+            axes.plot(thinned(curve), **(look | {"alpha": 0.25, "lw": 0.8}))
+    curves = [run[panel.quantity] for run in runs if panel.quantity in run]
+    if each_seed and len(curves) > 1:
+        look = look | {"lw": 0.9}
+    fitted = []
+    for part in [[curve] for curve in curves] if each_seed else filter(None, [curves]):
+        band = over_seeds(part, transform=panel.transform, stepwise=panel.stepwise)
+        first, last = band.index[[0, -1]]
+        fitted.append(band["mean"].loc[first + focus * (last - first) :])
+        shape: dict[str, Any] = {}
+        if panel.stepwise:
+            shape = {"drawstyle": "steps-post"}
+        elif len(band) <= MOST_MARKERS:
+            shape = {"marker": "o", "markersize": 3}
+        band = thinned(band)
+        axes.plot(band["mean"], **look, **shape)
+        if "std" in band:
+            low, high = band["mean"] - band["std"], band["mean"] + band["std"]
+            fitted.append(low.iloc[-1:])
+            step = "post" if panel.stepwise else None
+            filled = {"color": look["color"], "alpha": 0.2, "linewidth": 0, "step": step}
+            axes.fill_between(band.index, low, high, **filled)
+    return fitted
 
 
-def _edges(band: pd.DataFrame) -> tuple[Curve, Curve]:
-    """Lower and upper edge; of a single curve the curve."""
-    deviation = band.get("std", 0.0)
-    return band["mean"] - deviation, band["mean"] + deviation
-
-
-def _fit(axes: Any, values: Curve, *, log: bool) -> None:
-    """A y-axis around these values, with a little room."""
-    low, high = float(values.min()), float(values.max())
-    if log:
-        room = (high / low) ** 0.05
-        low, high = low / room, high * room
-    else:
-        room = 0.05 * (high - low)
-        low, high = low - room, high + room
-    if low < high:
-        axes.set_ylim(low, high)
-
-
-def _draw_band(axes: Any, band: pd.DataFrame, look: dict[str, Any], panel: Panel) -> None:
-    drawn: dict[str, Any] = {}
-    if panel.stepwise:
-        drawn = {"drawstyle": "steps-post"}
-    elif len(band) <= MOST_MARKERS:
-        drawn = {"marker": "o", "markersize": 3}
-    band = thinned(band)
-    axes.plot(band["mean"], **look, **drawn)
-    if "std" in band:
-        step = "post" if panel.stepwise else None
-        filled = {"color": look["color"], "alpha": 0.2, "linewidth": 0, "step": step}
-        axes.fill_between(band.index, *_edges(band), **filled)
-
-
-def _format_axes(axes: Any, panel: Panel, axis: str) -> None:
+def _format_axes(axes: Any, panel: Panel, axis: str, fitted: Sequence[Curve]) -> None:
     from matplotlib import ticker
 
+    if fitted:  # with a little room
+        values = pd.concat(fitted)
+        low, high = float(values.min()), float(values.max())
+        room = (high / low) ** 0.05 if panel.log else 0.05 * (high - low)
+        low, high = (low / room, high * room) if panel.log else (low - room, high + room)
+        if low < high:
+            axes.set_ylim(low, high)
     axes.set(xlabel=AXIS_LABELS[axis], ylabel=panel.label)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(

@@ -4,7 +4,7 @@ A frame of runs has a row for each run:
 
     name                        its directory, its name in W&B, or its CSV
     table, cell, seed, scale    where its settings put it
-    settings                    flat, by dotted name; empty for a CSV
+    settings                    flat, by dotted name; cell and seed alone for a CSV
     finished                    whether it has spent its token budget
     steps                       all its optimizer steps
     read                        returns its validation losses: a curve over steps
@@ -14,7 +14,7 @@ token; a batch size and a noise scale are in sequences.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,15 +71,9 @@ def runs_of_folders(paths: Iterable[Path]) -> Runs:
     rows = []
     for directory in directories.values():
         summary = read_summary(directory)
-        rows.append(
-            _run(
-                str(directory),
-                settings_of_run(directory),
-                finished=summary.get("state") == "finished",
-                steps=summary.get("steps"),
-                read=partial(losses_of, directory),
-            )
-        )
+        finished, steps = summary.get("state") == "finished", summary.get("steps")
+        read = partial(losses_of, directory)
+        rows.append(_run(str(directory), settings_of_run(directory), finished, steps, read))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
@@ -105,7 +99,7 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
     Raises:
         InputError: a file is no curve, or two files of a cell have one seed.
     """
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows = {}
     for cell, paths in cells.items():
         for number, path in enumerate(paths):
             named = seed_in_name(path)
@@ -116,30 +110,22 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
                 )
             losses = losses_of(path)
             steps = int(losses.index[-1]) if len(losses) else 0
-            row = _run(str(path), {}, True, steps, partial(losses_of, path))
-            rows[cell, seed] = row | {"cell": cell, "seed": seed, "scale": None}
+            settings = {"cell": cell, "seed": seed}
+            rows[cell, seed] = _run(str(path), settings, True, steps, partial(losses_of, path))
     return pd.DataFrame(list(rows.values()), columns=RUN_COLUMNS)
 
 
-def _run(
-    name: str,
-    settings: dict[str, Any],
-    finished: bool,
-    steps: int | None,
-    read: Callable[[], Curve],
-) -> dict[str, Any]:
-    """A row of the frame."""
-    return {
-        "name": name,
-        "table": settings.get("table"),
-        "cell": str(settings.get("cell")),
-        "seed": int(settings.get("seed", 0)),
-        "scale": str(settings.get("scale.name")),
-        "settings": settings,
-        "finished": finished,
-        "steps": steps,
-        "read": read,
-    }
+def _run(name: str, settings: dict[str, Any], *results: Any) -> tuple[Any, ...]:
+    """A row of the frame; `results` are its last columns."""
+    return (
+        name,
+        settings.get("table"),
+        str(settings.get("cell")),
+        int(settings.get("seed", 0)),
+        str(settings.get("scale.name")),
+        settings,
+        *results,
+    )
 
 
 def losses_of(path: Path) -> Curve:
@@ -175,19 +161,16 @@ def unrepeated(x: Any) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file holds of a run, in the file's order.
+    """What a file holds of a run: `lines` has a row for each of its lines, in the file's order.
 
-    Args:
-        path: of the file.
-        lines: a row for each line: `where` it stands, `kind` of a metrics.jsonl's line (a row of a
-            CSV has none: it holds all of a step), and as float64, NaN where it holds nothing,
-            COLUMNS and noise/<geometry>/<estimate>/<part>.
-        names: of all columns of a CSV.
+    The columns: `where` it stands, `kind` of a metrics.jsonl's line (a row of a CSV has none: it
+    holds all of a step), and as float64, NaN where it holds nothing, COLUMNS and
+    noise/<geometry>/<estimate>/<part>.
     """
 
     path: Path
     lines: pd.DataFrame
-    names: Sequence[str] = ()
+    names: Sequence[str] = ()  # of all columns of a CSV
 
     def require(self, *columns: str) -> str:
         """The first of these columns that is there.
@@ -208,16 +191,32 @@ class Record:
         """What the file calls a column."""
         return next((name for name in COLUMNS[column] if name in self.names), column)
 
+    def noise_columns(self, noise: Noise, *, raw: bool) -> list[str]:
+        """Columns of a noise scale's two parts, or that of their quotient, averaged unless `raw`.
+
+        Raises:
+            InputError: the record does not hold them.
+        """
+        parts = ("noise", "signal") if raw else ("noise_ema", "signal_ema")
+        columns = [noise_column(noise, part) for part in parts]
+        if all(column in self.lines for column in columns):
+            return columns
+        if raw:
+            raise InputError(
+                f"{self.path} has no columns {columns[0]} and .../signal, only averages: they "
+                "cannot be averaged anew; leave out --noise-decay, --signal-decay and norm_test"
+            )
+        return [self.require(noise_column(noise, "noise_scale_ema"), PUBLISHED_AVERAGE)]
+
     def curves(self, axis: str, noise: Noise | None) -> dict[str, Curve]:
         """Curves by quantity; of several noise scales that of `noise`, else the first."""
         self.require(axis)
-        pattern = "noise/.*/noise_scale_ema"
-        if noise is not None:
-            pattern = re.escape(noise_column(noise, "noise_scale_ema"))
-        noise_scales = [name for name in self.lines if re.fullmatch(pattern, name)]
+        start = "noise/" if noise is None else noise_column(noise, "")
+        names = [name for name in self.lines if name.startswith(start)]
+        averages = [name for name in names if name.endswith("/noise_scale_ema")]
         found = {}
         for quantity in QUANTITIES:
-            names = [*noise_scales, PUBLISHED_AVERAGE] if quantity == NOISE_SCALE else [quantity]
+            names = [*averages, PUBLISHED_AVERAGE] if quantity == NOISE_SCALE else [quantity]
             column = next((name for name in names if name in self.lines), None)
             if column and len(points := self.lines[[axis, column]].dropna()):
                 found[quantity] = to_curve(points)
@@ -274,19 +273,18 @@ def read_jsonl(path: Path) -> Record:
     rows = []
     for number, line in enumerate(read_records(path), start=1):
         kind = line["kind"]
-        row = {"where": f"line {number}", "kind": kind}
-        row |= {name: line.get(name) for name in ("step", "tokens")}
         if kind == "train":
             names = ("batch_size", "lr", "micro_batch_size", "accumulation")
-            row |= {name: line.get(name) for name in names} | {"train_loss": line.get("loss")}
+            row = {name: line.get(name) for name in names} | {"train_loss": line.get("loss")}
         elif kind == "validation":
-            row["loss"] = line["loss"]
+            row = {"loss": line["loss"]}
         elif kind == "noise":
             measured = (line["geometry"], line["estimate"])
-            row |= {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
+            row = {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
         else:
             continue
-        rows.append(row)
+        place = {"where": f"line {number}", "step": line.get("step"), "tokens": line.get("tokens")}
+        rows.append(row | place | {"kind": kind})
     lines = pd.DataFrame(rows)
     lines = lines.reindex(columns=list(dict.fromkeys(["where", "kind", *COLUMNS, *lines])))
     # The lines of one step have its tokens in common.
@@ -298,9 +296,7 @@ def read_jsonl(path: Path) -> Record:
 def read_csv(path: Path, run: str | None = None) -> Record:
     """A published curve or a W&B export, a panel's too: it names a column "<run> - <metric>".
 
-    Args:
-        path: of the file.
-        run: the run to take of a panel's export that holds several.
+    `run` is the one to take of a panel's export that holds several.
 
     Raises:
         InputError: it is not a CSV, or holds several runs and none is named, or what should be a
@@ -329,22 +325,18 @@ def read_csv(path: Path, run: str | None = None) -> Record:
     names = COLUMNS | {name: (name,) for name in texts if name.startswith("noise/")}
     for column, candidates in names.items():
         name = next((name for name in candidates if name in texts), None)
-        if name is not None:
-            lines[column] = _numbers(path, name, texts[name])
+        if name is None:
+            continue
+        values = []
+        for where, text in zip(lines["where"], texts[name], strict=True):
+            try:
+                values.append(float(text))  # exact to the last bit; NaN where empty
+            except ValueError:
+                raise InputError(
+                    f"{path}, {where}: {name} is {text!r} and not a number; mend the row"
+                ) from None
+        lines[column] = values
     return Record(path, lines, list(texts))
-
-
-def _numbers(path: Path, name: str, texts: Iterable[Any]) -> list[float]:
-    """Cells of a column, exact to the last bit; NaN where empty."""
-    values = []
-    for number, text in enumerate(texts, start=2):
-        try:
-            values.append(float(text))
-        except ValueError:
-            raise InputError(
-                f"{path}, row {number}: {name} is {text!r} and not a number; mend the row"
-            ) from None
-    return values
 
 
 def curve_files(path: Path) -> list[Path]:
@@ -366,9 +358,8 @@ def curve_files(path: Path) -> list[Path]:
 def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
     """Run directories and CSVs by label, in the order in which labels appear.
 
-    Args:
-        arguments: paths, whose runs are grouped by folder and name without the seed, or
-            label=PATH.
+    An argument is label=PATH, or a path, whose runs are grouped by folder and name without the
+    seed.
 
     Raises:
         InputError: there is no such path.
@@ -377,9 +368,9 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
     for argument in arguments:
         label, given = _label_and_path(argument)
         for path in curve_files(given):
-            folder = path.resolve().parent
-            name = without_seed(path.resolve())
-            members = groups.setdefault((str(folder), name) if label is None else ("", label), [])
+            full = path.resolve()
+            key = (str(full.parent), without_seed(full)) if label is None else ("", label)
+            members = groups.setdefault(key, [])
             if path not in members:
                 members.append(path)
     names = [name for _, name in groups]

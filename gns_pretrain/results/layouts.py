@@ -4,7 +4,7 @@ Tables 2, 8 and 9 have their values from version 1; Table 2's Euclidean column, 
 sensitivity to theta from the revised version.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,37 +13,22 @@ Quantity = Literal["loss", "steps", "first_reaching", "share", "total_steps"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """One number of a table.
+    """One number of a table, in the unit of its column."""
 
-    Args:
-        value: in the unit of its column; None where no run reaches the baseline.
-        deviation: sample standard deviation over seeds; None with fewer than two, or where the
-            column has none.
-        seeds: that went into it.
-        reached: of them, how many reach the baseline's lowest loss; None where that does not count.
-    """
-
-    value: float | None
-    deviation: float | None = None
-    seeds: tuple[int, ...] = ()
-    reached: int | None = None
+    value: float | None  # None where no run reaches the baseline
+    deviation: float | None = None  # sample standard deviation over seeds, where there is one
+    seeds: tuple[int, ...] = ()  # that went into it
+    reached: int | None = None  # of them, those that reach the baseline's lowest loss
 
 
 @dataclass(frozen=True)
-class Label:
-    """A header or row label; one with a key shows that setting of its runs.
+class SettingLabel:
+    """A header or row label that shows a setting of its runs."""
 
-    Args:
-        text: shown as it is; with a key, `{}` stands for the setting.
-        key: dotted name of a setting.
-        paper: the paper's value of it, for published curves.
-        role: what stands there without any run.
-    """
-
-    text: str
-    key: str | None = None
-    paper: str = ""
-    role: str = ""
+    text: str  # `{}` stands for the setting
+    key: str  # its dotted name
+    paper: str  # the paper's value of it, for published curves
+    role: str  # what stands there without any run
 
 
 @dataclass(frozen=True)
@@ -56,31 +41,22 @@ class Entry:
     paper: Statistic | None = None
 
 
+Label: TypeAlias = SettingLabel | str
 Column: TypeAlias = tuple[str, Label]  # group and title
-Row: TypeAlias = tuple[tuple[Label, ...], tuple[Entry, ...]]  # labels, then an entry a column
+Row: TypeAlias = tuple[Sequence[Label], Sequence[Entry]]  # labels, then an entry a column
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """A table without its values.
+    """A table without its values."""
 
-    Args:
-        name: as in the runs' setting `table`.
-        title: one line.
-        label_titles: headers of the label columns.
-        columns: of the entries.
-        rows: from top to bottom.
-        paper_scale: the scale at which the paper's values are comparable.
-        baseline: what the steps reduction compares with.
-    """
-
-    name: str
+    name: str  # as in the runs' setting `table`
     title: str
-    label_titles: tuple[str, ...]
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    paper_scale: str = "paper"
-    baseline: str = ""
+    label_titles: tuple[str, ...]  # headers of the label columns
+    columns: Sequence[Column]  # of the entries
+    rows: Sequence[Row]
+    paper_scale: str = "paper"  # the scale at which the paper's values are comparable
+    baseline: str = ""  # what the steps reduction compares with
 
     @property
     def entries(self) -> list[Entry]:
@@ -95,66 +71,55 @@ class TableLayout:
 
 INITIAL, THETA = "batch_size.initial", "batch_size.theta"
 LOSS, REDUCTION = "validation loss", "steps reduction (%)"
-OPTIMIZERS = {
-    "signsgd": "signSGD",
-    "signum": "Signum",
-    "adamw": "AdamW",
-    "specsgd": "specSGD",
-    "muon": "Muon",
-}
 LossAndSpread = tuple[float, float | None]  # mean and standard deviation, where the paper has one
 
 
 def _against_baseline(
     roles: Mapping[str, Label],
     rows: Mapping[str, tuple[str, float | None, tuple[LossAndSpread, ...]]],
-) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
+) -> tuple[list[Column], list[Row]]:
     """A row for each optimizer: losses by role, then what the adaptive runs save.
 
     Args:
-        roles: headers of the losses; a cell is <optimizer>_<role>.
+        roles: headers of the losses; a cell is <optimizer in lower case>_<role>.
         rows: by optimizer the baseline's role, the paper's steps reduction (one number; its
             definition and its curves do not agree on which of ours it is), and losses by role.
     """
-    saved = [Label(text) for text in ("first reaching", "seeds reaching", "total steps")]
-    columns = [
-        *((LOSS, label) for label in roles.values()),
-        *((REDUCTION, label) for label in saved),
-    ]
-    filled = []
-    for optimizer, (base, reduction, losses) in rows.items():
-        pair = f"{optimizer}_adaptive", f"{optimizer}_{base}"
+    saved: dict[Quantity, str] = {
+        "first_reaching": "first reaching",
+        "share": "seeds reaching",
+        "total_steps": "total steps",
+    }
+    columns = [(LOSS, label) for label in roles.values()]
+    columns += [(REDUCTION, text) for text in saved.values()]
+    filled: list[Row] = []
+    for name, (base, reduction, losses) in rows.items():
+        cells = {role: f"{name.lower()}_{role}" for role in roles}
         entries = [
-            *(
-                Entry("loss", f"{optimizer}_{role}", None, Statistic(*loss))
-                for role, loss in zip(roles, losses, strict=True)
-            ),
-            Entry("first_reaching", *pair, Statistic(reduction)),
-            Entry("share", *pair),
-            Entry("total_steps", *pair, Statistic(reduction)),
+            Entry("loss", cell, None, Statistic(*loss))
+            for cell, loss in zip(cells.values(), losses, strict=True)
         ]
-        filled.append(((Label(OPTIMIZERS[optimizer]),), tuple(entries)))
-    return tuple(columns), tuple(filled)
+        for quantity in saved:
+            paper = None if quantity == "share" else Statistic(reduction)
+            entries.append(Entry(quantity, cells["adaptive"], cells[base], paper))
+        filled.append(((name,), entries))
+    return columns, filled
 
 
 def _loss_and_steps(
-    rows: Mapping[str, tuple[tuple[Label | str, ...], LossAndSpread, float]],
-) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
+    rows: Mapping[str, tuple[tuple[Label, ...], LossAndSpread, float]],
+) -> tuple[list[Column], list[Row]]:
     """A row for each cell: its labels, its loss and its median steps."""
-    filled = []
+    filled: list[Row] = []
     for cell, (labels, loss, steps) in rows.items():
-        texts = [Label(label) if isinstance(label, str) else label for label in labels]
-        entries = (
-            Entry("loss", cell, None, Statistic(*loss)),
-            Entry("steps", cell, None, Statistic(steps)),
-        )
-        filled.append((tuple(texts), entries))
-    return (("", Label(LOSS)), ("", Label("median steps"))), tuple(filled)
+        lowest = Entry("loss", cell, None, Statistic(*loss))
+        filled.append((labels, [lowest, Entry("steps", cell, None, Statistic(steps))]))
+    return [("", LOSS), ("", "median steps")], filled
 
 
-SMALL = Label("{}", INITIAL, "64", "small")
-MIDDLE = Label("{}", INITIAL, "128", "middle")
-LARGE = Label("{}", INITIAL, "256", "large")
+SMALL = SettingLabel("{}", INITIAL, "64", "small")
+MIDDLE = SettingLabel("{}", INITIAL, "128", "middle")
+LARGE = SettingLabel("{}", INITIAL, "256", "large")
 
 # fmt: off
 TABLE2 = TableLayout(
@@ -163,21 +128,21 @@ TABLE2 = TableLayout(
     ("optimizer",),
     *_against_baseline(
         {
-            "small": Label("B = {}", INITIAL, "64", "small"),
-            "large": Label("B = {}", INITIAL, "256", "large"),
-            "euclidean": Label("Euclidean adaptive"),
-            "adaptive": Label("adaptive"),
+            "small": SettingLabel("B = {}", INITIAL, "64", "small"),
+            "large": SettingLabel("B = {}", INITIAL, "256", "large"),
+            "euclidean": "Euclidean adaptive",
+            "adaptive": "adaptive",
         },
         {
-            "signsgd": ("large", 22.58,
+            "signSGD": ("large", 22.58,
                         ((4.1390, 0.0235), (3.9357, 0.0057), (3.8906, 0.0117), (3.8396, 0.0012))),
-            "signum": ("small", 66.61,
+            "Signum": ("small", 66.61,
                        ((3.3737, 0.0045), (3.4460, 0.0075), (3.3842, 0.0055), (3.3707, 0.0026))),
-            "adamw": ("small", 67.13,
+            "AdamW": ("small", 67.13,
                       ((3.2991, 0.0054), (3.3228, 0.0101), (3.3127, 0.0101), (3.3031, 0.0054))),
-            "specsgd": ("small", 16.49,
+            "specSGD": ("small", 16.49,
                         ((3.7489, 0.0096), (3.9404, 0.0074), (3.7436, 0.0274), (3.7285, 0.0094))),
-            "muon": ("small", 66.77,
+            "Muon": ("small", 66.77,
                      ((3.3041, 0.0021), (3.3411, 0.0019), (3.3181, 0.0072), (3.3061, 0.0027))),
         },
     ),
@@ -190,11 +155,11 @@ TABLE3 = TableLayout(
     "Table 3: the larger model, constant and adaptive batches",
     ("optimizer",),
     *_against_baseline(
-        {"baseline": Label("B = {}", INITIAL, "256", "baseline"), "adaptive": Label("adaptive")},
+        {"baseline": SettingLabel("B = {}", INITIAL, "256", "baseline"), "adaptive": "adaptive"},
         {
-            "signsgd": ("baseline", 31.84, ((3.1417, 0.0047), (2.9946, 0.0201))),
-            "signum": ("baseline", 12.11, ((2.8306, 0.0051), (2.8354, 0.0073))),
-            "adamw": ("baseline", None, ((2.7701, 0.0037), (2.8023, 0.0049))),
+            "signSGD": ("baseline", 31.84, ((3.1417, 0.0047), (2.9946, 0.0201))),
+            "Signum": ("baseline", 12.11, ((2.8306, 0.0051), (2.8354, 0.0073))),
+            "AdamW": ("baseline", None, ((2.7701, 0.0037), (2.8023, 0.0049))),
         },
     ),
     paper_scale="paper_1b",
@@ -239,9 +204,9 @@ THETA_SENSITIVITY = TableLayout(
     ("theta",),
     *_loss_and_steps(
         {
-            "theta_low": ((Label("{}", THETA, "0.5", "low"),), (3.6909, None), 7650),
-            "theta_middle": ((Label("{}", THETA, "0.6", "middle"),), (3.6817, None), 9950),
-            "theta_high": ((Label("{}", THETA, "0.7", "high"),), (3.7292, None), 12374),
+            "theta_low": ((SettingLabel("{}", THETA, "0.5", "low"),), (3.6909, None), 7650),
+            "theta_middle": ((SettingLabel("{}", THETA, "0.6", "middle"),), (3.6817, None), 9950),
+            "theta_high": ((SettingLabel("{}", THETA, "0.7", "high"),), (3.7292, None), 12374),
         }
     ),
 )

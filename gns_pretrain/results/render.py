@@ -50,11 +50,10 @@ def shown(table: FilledTable) -> pd.DataFrame:
         return "" if entry.paper is None else number(entry.quantity, entry.paper)
 
     lines = []
-    for row in table.rows:
-        lines.append([*row.labels, *map(ours, row.entries)])
+    for labels, entries in table.rows:
+        lines.append([*labels, *map(ours, entries)])
         if table.with_paper:
-            blank = [""] * (len(row.labels) - 1)
-            lines.append(["  paper", *blank, *map(papers, row.entries)])
+            lines.append(["  paper", *[""] * (len(labels) - 1), *map(papers, entries)])
     headers = [*(("", title) for title in table.layout.label_titles), *table.headers]
     return pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(headers))
 
@@ -144,9 +143,9 @@ def _escape_latex(text: str) -> str:
 def as_csv(table: FilledTable) -> str:
     """The layout with bare numbers; deviations, seeds and the paper's in columns of their own."""
     lines = []
-    for row in table.rows:
-        line: list[tuple[str, Any]] = list(zip(table.layout.label_titles, row.labels, strict=True))
-        for header, filled in zip(table.headers, row.entries, strict=True):
+    for labels, entries in table.rows:
+        line: list[tuple[str, Any]] = list(zip(table.layout.label_titles, labels, strict=True))
+        for header, filled in zip(table.headers, entries, strict=True):
             line += _bare(_flat(header), filled, table.with_paper)
         lines.append(line)
     frame = pd.DataFrame([[value for _, value in line] for line in lines], dtype=object)
@@ -193,13 +192,10 @@ def as_json(table: FilledTable) -> str:
         "title": table.title,
         "rows": [
             {
-                "labels": dict(zip(table.layout.label_titles, row.labels, strict=True)),
-                "entries": [
-                    content(header, filled)
-                    for header, filled in zip(table.headers, row.entries, strict=True)
-                ],
+                "labels": dict(zip(table.layout.label_titles, labels, strict=True)),
+                "entries": list(map(content, table.headers, entries)),
             }
-            for row in table.rows
+            for labels, entries in table.rows
         ],
         "notes": table.notes,
         "explanations": table.explanations,

@@ -31,7 +31,7 @@ from gns_pretrain.batch_size.controller import BatchSizer, Controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import Policy, Position
 from gns_pretrain.batch_size.settings import BatchSizeSettings
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import About, positive
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
@@ -41,10 +41,11 @@ from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from gns_pretrain.results.frame import Noise, Record
+    from gns_pretrain.results.frame import Noise
 
 AS_RECORDED = SmoothingSettings(noise_decay=0.0, signal_decay=0.0)
 LEARNING_RATE_TOLERANCE = 1e-9  # relative
+PATH = ("batch_size", "tokens", "lr")  # what is compared
 
 # ---- the record
 
@@ -53,19 +54,15 @@ LEARNING_RATE_TOLERANCE = 1e-9  # relative
 class RecordedRun:
     """A record, ready to be replayed.
 
-    Args:
-        steps: a row for each step, ascending, NaN where the record holds nothing: `where` it stands
-            in the file, `batch_size` (sequences), `tokens` consumed when it was done, `lr`, and in
-            a metrics.jsonl `micro_batch_size` and `accumulation`.
-        measurements: of one geometry and estimate, by the step that was measured.
-        averaged: whether they are the record's own averages, not to be averaged once more.
-        notes: what a reader should know about the file.
+    `steps` has a row for each step, ascending, NaN where the record holds nothing: `where` it
+    stands in the file, `batch_size` (sequences), `tokens` consumed when it was done, `lr`, and in
+    a metrics.jsonl `micro_batch_size` and `accumulation`.
     """
 
     steps: "DataFrame"
-    measurements: dict[int, Measurement]
-    averaged: bool
-    notes: list[str]
+    measurements: dict[int, Measurement]  # of one geometry and estimate, by step
+    averaged: bool  # they are the record's own averages, not to be averaged once more
+    notes: list[str]  # what a reader should know about the file
 
 
 def read_run(
@@ -89,29 +86,23 @@ def read_run(
     ours = path.suffix == ".jsonl"
     record = frame.read_jsonl(path) if ours else frame.read_csv(path, run)
     record.require("step")
-    noise = []
+    noise, notes = [], []
     if reads and (not ours or frame.noise_column(reads, "noise") in record.lines):
-        noise = _noise_columns(record, reads, raw=raw)
-    record.require("batch_size")
-    notes = []
-    if reads and noise == [frame.PUBLISHED_AVERAGE]:
-        notes.append(
-            f"the file does not say whose noise scale {noise[0]} is; taken as {' '.join(reads)}"
-        )
-    lines = record.lines[record.lines["kind"] != "validation"]
-    for column in ("step", "batch_size", "tokens"):
-        if column in lines and len(
-            wrong := lines[lines[column].notna() & (lines[column] % 1 != 0)]
-        ):
-            raise InputError(
-                f"{path}, {wrong['where'].iloc[0]}: {record.name_of(column)} is "
-                f"{wrong[column].iloc[0]} and not a whole number"
+        noise = record.noise_columns(reads, raw=raw)
+        if noise == [frame.PUBLISHED_AVERAGE]:
+            notes.append(
+                f"the file does not say whose noise scale {noise[0]} is; taken as {' '.join(reads)}"
             )
-    if len(empty := lines[lines["step"].isna()]):
-        raise InputError(
-            f"{path}, {empty['where'].iloc[0]}: {record.name_of('step')} is empty; every row needs "
-            "its step"
-        )
+    record.require("batch_size")
+    lines = record.lines[record.lines["kind"] != "validation"]
+    lines = lines.reindex(columns=lines.columns.union(["tokens", "lr"], sort=False))
+    for column in ("step", "batch_size", "tokens"):
+        may_be_empty = lines[column].isna() & (column != "step")
+        for line in lines[(lines[column] % 1 != 0) & ~may_be_empty].to_dict("records"):
+            problem = f"{line[column]} and not a whole number"
+            if math.isnan(line[column]):
+                problem = "empty; every row needs its step"
+            raise InputError(f"{path}, {line['where']}: {record.name_of(column)} is {problem}")
     for line in lines[lines["step"] < 1].to_dict("records"):
         notes.append(
             f"{line['where']}: step {line['step']:.0f} comes before the first one; left out"
@@ -135,30 +126,9 @@ def read_run(
         measured = lines[lines["kind"] == "noise"] if ours else steps  # a CSV has all in one row
         measured = measured[noise].dropna()
         measured = measured[frame.unrepeated(measured.index)]
-        for step, *parts in measured.itertuples():
-            top, bottom = parts if len(parts) == 2 else (*parts, 1.0)
-            measurements[step] = Measurement(*reads, top, bottom, 0, 0)
+        for step, top, *bottom in measured.itertuples():
+            measurements[step] = Measurement(*reads, top, bottom[0] if bottom else 1.0, 0, 0)
     return RecordedRun(steps, measurements, not raw, notes)
-
-
-def _noise_columns(record: "Record", reads: "Noise", *, raw: bool) -> list[str]:
-    """Columns of a noise scale's two parts, or that of their quotient.
-
-    Raises:
-        InputError: there are none; single measurements cannot be had from averages.
-    """
-    from gns_pretrain.results.frame import PUBLISHED_AVERAGE, noise_column
-
-    parts = ("noise", "signal") if raw else ("noise_ema", "signal_ema")
-    columns = [noise_column(reads, part) for part in parts]
-    if all(column in record.lines for column in columns):
-        return columns
-    if raw:
-        raise InputError(
-            f"{record.path} has no columns {columns[0]} and .../signal, only averages: they "
-            "cannot be averaged anew; leave out --noise-decay, --signal-decay and norm_test"
-        )
-    return [record.require(noise_column(reads, "noise_scale_ema"), PUBLISHED_AVERAGE)]
 
 
 # ---- settings: the published runs', or a run's own, with the command's options on top
@@ -242,10 +212,7 @@ def policy_settings(
 ) -> BatchSizeSettings:
     """The policy to replay; a constant run has nothing to replay, and gets the adaptive one.
 
-    Args:
-        options: those that were given, by field.
-        config: the run's settings, nested; empty for a file without any.
-        initial: first batch size of the record, sequences; None where it holds none.
+    `initial` is the first batch size of the record (sequences), None where it holds none.
     """
     values = dict(config.get("batch_size") or PUBLISHED_POLICY) | {"shadows": []}
     if values.get("policy", "constant") == "constant":
@@ -263,10 +230,8 @@ def replay_settings(
 ) -> ReplaySettings:
     """Put together options, the run's settings, what its first step shows, and the published runs'.
 
-    Args:
-        options: those that were given, by field.
-        config: the run's settings, nested; empty for a file without any.
-        recorded: the record.
+    `options` are those that were given, by field; `config` has the run's settings, nested, and is
+    empty for a file without any.
 
     Raises:
         InputError: a setting is out of its bounds, or settings do not fit one another.
@@ -280,10 +245,10 @@ def replay_settings(
             f"{policy.reads[1]}; name one that was measured with --geometry and --estimate"
         )
     noise_scale = config.get("noise_scale", {})
-    # A run that measures nothing needs no samples, as in its own check.
     measures = noise_scale.get("geometries", True)
     known = {
         "micro_batch_size": config.get("micro_batch_size"),
+        # A run that measures nothing needs no samples, as in its own check.
         "min_samples": noise_scale.get("min_samples") if measures else 1,
         "token_budget": config.get("token_budget"),
         "peak_lr": config.get("optimizer", {}).get("lr"),
@@ -355,11 +320,10 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
             replayed[step] = (batch_size, samples * length, lr, target)
         if step in recorded.measurements:
             sizer.observe([recorded.measurements[step]])
-    names = ("replayed_batch_size", "replayed_tokens", "replayed_lr", "target")
-    columns = zip(*replayed.values(), strict=True)
-    path = recorded.steps.assign(**dict(zip(names, columns, strict=True)))
-    scale = path["lr"].abs().replace(0.0, 1.0) if "lr" in path else math.nan
-    path["lr_error"] = (path["replayed_lr"] - path.get("lr", math.nan)).abs() / scale
+    path = recorded.steps.copy()
+    path[[f"replayed_{name}" for name in PATH] + ["target"]] = list(replayed.values())
+    scale = path["lr"].abs().replace(0.0, 1.0)
+    path["lr_error"] = (path["replayed_lr"] - path["lr"]).abs() / scale
     path["difference"] = [_difference(row) for row in path.to_dict("records")]
     return path
 
@@ -367,10 +331,11 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
 def _difference(row: dict[str, Any]) -> str:
     if math.isnan(row["replayed_batch_size"]):
         return "the replay has reached its token budget before it"
-    for name, column in (("batch size", "batch_size"), ("tokens", "tokens")):
-        recorded, replayed = row.get(column, math.nan), row[f"replayed_{column}"]
+    for name in ("batch_size", "tokens"):
+        recorded, replayed = row[name], row[f"replayed_{name}"]
         if not math.isnan(recorded) and recorded != replayed:
-            return f"{name} {recorded:,.0f} in the file, {replayed:,.0f} in the replay"
+            shown = f"{recorded:,.0f} in the file, {replayed:,.0f} in the replay"
+            return f"{name.replace('_', ' ')} {shown}"
     if row["lr_error"] > LEARNING_RATE_TOLERANCE:
         return f"lr {row['lr']!r} in the file, {row['replayed_lr']!r} in the replay"
     return ""
@@ -404,9 +369,8 @@ def side_by_side(path: "DataFrame", *, every_row: bool) -> list[str]:
 
     for row in path[shown | every_row].to_dict("records"):
         recorded, replayed = (
-            f"{text(row.get(prefix + 'batch_size', math.nan), ',.0f'):>6} "
-            f"{text(row.get(prefix + 'tokens', math.nan), ',.0f'):>16} "
-            f"{text(row.get(prefix + 'lr', math.nan), '.6e'):>12}"
+            f"{text(row[prefix + 'batch_size'], ',.0f'):>6} "
+            f"{text(row[prefix + 'tokens'], ',.0f'):>16} {text(row[prefix + 'lr'], '.6e'):>12}"
             for prefix in ("", "replayed_")
         )
         mark = "   <- differs" if row["difference"] else ""
@@ -419,7 +383,7 @@ def verdict(path: "DataFrame") -> str:
     """One line on how the two paths compare."""
     if (difference := first_difference(path)) is not None:
         return difference
-    known = path.reindex(columns=["batch_size", "tokens", "lr"]).count()
+    known = path[list(PATH)].count()
     error = path["lr_error"].max()
     largest = "" if math.isnan(error) else f"; largest relative difference of lr {error:.1e}"
     return (
@@ -430,39 +394,27 @@ def verdict(path: "DataFrame") -> str:
 
 def as_json(path: "DataFrame") -> dict[str, Any]:
     """The two paths for another program."""
-
-    def numbers(row: dict[str, Any], prefix: str, *names: str) -> dict[str, Any]:
-        values = {name: row.get(prefix + name, math.nan) for name in ("batch_size", "tokens", "lr")}
-        values |= {name: row[name] for name in names}
-        whole = ("batch_size", "tokens")
-        return {
-            name: None if math.isnan(value) else int(value) if name in whole else value
-            for name, value in values.items()
-        }
-
+    whole = ("batch_size", "tokens", "replayed_batch_size", "replayed_tokens")
+    rows = path.astype(dict.fromkeys(whole, "Int64")).astype(object).where(path.notna(), None)
     return {
         "rows": len(path),
         "first_difference": first_difference(path),
         "path": [
             {
                 "step": row["step"],
-                "recorded": numbers(row, ""),
-                "replayed": numbers(row, "replayed_", "target"),
+                "recorded": {name: row[name] for name in PATH},
+                "replayed": {name: row[f"replayed_{name}"] for name in PATH}
+                | {"target": row["target"]},
             }
-            for row in path.to_dict("records")
+            for row in rows.to_dict("records")
         ],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gns_pretrain.results.replay",
-        description="Replay a batch-size policy on a recorded run, side by side with the run. What "
-        "no option sets comes from the config.yaml beside a metrics.jsonl, else from the published "
-        "signSGD runs.",
-        epilog="Exit code: 0 the same path, 1 another one (the first row is named), 2 bad input.",
-    )
+    parser = fields.script_parser(__doc__)
+    parser.prog = "python -m gns_pretrain.results.replay"
     parser.add_argument("file", type=Path, help="published CSV, W&B export or metrics.jsonl")
     fields.add_options(parser, BatchSizeSettings, skip=["shadows"], texts=POLICY_OPTIONS)
     fields.add_options(parser, RunSettings)
@@ -482,8 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replay_settings(options, config, recorded)
         path = replay(recorded, settings)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     if given.json:
         print(json.dumps(as_json(path)))
     else:

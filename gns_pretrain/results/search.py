@@ -21,19 +21,15 @@ LOSS = "lowest validation loss"
 class Search:
     """One optimizer's search at one scale.
 
-    Args:
-        optimizer: name of its group in a scale.
-        scale: name of the scale.
-        points: a row for each finished point, the lowest loss first: the settings that differ
-            between points, by dotted name; `loss` (nats per token, mean over seeds of the lowest)
-            and its `deviation` (None for one seed); all `settings` of one of its runs.
-        unfinished: runs that do not count yet.
+    `points` has a row for each finished point, the lowest loss first: the settings that differ
+    between points, by dotted name; `loss` (nats per token, mean over seeds of the lowest) and its
+    `deviation` (None for one seed); all `settings` of one of its runs.
     """
 
-    optimizer: str
+    optimizer: str  # name of its group in a scale
     scale: str
     points: pd.DataFrame
-    unfinished: int
+    unfinished: int  # runs that do not count yet
 
     @property
     def searched(self) -> list[str]:
@@ -64,33 +60,24 @@ class Search:
         return {name: best[key] for name, key in keys.items() if best.get(key)}
 
     @property
-    def title(self) -> str:
-        """One line."""
-        return f"{self.optimizer} at scale={self.scale}: {len(self.points)} points"
-
-    @property
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headers, and the cells of each point as texts."""
-        lines = [
-            [
-                *(_shown(point[name]) for name in self.searched),
-                loss_text(point.loss, point.deviation),
-            ]
-            for _, point in self.points.iterrows()
-        ]
-        return [*self.searched, LOSS], lines
-
-    @property
     def notes(self) -> list[str]:
         """What to do with it."""
-        numbers = ", ".join(
-            f"{name}: {_shown(value)}" for name, value in self.for_the_scale.items()
-        )
-        notes = [f"for conf/scale/{self.scale}.yaml: scale.{self.optimizer}: {{{numbers}}}"]
+        best = ", ".join(f"{name}: {_shown(value)}" for name, value in self.for_the_scale.items())
+        notes = [f"for conf/scale/{self.scale}.yaml: scale.{self.optimizer}: {{{best}}}"]
         notes += [f"{end}: search on beyond it" for end in self.at_an_end]
         if self.unfinished:
             notes.append(f"not counted, unfinished: {self.unfinished} runs")
         return notes
+
+    @property
+    def table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, headers, and the cells of each point as texts."""
+        title = f"{self.optimizer} at scale={self.scale}: {len(self.points)} points"
+        lines = [
+            [*map(_shown, point[self.searched]), loss_text(point.loss, point.deviation)]
+            for _, point in self.points.iterrows()
+        ]
+        return title, [*self.searched, LOSS], lines
 
 
 def searches(runs: Runs) -> list[Search]:
@@ -106,7 +93,7 @@ def searches(runs: Runs) -> list[Search]:
             "start one with python train.py +sweep=tune_signum scale=..."
         )
     groups = own.groupby(["scale", "cell"])
-    return [_search(scale, cell, of_search) for (scale, cell), of_search in groups]
+    return [_search(scale, optimizer, of_search) for (scale, optimizer), of_search in groups]
 
 
 def _search(scale: str, optimizer: str, runs: Runs) -> Search:
@@ -126,8 +113,8 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
     key = finished["settings"].map(lambda each: repr([each.get(name) for name in searched]))
     for _, seeds in finished.groupby(key, sort=False):
         lowest = [losses.min() for losses in read_losses(seeds)]
-        first = seeds["settings"].iloc[0]
         spread = stdev(lowest) if len(lowest) > 1 else None
+        first = seeds["settings"].iloc[0]
         results = {"loss": fmean(lowest), "deviation": spread, "settings": first}
         points.append({name: first.get(name) for name in searched} | results)
     table = pd.DataFrame(points, dtype=object).sort_values("loss", kind="stable")
@@ -136,13 +123,14 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
 
 def as_text(search: Search) -> str:
     """For a terminal."""
-    grid = text_grid(*search.table, title=search.title, title_justify="left", box=box.SIMPLE_HEAD)
+    title, headers, lines = search.table
+    grid = text_grid(headers, lines, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     return "\n".join([grid, "", *search.notes, ""])
 
 
 def as_markdown(search: Search) -> str:
     """A table of GitHub's Markdown, with its notes as a list."""
-    return markdown(search.title, *search.table, search.notes)
+    return markdown(*search.table, search.notes)
 
 
 FORMATS: dict[str, Callable[[Search], str]] = {"text": as_text, "markdown": as_markdown}

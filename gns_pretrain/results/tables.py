@@ -78,31 +78,15 @@ class FilledEntry:
     marked: bool  # seeds are missing; the notes say which
 
 
-@dataclass(frozen=True)
-class FilledRow:
-    """A row with its numbers."""
-
-    labels: tuple[str, ...]
-    entries: tuple[FilledEntry, ...]
-
-
 @dataclass
 class FilledTable:
-    """A table, ready to be rendered.
-
-    Args:
-        layout: of it.
-        scale: of its runs; None where it holds published curves alone.
-        headers: group and title of each column of entries.
-        rows: from top to bottom.
-        notes: what is missing or was left out.
-    """
+    """A table, ready to be rendered."""
 
     layout: TableLayout
-    scale: str | None
-    headers: list[tuple[str, str]]
-    rows: list[FilledRow]
-    notes: list[str]
+    scale: str | None  # of its runs; None where it holds published curves alone
+    headers: list[tuple[str, str]]  # group and title of each column of entries
+    rows: list[tuple[list[str], list[FilledEntry]]]  # labels and entries, from top to bottom
+    notes: list[str]  # what is missing or was left out
 
     @property
     def with_paper(self) -> bool:
@@ -145,7 +129,18 @@ def make_table(
         InputError: whatever keeps the table from being made, in one line.
     """
     layout = LAYOUTS[name]
-    curves, folders = _split_sources(layout, sources)
+    curves: dict[str, list[Path]] = {}
+    folders = []
+    for source in sources:
+        cell, equals, path = source.partition("=")
+        if not equals or Path(source).exists() or "/" in cell:  # a folder may have an = in its name
+            folders.append(Path(source))
+        elif cell in layout.cells:
+            curves.setdefault(cell, []).extend(curve_files(Path(path)))
+        else:
+            raise InputError(
+                f"{source}: {name} has no such cell; use one of {', '.join(layout.cells)}"
+            )
     if project and folders:
         raise InputError(
             f"--wandb {project} and {folders[0]} are both given; read one or the other"
@@ -157,40 +152,13 @@ def make_table(
         )
     if (scale or where) and not (folders or project):
         raise InputError("--scale and --where choose among runs, and only curves are given")
-    conditions = dict(_key_and_value(text) for text in where)
     runs, notes = runs_of_curves({}), list[str]()
     if project or folders:
         found = runs_of_project(project, name) if project else runs_of_folders(folders)
-        runs, notes = select(layout, found, scale=scale, conditions=conditions)
+        runs, notes = select(layout, found, scale=scale, where=where)
     table = fill(layout, runs, runs_of_curves(curves))
     table.notes += notes
     return table
-
-
-def _split_sources(
-    layout: TableLayout, sources: Sequence[str]
-) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Published curves by cell, and folders, whose names may hold an equals sign."""
-    curves: dict[str, list[Path]] = {}
-    folders = []
-    for source in sources:
-        cell, equals, path = source.partition("=")
-        if not equals or Path(source).exists() or "/" in cell:
-            folders.append(Path(source))
-        elif cell in layout.cells:
-            curves.setdefault(cell, []).extend(curve_files(Path(path)))
-        else:
-            raise InputError(
-                f"{source}: {layout.name} has no such cell; use one of {', '.join(layout.cells)}"
-            )
-    return curves, folders
-
-
-def _key_and_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise InputError(f"--where {text} is not key=value, as in --where batch_size.theta=0.6")
-    return key, value
 
 
 # ---- selection
@@ -200,16 +168,10 @@ def select(
     layout: TableLayout,
     runs: Runs,
     *,
-    scale: str | None = None,
-    conditions: Mapping[str, str] | None = None,
+    scale: str | None,
+    where: Sequence[str],
 ) -> tuple[Runs, list[str]]:
-    """Choose a table's runs.
-
-    Args:
-        layout: of the table.
-        runs: of whatever table; may hold sweeps of several variants.
-        scale: the scale to take, where the runs have several.
-        conditions: settings that the runs must have, as they are typed, by dotted name.
+    """Choose a table's runs among those of whatever table; `scale` and `where` as for make_table.
 
     Returns:
         The runs, of which those that are finished count, one for each cell and seed; and a note on
@@ -238,8 +200,8 @@ def select(
             f"--scale {scale}: no run of {layout.name} has it; they have {', '.join(scales)}"
         )
     own = own[own["scale"] == scale]
-    for key, text in (conditions or {}).items():
-        own = _where(own, key, text)
+    for condition in where:
+        own = _where(own, condition)
     finished = own[own["finished"]].sort_values("name", key=lambda names: names.map(natural_order))
     notes = []
     for cell, runs_of_cell in finished.groupby("cell"):
@@ -250,52 +212,52 @@ def select(
                 for name, later in pairwise(repeated["name"])
             ]
     if len(finished):
-        _refuse_differences(finished, f"of {layout.name}", groups=COMMON)
+        _refuse_differences(finished, f"of {layout.name}", COMMON)
     counted = finished.drop_duplicates(["cell", "seed"], keep="last")
     return pd.concat([counted, own[~own["finished"]]]), notes
 
 
-def _where(runs: Runs, key: str, text: str) -> Runs:
+def _where(runs: Runs, condition: str) -> Runs:
     """Runs with a setting that was asked for; a run that has it without using it may have any."""
+    key, equals, text = condition.partition("=")
+    if not (key and equals):
+        raise InputError(
+            f"--where {condition} is not key=value, as in --where batch_size.theta=0.6"
+        )
     settings = runs["settings"]
     if not any(key in each for each in settings):
         near = difflib.get_close_matches(key, {name for each in settings for name in each}, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"--where {key}={text}: no run has that setting{hint}")
-    uses = settings.map(lambda each: _uses(key, each))
+        raise InputError(f"--where {condition}: no run has that setting{hint}")
+    # A constant batch has a theta that it does not use.
+    may_be_idle = key.startswith(("batch_size.", "noise_scale."))
+    uses = settings.map(
+        lambda each: key in each and (not may_be_idle or decides(key, each, Purpose.CURVE))
+    )
     other = uses & ~settings.map(lambda each: _matches(each.get(key), text))
     if uses.any() and (other == uses).all():
         values = sorted({str(each[key]) for each in settings[uses]})
-        raise InputError(f"--where {key}={text}: no run has it; they have {', '.join(values)}")
+        raise InputError(f"--where {condition}: no run has it; they have {', '.join(values)}")
     return runs[~other]
-
-
-def _uses(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a run has a setting and uses it: a constant batch has a theta that it does not."""
-    may_be_idle = key.startswith(("batch_size.", "noise_scale."))
-    return key in settings and (not may_be_idle or decides(key, settings, Purpose.CURVE))
 
 
 def _matches(value: Any, text: str) -> bool:
     """Whether a setting has a value as it is typed: 1e-3, true, [plug_in]."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(text.replace("_", "")) == value
-        except ValueError:
-            return False
     try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(text.replace("_", "")) == value
         return text == str(value) or bool(yaml.safe_load(text) == value)
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         return False
 
 
-def _refuse_differences(runs: Runs, what: str, *, groups: Sequence[str] = ("",)) -> None:
-    """Refuse runs that cannot stand together.
+def _refuse_differences(runs: Runs, what: str, groups: Sequence[str] | None = None) -> None:
+    """Refuse runs that cannot stand together: they differ in what decides their losses.
 
     Args:
-        runs: that have to agree in what decides their losses.
+        runs: to compare.
         what: they have in common.
-        groups: settings or groups of them to compare; "" is all.
+        groups: settings or groups of them to compare; None is all.
 
     Raises:
         InputError: names two runs, and the settings that differ.
@@ -306,7 +268,7 @@ def _refuse_differences(runs: Runs, what: str, *, groups: Sequence[str] = ("",))
         keys = [
             key
             for key in differing_settings(first, other)
-            if any(group in ("", key) or key.startswith(group + ".") for group in groups)
+            if groups is None or any(f"{key}.".startswith(f"{group}.") for group in groups)
         ]
         if keys:
             shown = [f"{key}: {first.get(key)} and {other.get(key)}" for key in keys[:SHOWN]]
@@ -322,10 +284,9 @@ def _refuse_differences(runs: Runs, what: str, *, groups: Sequence[str] = ("",))
 
 
 def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
-    """Runs of each cell by seed, with their losses read.
+    """Runs of each cell by seed, with their `losses` read (a curve over steps).
 
-    The columns beside the frame's: `losses` (a curve over steps), `lowest` (nats per token) and
-    `lowest_step`, the first that has it.
+    `lowest` is the lowest of them (nats per token), `lowest_step` the first step that has it.
     """
     if runs.empty:
         return {}
@@ -341,12 +302,14 @@ def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
 def minimum_loss(runs: pd.DataFrame) -> Statistic:
     """Mean and sample standard deviation over seeds of the lowest validation loss."""
     lowest = list(runs["lowest"])
-    return Statistic(fmean(lowest), stdev(lowest) if len(runs) > 1 else None, _seeds(runs))
+    return Statistic(
+        fmean(lowest), stdev(lowest) if len(runs) > 1 else None, tuple(runs.index.tolist())
+    )
 
 
 def median_steps(runs: pd.DataFrame) -> Statistic:
     """Median over seeds of the steps that the token budget takes."""
-    return Statistic(float(median(runs["steps"])), seeds=_seeds(runs))
+    return Statistic(float(median(runs["steps"])), seeds=tuple(runs.index.tolist()))
 
 
 def reduction_by_first_reaching(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> Statistic:
@@ -362,14 +325,14 @@ def reduction_by_first_reaching(adaptive: pd.DataFrame, baseline: pd.DataFrame) 
         if len(reached := pair.losses[pair.losses <= pair.lowest_baseline])
     ]
     value = float(median(reductions)) if reductions else None
-    return Statistic(value, seeds=_seeds(pairs), reached=len(reductions))
+    return Statistic(value, seeds=tuple(pairs.index.tolist()), reached=len(reductions))
 
 
 def reduction_by_total_steps(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> Statistic:
     """Median of 100 (1 - a / b), in percent; a and b are all steps of either run."""
     pairs = paired(adaptive, baseline)
     reductions = 100 * (1 - pairs["steps"] / pairs["steps_baseline"])
-    return Statistic(float(reductions.median()), seeds=_seeds(pairs))
+    return Statistic(float(reductions.median()), seeds=tuple(pairs.index.tolist()))
 
 
 def paired(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
@@ -377,20 +340,11 @@ def paired(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     return adaptive.join(baseline.add_suffix("_baseline"), how="inner").sort_index()
 
 
-def _seeds(runs: pd.DataFrame) -> tuple[int, ...]:
-    return tuple(int(seed) for seed in runs.index)
-
-
 # ---- filling
 
 
 def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
-    """Compute every entry.
-
-    Args:
-        layout: of the table.
-        runs: the table's, as `select` returns them.
-        published: curves in place of runs, as `runs_of_curves` reads them.
+    """Compute every entry from `select`'s runs and, in place of runs, from published curves.
 
     Raises:
         InputError: a cell has both, or nothing has any.
@@ -412,14 +366,21 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
     scale = runs["scale"].iloc[0] if ours else None
     seeds = sorted({seed for of_cell in ours.values() for seed in of_cell.index})
     missing = {
-        cell: lacking
+        cell: ", ".join(lacking)
         for cell in layout.cells
-        if cell in ours and (lacking := [seed for seed in seeds if seed not in ours[cell].index])
+        if cell in ours
+        and (lacking := [str(seed) for seed in seeds if seed not in ours[cell].index])
     }
 
     def shown(label: Label, entries: Iterable[Entry]) -> str:
+        """A label with the setting of its runs, the paper's, or the role."""
+        if isinstance(label, str):
+            return label
         first = [ours[entry.cell]["settings"].iloc[0] for entry in entries if entry.cell in ours]
-        return _shown(label, first, scale)
+        values = sorted({each[label.key] for each in first if label.key in each})
+        if not values and scale is None:
+            return label.text.format(label.paper)
+        return label.text.format(" or ".join(map(str, values)) or label.role)
 
     def filled(entry: Entry) -> FilledEntry:
         incomplete = {entry.cell, entry.baseline} & missing.keys()
@@ -427,6 +388,7 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
         marked = statistic is not None and bool(incomplete or _unpaired(entry, cells))
         return FilledEntry(entry, statistic, marked)
 
+    absent = [cell for cell in layout.cells if cell not in cells]
     return FilledTable(
         layout=layout,
         scale=scale,
@@ -435,11 +397,17 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
             for number, (group, title) in enumerate(layout.columns)
         ],
         rows=[
-            FilledRow(tuple(shown(label, entries) for label in labels), tuple(map(filled, entries)))
+            ([shown(label, entries) for label in labels], list(map(filled, entries)))
             for labels, entries in layout.rows
         ],
         notes=[
-            *_notes(layout, cells, missing),
+            *([f"no run: {', '.join(absent)}"] if absent else []),
+            *(f"* missing seeds: {cell} lacks {lacking}" for cell, lacking in missing.items()),
+            *(
+                f"* not paired: {entry.cell} and {entry.baseline} do not both have seeds {alone}"
+                for entry in layout.entries
+                if entry.quantity == "first_reaching" and (alone := _unpaired(entry, cells))
+            ),
             *(f"not counted, unfinished: {name}" for name in unfinished),
         ],
     )
@@ -447,12 +415,11 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
 
 def statistic_of(entry: Entry, cells: Cells) -> Statistic | None:
     """An entry's number; None where it has no runs."""
-    runs = cells.get(entry.cell)
+    runs, baseline = cells.get(entry.cell), cells.get(entry.baseline or "")
     if runs is None:
         return None
     if entry.baseline is None:
         return minimum_loss(runs) if entry.quantity == "loss" else median_steps(runs)
-    baseline = cells.get(entry.baseline)
     if baseline is None or paired(runs, baseline).empty:
         return None
     if entry.quantity == "total_steps":
@@ -460,36 +427,9 @@ def statistic_of(entry: Entry, cells: Cells) -> Statistic | None:
     return reduction_by_first_reaching(runs, baseline)
 
 
-def _unpaired(entry: Entry, cells: Cells) -> list[int]:
+def _unpaired(entry: Entry, cells: Cells) -> str:
     """Seeds that the adaptive runs or the baseline have alone."""
     runs, baseline = cells.get(entry.cell), cells.get(entry.baseline or "")
     if runs is None or baseline is None:
-        return []
-    return sorted(runs.index.symmetric_difference(baseline.index))
-
-
-def _shown(label: Label, settings: Sequence[Mapping[str, Any]], scale: str | None) -> str:
-    """A label with the setting of its runs, the paper's, or the role."""
-    if label.key is None:
-        return label.text
-    values = sorted({each[label.key] for each in settings if label.key in each})
-    if not values and scale is None:
-        return label.text.format(label.paper)
-    return label.text.format(" or ".join(str(value) for value in values) or label.role)
-
-
-def _notes(layout: TableLayout, cells: Cells, missing: Mapping[str, list[int]]) -> list[str]:
-    notes = []
-    if absent := [cell for cell in layout.cells if cell not in cells]:
-        notes.append(f"no run: {', '.join(absent)}")
-    notes += [f"* missing seeds: {cell} lacks {_listed(lack)}" for cell, lack in missing.items()]
-    notes += [
-        f"* not paired: {entry.cell} and {entry.baseline} do not both have seeds {_listed(alone)}"
-        for entry in layout.entries
-        if entry.quantity == "first_reaching" and (alone := _unpaired(entry, cells))
-    ]
-    return notes
-
-
-def _listed(seeds: Iterable[int]) -> str:
-    return ", ".join(str(seed) for seed in seeds)
+        return ""
+    return ", ".join(map(str, sorted(runs.index.symmetric_difference(baseline.index))))

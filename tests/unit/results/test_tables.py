@@ -438,10 +438,8 @@ def test_the_published_curves_give_the_papers_steps_reduction():
         *(f"muon_{cell}={folder / f'MUON_{name}.csv'}" for cell, name in names.items()),
     )
     rows = {
-        row.labels[0]: [
-            entry.statistic and round(entry.statistic.value or -1, 2) for entry in row.entries
-        ]
-        for row in table.rows
+        label: [entry.statistic and round(entry.statistic.value or -1, 2) for entry in entries]
+        for (label,), entries in table.rows
     }
     assert rows["Signum"] == [3.38, 3.44, None, 3.37, 66.59, 66.59, 66.59]
     assert rows["Muon"] == [3.3, 3.34, None, 3.31, -1, -1, 66.36]

@@ -256,7 +256,7 @@ def test_a_table_is_read_from_w_and_b_as_from_folders(monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "wandb", Reader(runs))
     table = make_table("table2", project="team/study")
-    muon = next(row for row in table.rows if row.labels == ("Muon",))
-    values = [entry.statistic and entry.statistic.value for entry in muon.entries]
+    muon = next(entries for labels, entries in table.rows if labels == ["Muon"])
+    values = [entry.statistic and entry.statistic.value for entry in muon]
     assert values == [4.0, None, None, 3.0, 75.0, 75.0, 50.0]
     assert "not counted, unfinished: late" in table.notes
