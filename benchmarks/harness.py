@@ -17,10 +17,10 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_shard
@@ -78,7 +78,7 @@ class Command(Settings):
 
 def model_config(name: str, vocab_size: int) -> LlamaConfig:
     """Read a file of conf/model; `vocab_size` is for those that leave it to the data."""
-    values = read_yaml(MODELS[name])
+    values: Any = OmegaConf.to_container(OmegaConf.load(MODELS[name]))
     del values["defaults"]
     scaling = RopeScaling(**values.pop("rope_scaling", {}))
     values["vocab_size"] = values.get("vocab_size") or vocab_size

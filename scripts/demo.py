@@ -16,7 +16,7 @@ from rich.table import Table
 from gns_pretrain.errors import InputError, with_exit_code
 from gns_pretrain.results.figures import draw
 from gns_pretrain.results.frame import read_curves
-from gns_pretrain.runs.directory import RunRecord
+from gns_pretrain.runs.directory import read_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}
@@ -43,24 +43,23 @@ def main() -> None:
     outputs, seed = ROOT / given.get("output_directory", "outputs"), given.get("seed", "0")
     picture = outputs / f"demo-seed{seed}.png"
     runs = {
-        label: RunRecord.read(outputs / f"demo-{experiment}-seed{seed}")
-        for label, experiment in RUNS.items()
+        label: outputs / f"demo-{experiment}-seed{seed}" for label, experiment in RUNS.items()
     }
-    curves = {label: [read_curves(run.directory)] for label, run in runs.items()}
+    curves = {label: [read_curves(run)] for label, run in runs.items()}
     draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     console = Console(soft_wrap=True)
     console.print(closing_table(runs))
     console.print(f"picture: {picture}")
 
 
-def closing_table(runs: dict[str, RunRecord]) -> Table:
+def closing_table(runs: dict[str, Path]) -> Table:
     """Compare steps, tokens, loss and time of the runs."""
     table = Table(title="the same tokens, taken in batches of different size")
     table.add_column("", no_wrap=True)
     for column in ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training"):
         table.add_column(column, justify="right")
     for label, run in runs.items():
-        summary = run.summary
+        summary = read_summary(run)
         formats = {"steps": ",", "tokens": ",", "batch_size": ",", "validation_loss": ".4f"}
         formats |= {"tokens_per_second": ",.0f", "seconds": ".0f"}
         table.add_row(label, *(format(summary[name], how) for name, how in formats.items()))

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.errors import InputError, with_exit_code
 from gns_pretrain.fields import script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
-from gns_pretrain.runs.directory import CONFIG
+from gns_pretrain.runs.directory import CONFIG, read_settings
 from gns_pretrain.runs.provenance import read_provenance
 from gns_pretrain.training.checkpoint import load_model
 
@@ -72,10 +71,13 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedText:
     """Find the tokenizer and its ids in the run's data, if that is still where config.yaml says."""
     run_directory = arguments.checkpoint.resolve().parents[1]
-    run_config = run_directory / CONFIG
-    if not run_config.is_file():
-        raise InputError(f"{run_config} is missing; --checkpoint must be inside its run directory")
-    settings = DataSettings(**read_yaml(run_config)["data"])
+    run_settings = read_settings(run_directory)
+    if "data" not in run_settings:
+        raise InputError(
+            f"{run_directory / CONFIG} is missing or empty; --checkpoint must be inside its run "
+            "directory"
+        )
+    settings = DataSettings(**run_settings["data"])
     scaling = config.rope_scaling
     scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
     max_positions = arguments.max_positions or max(settings.sequence_length, scaled)

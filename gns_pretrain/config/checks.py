@@ -1,4 +1,7 @@
-"""Rules between settings of different groups, ranks and data, checked before anything starts."""
+"""Rules between settings of different groups, ranks and data, checked before anything starts.
+
+Each function raises an InputError at the first rule that is broken.
+"""
 
 import torch
 
@@ -8,11 +11,7 @@ from gns_pretrain.parallel.mesh import shard_group_size
 
 
 def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
-    """Check settings against the ranks; reads no file.
-
-    Raises:
-        InputError: the first rule that is broken.
-    """
+    """Check settings against the ranks; reads no file."""
     kind = config.parallel.resolved_kind(num_ranks)
     if kind == "single" and num_ranks > 1:
         raise InputError(
@@ -33,11 +32,7 @@ def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None
 
 
 def check_batch_size(config: Config, *, num_ranks: int) -> None:
-    """Check the batch size's policies against the ranks and what is measured.
-
-    Raises:
-        InputError: the first rule that is broken.
-    """
+    """Check the batch size's policies against the ranks and what is measured."""
     measured = config.noise_scale
     for prefix, policy in config.batch_size.policies:
         if policy.reads is not None:
@@ -59,11 +54,7 @@ def check_batch_size(config: Config, *, num_ranks: int) -> None:
 
 
 def check_data(config: Config, *, data_vocab_size: int, validation_sequences: int) -> None:
-    """Check settings against the data.
-
-    Raises:
-        InputError: the first rule that is broken.
-    """
+    """Check settings against the data."""
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < data_vocab_size:
         raise InputError(

@@ -1,13 +1,11 @@
-"""From what Hydra composed, or a YAML file holds, to plain settings."""
+"""From what Hydra composed to plain settings."""
 
 import dataclasses
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
@@ -88,28 +86,6 @@ def refuse_additions(settings: Any, prefix: str = "") -> None:
             refuse_additions(value, f"{prefix}{name}.")
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """Return the settings as nested plain values."""
-    return dataclasses.asdict(config)
-
-
 def as_yaml(config: Config) -> str:
     """Return the resolved settings as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read nested plain values from a YAML file.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(values, dict), "no settings in it"
-    except (YAMLError, ValueError, OSError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path} is damaged ({reason}); restore it, or use another run_name"
-        ) from error
-    return {str(key): value for key, value in values.items()}
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -24,12 +24,7 @@ SEVERAL_VALUES = "Ambiguous value for argument"
 
 
 def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputError:
-    """Convert an error of composition to one line; raise any other error as it is.
-
-    Args:
-        error: what Hydra raised.
-        overrides: of the command line.
-    """
+    """Convert an error of composition to one line; raise any other error as it is."""
     if isinstance(error, ConfigCompositionException) and str(error).startswith(SEVERAL_VALUES):
         return mistake_in_list_of_values(error, overrides)
     if isinstance(error, OverrideParseException):
@@ -89,39 +84,26 @@ def bad_override(error: ConfigCompositionException) -> str:
     """Describe a setting that does not exist, or a value of the wrong type."""
     cause = error.__cause__
     text = first_line(error)
-    given = re.search(r"'([^'=]+)(?:=[^']*)?'|merging override ([^\s=]+)", text)
-    key = str(getattr(cause, "full_key", None) or (given and (given[1] or given[2])) or "")
     if text.startswith("Could not override"):
-        return unknown_setting(key.lstrip("+~"))
+        given = re.search(r"'([^'=]+)(?:=[^']*)?'", text)
+        name = str(getattr(cause, "full_key", None) or (given and given[1]) or "").lstrip("+~")
+        close = difflib.get_close_matches(name, known_settings(Config), n=1)
+        guess = f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
+        return f"{name}: there is no such setting; {guess}"
     if text.startswith("Error merging override") and isinstance(cause, OmegaConfBaseException):
         assignment = text.removeprefix("Error merging override ")
-        return f"{assignment}: {expectation(first_line(cause))}"
+        reason = first_line(cause)
+        wrong_type = re.search(r"of type '\w+' could not be converted to (\w+)", reason)
+        if not wrong_type:
+            return f"{assignment}: {reason}; give a value of the setting's own kind"
+        wanted = WANTED.get(wrong_type[1], wrong_type[1])
+        hint = ", written without a point or exponent" if wrong_type[1] == "Integer" else ""
+        return f"{assignment}: this setting is {wanted}{hint}; give it one"
     return f"{text}; see the files under conf/"
 
 
-def expectation(reason: str) -> str:
-    """Say what type of value a setting takes."""
-    wrong_type = re.search(r"of type '(\w+)' could not be converted to (\w+)", reason)
-    if not wrong_type:
-        return f"{reason}; give a value of the setting's own kind"
-    wanted = WANTED.get(wrong_type[2], wrong_type[2])
-    hint = ", written without a point or exponent" if wrong_type[2] == "Integer" else ""
-    return f"this setting is {wanted}{hint}; give it one"
-
-
-def unknown_setting(name: str) -> str:
-    """Describe a setting that does not exist, with the closest one that does."""
-    known = known_settings(Config)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    guess = f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
-    return f"{name}: there is no such setting; {guess}"
-
-
 def known_settings(schema: Any, prefix: str = "") -> list[str]:
-    """List the dotted names of a dataclass's fields, groups and nested fields included.
-
-    Where a field has a choice of schemas (optimizers), the fields of all of them count.
-    """
+    """List a dataclass's fields by dotted names, with those of all its schemas (optimizers)."""
     names = []
     for field in dataclasses.fields(schema):
         names.append(prefix + field.name)

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from gns_pretrain.batch_size.controller import BatchSizer, Controller
-from gns_pretrain.config.compose import as_dict
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
-from gns_pretrain.data.shards import TokenShards, joint_fingerprint
 from gns_pretrain.data.staging import staged
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
@@ -27,19 +25,10 @@ from gns_pretrain.training.schedule import Schedule
 from gns_pretrain.training.state import TrainState
 
 
-def data_fingerprint(splits: tuple[TokenShards, TokenShards]) -> str:
-    """Hash the training and validation data together."""
-    return joint_fingerprint(split.fingerprint for split in splits)
-
-
 def build_run(config: Config, world: World, directory: Path, *, run_id: str = "") -> Run:
-    """Build what a run needs, at its first step or where its last checkpoint stood.
+    """Build what a run needs, on every rank, at its first step or from its last checkpoint.
 
-    Args:
-        config: its settings.
-        world: its ranks, which all call this.
-        directory: of the run.
-        run_id: its id at a tracking service, needed on the main rank where one is used.
+    `run_id` is its id at a tracking service, needed on the main rank where one is used.
 
     Raises:
         InputError: the ranks cannot take the initial batch.
@@ -62,7 +51,7 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         shown_as(config),
         is_main=world.is_main,
         resume_step=state.step,
-        config=as_dict(config),
+        config=dataclasses.asdict(config),
         token_budget=config.token_budget,
         run_id=run_id,
     )

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SIGNS_OF_ANOTHER_RANK = (
 # How faulthandler begins a report of a crash.
 CRASH = "Fatal Python error: "
 ABORTED = CRASH + "Aborted"
+CRASHED, HANGING, WAITING = range(3)  # ranks without an error, likely culprits first
 # A rank that only lost another one exits later: the launcher goes by the first exit code.
 HEAD_START_SECONDS = 1.0
 
@@ -176,28 +178,25 @@ def silent_failure(folder: Path, silent: list[dict[str, Any]]) -> tuple[str, str
 
     A rank that was aborted was waiting for another one, by NCCL's watchdog: not the culprit.
     """
-    crashed: list[tuple[str, str]] = []  # name and stack
-    hanging: list[tuple[str, str]] = []
-    aborted: list[tuple[str, str]] = []
+    stacks: list[tuple[int, str, str]] = []  # order of suspicion, name, stack
     for rank in silent:
         path = folder / f"rank_{rank['rank']:05d}.stack"
         stack = path.read_text().strip() if path.exists() else ""  # empty if it was killed outright
-        group = hanging
+        order = HANGING
         if stack.startswith(CRASH):
-            group = aborted if stack.startswith(ABORTED) else crashed
-        group.append((_name(rank), stack))
-    if crashed:
-        name, stack = crashed[0]
+            order = WAITING if stack.startswith(ABORTED) else CRASHED
+        stacks.append((order, _name(rank), stack))
+    stacks.sort(key=itemgetter(0))
+    first, name, stack = stacks[0]
+    if first == CRASHED:
         cause = f"{name}: {stack.splitlines()[0]}"
     else:
         cause = (
-            f"{', '.join(name for name, _ in hanging or aborted)} left no error: killed from "
-            "outside, as when memory runs out, or hanging until the others gave up"
+            f"{', '.join(name for order, name, _ in stacks if order == first)} left no error: "
+            "killed from outside, as when memory runs out, or hanging until the others gave up"
         )
     return cause, "\n".join(
-        f"{name} was here at its end:\n{stack}"
-        for name, stack in (*crashed, *hanging, *aborted)
-        if stack
+        f"{name} was here at its end:\n{stack}" for _, name, stack in stacks if stack
     )
 
 

@@ -11,7 +11,7 @@ import sys
 
 from gns_pretrain.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, EXIT_TRAINING
 from gns_pretrain.launch.crash_report import read_crash_reports
-from gns_pretrain.runs.history import append_end, has_ended
+from gns_pretrain.runs.history import append_end, read_starts
 from gns_pretrain.system.slurm import SlurmJob, job_state, requeue
 
 FAILURES = "failures.log"  # in the job's folder, one line a failed start
@@ -70,8 +70,10 @@ def main() -> int:
         with log.open("a") as file:
             file.write(summary.cause + "\n")
         failures = len(log.read_text().splitlines())
-        if summary.run_directory is not None and not has_ended(summary.run_directory):
-            append_end(summary.run_directory, "failed", summary.cause)
+        if (directory := summary.run_directory) is not None:
+            events = read_starts(directory)
+            if not events or events[-1]["event"] != "end":
+                append_end(directory, "failed", summary.cause)
     again, why = decide(code, state=job_state(job.id), failures=failures, at_most=arguments.at_most)
     print(f"job {job.id}: {why}", flush=True)
     if again and not requeue(job.id):

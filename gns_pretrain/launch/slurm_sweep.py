@@ -15,6 +15,7 @@ from gns_pretrain.launch.slurm_jobs import (
     wait_for_jobs,
 )
 from gns_pretrain.launch.sweep import PlannedRun, RunResult, skip_or_reuse
+from gns_pretrain.runs.directory import is_finished, read_summary
 from gns_pretrain.system.slurm import JOB_FOLDER, job_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +36,7 @@ class SlurmSettings(Settings):
     sbatch: dict[str, Any] = field(default_factory=dict)  # further options, by submitit's names
 
     def executor_parameters(self, folder: Path) -> dict[str, Any]:
-        """Options of sbatch and srun, by submitit's names.
-
-        Args:
-            folder: for logs, pickles and crash reports.
-        """
+        """Options of sbatch and srun, by submitit's names; `folder` is for crash reports."""
         python, at_most = shlex.quote(sys.executable), self.restarts_after_failure
         parameters: dict[str, Any] = {
             "job_name": "gns-pretrain",
@@ -79,16 +76,13 @@ def submit_runs(
     wait: bool,
     log: Callable[[str], None],
 ) -> list[RunResult]:
-    """Submit the runs that are neither finished nor in the queue.
+    """Submit the runs that are neither finished nor in the queue; return each run's result.
 
     Args:
         runs: of one sweep.
         submit_array: submits runs as one job array; gets the folder for its logs, returns the ids.
         wait: return when all jobs have ended.
         log: prints a line.
-
-    Returns:
-        The result of each run, in order.
     """
     folder = runs[0].directory.parent.joinpath(*LOG_FOLDER).resolve()
     in_queue = queued_runs(folder, job_states())
@@ -101,19 +95,17 @@ def submit_runs(
             results[run.directory] = RunResult(run.name, "submitted", f"in the queue as job {job}")
         else:
             ready.append(run)
-    ids: list[str] = []
+    jobs = submit_array(ready, folder) if ready else []
     if ready:
-        ids = submit_array(ready, folder)
-        append_submitted(folder, [run.directory.resolve() for run in ready], ids)
-    for run, job in zip(ready, ids, strict=True):
-        results[run.directory] = RunResult(run.name, "submitted", f"as job {job}")
+        append_submitted(folder, [run.directory.resolve() for run in ready], jobs)
     if wait:
-        wait_for_jobs(ids, log=log)
-        for run in ready:
-            result = skip_or_reuse(run, log=log)
-            results[run.directory] = (
-                RunResult(run.name, "finished", summary=result.summary)
-                if result
-                else RunResult(run.name, "failed", f"its log in {folder} says why")
-            )
+        wait_for_jobs(jobs, log=log)
+    for run, job in zip(ready, jobs, strict=True):
+        if not wait:
+            result = RunResult(run.name, "submitted", f"as job {job}")
+        elif is_finished(run.directory):
+            result = RunResult(run.name, "finished", summary=read_summary(run.directory))
+        else:
+            result = RunResult(run.name, "failed", f"its log in {folder} says why")
+        results[run.directory] = result
     return [results[run.directory] for run in runs]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gns_pretrain.config.compose import as_dict, as_yaml
+from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.build import shown_as
@@ -33,9 +33,10 @@ from gns_pretrain.runs.directory import (
 )
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
+    Purpose,
+    deciding_settings,
     differing_settings,
     identifying_settings,
-    same_training,
     settings_of_run,
 )
 from gns_pretrain.runs.provenance import new_run_id
@@ -64,7 +65,7 @@ class PlannedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All settings by dotted names, and the data's fingerprint."""
-        return identifying_settings(as_dict(self.config), self.fingerprint)
+        return identifying_settings(asdict(self.config), self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,15 @@ def plan_runs(
     """Check every run of a sweep.
 
     Args:
-        job_overrides: each run's overrides.
-        compose: makes a run's settings of them.
-        check: checks settings against this machine; returns the run directory and the data's
-            fingerprint.
+        job_overrides: of each run.
+        compose: makes settings of overrides.
+        check: validates settings; returns the run directory and the data's fingerprint.
 
     Returns:
         One run for each list of overrides; equal ones give the same object.
 
     Raises:
-        InputError: some run cannot be started, or two different ones would share a directory;
-            nothing has been started.
+        InputError: some run cannot be started, or two different ones would share a directory.
     """
     planned: dict[Path, PlannedRun] = {}
     problems: Counter[str] = Counter()
@@ -141,12 +140,7 @@ def refuse_collision(known: PlannedRun, run: PlannedRun) -> None:
 
 
 def skip_or_reuse(run: PlannedRun, *, log: Callable[[str], None]) -> RunResult | None:
-    """The result of a run that needs no training: finished, or equal to a finished one.
-
-    Args:
-        run: which may get a copy of a finished run's record.
-        log: prints a line.
-    """
+    """The result of a run that needs no training: finished, or given an equal one's record."""
     if run.config.resume == "never":
         return None
     if is_finished(run.directory):
@@ -158,9 +152,10 @@ def skip_or_reuse(run: PlannedRun, *, log: Callable[[str], None]) -> RunResult |
 
 def find_equal_run(run: PlannedRun) -> Path | None:
     """A finished run beside this one whose training is the same, under another name."""
+    wanted = deciding_settings(run.settings, Purpose.RECORD)
     for path in sorted(run.directory.parent.glob(f"*/{SUMMARY}")):
         settings = settings_if_finished(path.parent)
-        if settings and same_training(settings, run.settings):
+        if settings and deciding_settings(settings, Purpose.RECORD) == wanted:
             return path.parent
     return None
 
@@ -189,7 +184,7 @@ def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> 
     unfinished.rename(run.directory)
     wandb = shown_as(run.config).wandb
     if wandb.enabled:
-        config = as_dict(run.config)
+        config = asdict(run.config)
         make_view = partial(WandbView, run.directory, wandb, config=config, run_id=run_id)
         view = MayFail("W&B", make_view, log)
         for record in read_records(run.directory / METRICS):

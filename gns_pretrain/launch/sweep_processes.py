@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
 
 import torch
 from rich.console import Console
@@ -85,58 +84,49 @@ def train_runs(
         The result of each, in order. After a request to stop, those that are running are saved
         first; the others are stopped too.
     """
-    slots: SimpleQueue[int] = SimpleQueue()
-    for slot in range(max_parallel):
-        slots.put(slot)
-    started: list[RunProcess] = []
-    reusing = Lock()  # W&B takes one run at a time
+    waiting = deque(runs)
+    running: dict[int, RunProcess] = {}  # by slot
+    results: dict[Path, RunResult] = {}
     log = partial(print_line, console)
 
-    def train(run: PlannedRun) -> RunResult:
-        if stop.requested:
-            return RunResult(run.name, "stopped", "not started")
-        with reusing:
-            if result := skip_or_reuse(run, log=log):
-                return result
-        slot = slots.get()
-        try:
-            process = RunProcess(run, slot=slot, max_parallel=max_parallel)
-            started.append(process)
-            if stop.requested:
-                process.stop()
-            return process.result()
-        finally:
-            slots.put(slot)
+    def end(run: PlannedRun, result: RunResult) -> None:
+        results[run.directory] = result
+        detail = f": {result.why}" if result.why else ""
+        if result.summary and result.state == "finished":
+            detail = f": lowest validation loss {result.summary['minimum_validation_loss']:.4f}"
+        log(f"[{len(results)}/{len(runs)}] {result.name} {result.state}{detail}")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with (
-        StopRequest().listening() as stop,
-        progress,
-        ThreadPoolExecutor(max_parallel) as threads,
-    ):
+    with StopRequest().listening() as stop, progress:
         bar = progress.add_task("", total=sum(run.config.token_budget for run in runs))
-        futures = {run.directory: threads.submit(train, run) for run in runs}
-        results: dict[Path, RunResult] = {}
         try:
-            while len(results) < len(runs):
-                wait(futures.values(), timeout=UPDATE_SECONDS)
-                for directory, future in futures.items():
-                    if future.done() and directory not in results:
-                        results[directory] = future.result()
-                        count = f"{len(results)}/{len(runs)}"
-                        print_result(results[directory], count, console)
+            while waiting or running:
+                for slot in range(max_parallel):
+                    if slot in running and running[slot].process.poll() is not None:
+                        ended = running.pop(slot)
+                        end(ended.run, ended.result())
+                    while waiting and slot not in running:
+                        run = waiting.popleft()
+                        if stop.requested:
+                            end(run, RunResult(run.name, "stopped", "not started"))
+                        elif result := skip_or_reuse(run, log=log):
+                            end(run, result)
+                        else:
+                            running[slot] = RunProcess(run, slot=slot, max_parallel=max_parallel)
                 if stop.requested:
-                    for process in started:
+                    for process in running.values():
                         process.stop()
                 if not progress.disable:
-                    tokens, description = tokens_done(runs, results, started)
+                    tokens, description = tokens_done(runs, results, running.values())
                     progress.update(bar, completed=tokens, description=description)
-        except BaseException:  # of the sweep itself: no run is left behind
-            stop.flag.value = True
-            for process in started:
+                if running:
+                    time.sleep(UPDATE_SECONDS)
+        finally:  # an error of the sweep itself leaves no run behind
+            for process in running.values():
                 process.stop()
-            raise
+            for process in running.values():
+                process.process.wait()
     return [results[run.directory] for run in runs]
 
 
@@ -170,22 +160,13 @@ def failure_reason(printed: str, code: int) -> str:
     return (lines[-1] if lines else f"exit code {code}")[:MAX_QUOTED]
 
 
-def print_result(result: RunResult, count: str, console: Console) -> None:
-    """Print one line for a run that has ended."""
-    detail = f": {result.why}" if result.why else ""
-    if result.summary and result.state == "finished":
-        loss = result.summary["minimum_validation_loss"]
-        detail = f": lowest validation loss {loss:.4f}"
-    print_line(console, f"[{count}] {result.name} {result.state}{detail}")
-
-
 def tokens_done(
-    runs: Sequence[PlannedRun], results: Mapping[Path, RunResult], started: Sequence[RunProcess]
+    runs: Sequence[PlannedRun], results: Mapping[Path, RunResult], running: Iterable[RunProcess]
 ) -> tuple[int, str]:
-    """Tokens of all runs that are done with, and the progress bar's text."""
+    """Tokens of all runs that have ended or are running, and the progress bar's text."""
     tokens = sum(run.config.token_budget for run in runs if run.directory in results)
     parts = []
-    for run in (process.run for process in started if process.run.directory not in results):
+    for run in (process.run for process in running):
         budget = run.config.token_budget
         done = min(last_record(run.directory / METRICS).get("tokens", 0), budget)
         tokens += done

@@ -13,9 +13,10 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from gns_pretrain.config.checks import check_batch_size, check_data, check_layout
-from gns_pretrain.config.compose import as_dict, as_yaml
+from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.settings import open_splits
+from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.errors import (
     EXIT_BAD_INPUT,
@@ -27,7 +28,7 @@ from gns_pretrain.errors import (
     TrainingError,
     print_error,
 )
-from gns_pretrain.launch.build import build_run, data_fingerprint
+from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.crash_report import CrashReporter
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
 from gns_pretrain.parallel.collectives import barrier, from_main, gathered
@@ -42,7 +43,7 @@ from gns_pretrain.system.process_exit import end_process
 from gns_pretrain.system.processes import StopRequest, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.training.checkpoint import checkpoint_folders
-from gns_pretrain.training.loop import Run, train
+from gns_pretrain.training.loop import train
 
 
 def launch(config: Config) -> int:
@@ -62,14 +63,11 @@ def launch(config: Config) -> int:
 
 
 def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
-    """Validate what can be validated without other ranks.
+    """Validate what one process can; return the run directory and the fingerprint of the data.
 
     Args:
         config: of the run.
         info: this rank, if a launcher has started it.
-
-    Returns:
-        The run directory, and the fingerprint of the data.
 
     Raises:
         InputError: the first rule that is broken; nothing has been written.
@@ -90,9 +88,9 @@ def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
         data_vocab_size=splits[0].vocab_size,
         validation_sequences=splits[1].num_sequences(config.data.sequence_length),
     )
-    fingerprint = data_fingerprint(splits)
+    fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
-        refuse_another_run(directory, identifying_settings(as_dict(config), fingerprint))
+        refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
     return directory, fingerprint
 
 
@@ -145,8 +143,7 @@ def run_rank(
                 if world.is_main:
                     print(f"{directory} is finished; resume=never restarts it in a fresh directory")
                 return EXIT_FINISHED
-            with RunSession.open(config, directory, fingerprint, world, reporter) as session:
-                code = session.train(stop)
+            code = train_in(directory, config, fingerprint, world, reporter=reporter, stop=stop)
             # srun ends the others as soon as one has exited with a code; rank 0 may be busy with
             # its last upload.
             barrier(world)
@@ -157,60 +154,40 @@ def run_rank(
     return code
 
 
-@dataclasses.dataclass
-class RunSession:
-    """A run on one rank, while it holds the run directory's lock, its record and its data.
+def train_in(
+    directory: Path,
+    config: Config,
+    fingerprint: str,
+    world: World,
+    *,
+    reporter: CrashReporter,
+    stop: StopRequest,
+) -> int:
+    """Take the run directory, build the run, train it; return the exit code.
 
-    Args:
-        run: the run.
-        directory: its directory.
-        resume_hint: how to continue the run once it was stopped.
+    An error is reported before anything is closed, since closing may wait for other ranks.
     """
-
-    run: Run
-    directory: Path
-    resume_hint: str
-
-    @classmethod
-    @contextmanager
-    def open(
-        cls,
-        config: Config,
-        directory: Path,
-        fingerprint: str,
-        world: World,
-        reporter: CrashReporter,
-    ) -> Iterator["RunSession"]:
-        """Take the run directory and build the run; close all of it at the end of the block.
-
-        An error is reported before anything is closed, since closing may wait for other ranks.
-        """
-        hint = "the same command resumes it"
-        if config.resume == "never":
-            hint = f"start it again with run_name={directory.name} resume=auto"
-        # From here on it is a run like any other, by the name of its directory.
-        config = dataclasses.replace(config, run_name=directory.name, resume="auto")
-        shared, stage_to = config.launch.compile_cache, config.data.stage_to
-        with ExitStack() as resources, reporter.capture():
-            resources.enter_context(compile_cache(shared, stage_to, keep=world.is_main))
-            resources.enter_context(taken(directory, config, fingerprint, world))
-            reporter.set_run_directory(directory)
-            run_id = read_provenance(directory)["run_id"] if world.is_main else ""
-            run = build_run(config, world, directory, run_id=run_id)
-            resources.callback(run.record.close)
-            resources.callback(run.batches.close)
-            yield cls(run, directory, hint)
-
-    def train(self, stop: StopRequest) -> int:
-        """Train until the budget is reached or a stop is requested; return the exit code."""
-        run = self.run
+    hint = "the same command resumes it"
+    if config.resume == "never":
+        hint = f"start it again with run_name={directory.name} resume=auto"
+    # From here on it is a run like any other, by the name of its directory.
+    config = dataclasses.replace(config, run_name=directory.name, resume="auto")
+    shared, stage_to = config.launch.compile_cache, config.data.stage_to
+    with ExitStack() as resources, reporter.capture():
+        resources.enter_context(compile_cache(shared, stage_to, keep=world.is_main))
+        resources.enter_context(taken(directory, config, fingerprint, world))
+        reporter.set_run_directory(directory)
+        run_id = read_provenance(directory)["run_id"] if world.is_main else ""
+        run = build_run(config, world, directory, run_id=run_id)
+        resources.callback(run.record.close)
+        resources.callback(run.batches.close)
         finished = train(run, lambda: stop.requested)
-        if run.world.is_main:
-            append_end(self.directory, "finished" if finished else "stopped")
+        if world.is_main:
+            append_end(directory, "finished" if finished else "stopped")
         if finished:
             run.record.finish({"parameters": sum(p.numel() for p in run.model.parameters())})
             return EXIT_FINISHED
-        run.record.message(f"asked to stop: saved at step {run.state.step:,}; {self.resume_hint}")
+        run.record.message(f"asked to stop: saved at step {run.state.step:,}; {hint}")
         return EXIT_STOPPED
 
 

@@ -10,8 +10,7 @@ outputs/<run_name>/
     .lock           names the process that runs it
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,6 @@ from gns_pretrain.tracking import jsonl
 
 CONFIG, PROVENANCE, STARTS, LOCK = "config.yaml", "run.json", "starts.jsonl", ".lock"
 METRICS, SUMMARY, CHECKPOINTS = jsonl.METRICS, jsonl.SUMMARY, "checkpoints"
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A finished run, read."""
-
-    name: str
-    directory: Path
-    records: list[dict[str, Any]]  # lines of metrics.jsonl
-    summary: dict[str, Any]  # summary.json
-
-    @classmethod
-    def read(cls, directory: Path) -> "RunRecord":
-        """Read a run directory.
-
-        Raises:
-            InputError: the run is not finished, or a file is damaged.
-        """
-        if not (summary := read_summary(directory)):
-            raise InputError(
-                f"{directory / SUMMARY} is missing: the run is not finished; start it again to "
-                "finish it"
-            )
-        return cls(directory.name, directory, jsonl.read_records(directory / METRICS), summary)
 
 
 def is_finished(directory: Path) -> bool:
@@ -102,13 +77,10 @@ def run_directories(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; name a run directory, or a folder of some")
-    return list(_runs_below(path))
-
-
-def _runs_below(path: Path) -> Iterator[Path]:
-    if (path / CONFIG).is_file():
-        yield path
-        return  # W&B keeps a config.yaml of its own inside a run
-    for child in sorted(path.iterdir()):
-        if child.is_dir() and not child.name.startswith("."):
-            yield from _runs_below(child)
+    found = []
+    for folder, children, files in os.walk(path, followlinks=True):
+        if CONFIG in files:
+            found.append(Path(folder))
+            children.clear()  # W&B keeps a config.yaml of its own inside a run
+        children[:] = sorted(child for child in children if not child.startswith("."))
+    return found

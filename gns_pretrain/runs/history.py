@@ -27,13 +27,7 @@ SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "JWT")
 
 
 def append_start(directory: Path, *, nodes: list[str], gpu: Mapping[str, Any]) -> None:
-    """Record this start.
-
-    Args:
-        directory: the run's.
-        nodes: the node of each rank, in the order of ranks.
-        gpu: model and library versions of rank 0's GPU, to stand among the versions.
-    """
+    """Record this start: `nodes` of each rank, and `gpu` among the versions."""
     job = SlurmJob.current()
     append_event(
         directory,
@@ -69,12 +63,6 @@ def read_starts(directory: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return events
-
-
-def has_ended(directory: Path) -> bool:
-    """Whether the last start has recorded its own end."""
-    events = read_starts(directory)
-    return bool(events) and events[-1]["event"] == "end"
 
 
 def directory_of_requeued_job(directory: Path) -> Path | None:

@@ -89,11 +89,6 @@ def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the record of one run may stand for the other's, seed and measurements included."""
-    return deciding_settings(one, Purpose.RECORD) == deciding_settings(other, Purpose.RECORD)
-
-
 def changes_run_name(name: str, *, policy: str) -> bool:
     """Whether a default run_name holds an override of this setting or group.
 
@@ -132,11 +127,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to resume a run under other settings or on other data; without a run do nothing.
-
-    Args:
-        directory: the run's.
-        settings: of this start, flat, with the data's fingerprint.
+    """Refuse to resume the run in a directory, if there is one, as one with other settings or data.
 
     Raises:
         InputError: names the first settings that differ, or the data.

@@ -20,13 +20,9 @@ def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / CONFIG, config_text.encode())
     if not (directory / PROVENANCE).exists():
-        values = {
-            "data_fingerprint": data_fingerprint,
-            "git_revision": git_revision(),
-            **package_versions(),
-        }
-        write_json(directory / PROVENANCE, values | {"run_id": secrets.token_hex(8)})
-    elif "run_id" not in read_provenance(directory):
+        values = {"data_fingerprint": data_fingerprint, "git_revision": git_revision()}
+        write_json(directory / PROVENANCE, values | package_versions())
+    if "run_id" not in read_provenance(directory):
         new_run_id(directory)
 
 

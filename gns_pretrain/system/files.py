@@ -95,25 +95,32 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the advisory lock of `folder` (released by the system when the process dies).
+    """Hold the advisory lock of `folder`; yield whether it is held.
 
-    Yields:
-        Whether the lock is held: False if another process has it and `wait` is False. On a file
-        system without such locks (some parallel ones) it yields True: callers must stay correct
-        without it, since everything is written beside and renamed.
+    On a file system without such locks (some parallel ones) it yields True: callers must stay
+    correct without it, since everything is written beside and renamed.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # no locks on this file system
-        yield True
+        yield take_flock(descriptor, wait=wait) is not False
     finally:
         os.close(descriptor)
+
+
+def take_flock(descriptor: int, *, wait: bool) -> bool | None:
+    """Take a file's lock, which the system releases when the process dies.
+
+    Returns:
+        Whether it is held: False if another process has it and `wait` is False; None on a file
+        system without locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,14 +4,11 @@ The underscore keeps Hydra's search for plugins from importing this where submit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, needs
@@ -34,43 +31,28 @@ class RunInJob(SlurmLauncher):
             return super().__call__(*arguments, **keywords)
 
 
-@dataclass
-class JobArray:
-    """Submits runs; the fields but `settings` are what Hydra gives a launcher."""
+def submit_array(
+    run_in_job: RunInJob, settings: SlurmSettings, runs: Sequence[PlannedRun], folder: Path
+) -> list[str]:
+    """Submit runs as one job array (a plain job for one run).
 
-    settings: SlurmSettings
-    hydra_context: HydraContext
-    task_function: TaskFunction
-    config: DictConfig
-
-    def submit(self, runs: Sequence[PlannedRun], folder: Path) -> list[str]:
-        """Submit runs as one job array (a plain job for one run).
-
-        Args:
-            runs: to submit.
-            folder: for logs, pickles and crash reports.
-
-        Returns:
-            The jobs' ids, in order: `12_0`, `12_1`, ...
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        run_in_job = RunInJob()
-        run_in_job.setup(
-            hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
-        )
-        try:
-            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
-        except RuntimeError as error:
-            raise InputError(
-                f"hydra/launcher=slurm: {error} Start the sweep on a login node"
-            ) from error
-        executor.update_parameters(**self.settings.executor_parameters(folder))
-        state = Singleton.get_state()
-        with executor.batch():
-            jobs = [
-                executor.submit(
-                    run_in_job, list(run.overrides), "hydra.sweep.dir", number, run.name, state
-                )
-                for number, run in enumerate(runs)
-            ]
-        return [job.job_id for job in jobs]
+    Returns:
+        The jobs' ids, in order: `12_0`, `12_1`, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
+    except RuntimeError as error:
+        raise InputError(
+            f"hydra/launcher=slurm: {error} Start the sweep on a login node"
+        ) from error
+    executor.update_parameters(**settings.executor_parameters(folder))
+    state = Singleton.get_state()
+    with executor.batch():
+        jobs = [
+            executor.submit(
+                run_in_job, list(run.overrides), "hydra.sweep.dir", number, run.name, state
+            )
+            for number, run in enumerate(runs)
+        ]
+    return [job.job_id for job in jobs]

@@ -90,11 +90,7 @@ def job_return(overrides: Sequence[str], result: RunResult) -> JobReturn:
 
 
 class LocalLauncher(SweepLauncher):
-    """Trains a sweep's runs as processes of this machine.
-
-    Args:
-        max_parallel: runs in parallel.
-    """
+    """Trains a sweep's runs as processes of this machine, `max_parallel` in parallel."""
 
     def __init__(self, max_parallel: int = 1) -> None:
         if max_parallel < 1:
@@ -129,8 +125,12 @@ class SlurmSweepLauncher(SweepLauncher):
 
     def run(self, runs: Sequence[PlannedRun], console: Console) -> list[RunResult]:
         """Submit runs."""
-        from hydra_plugins.gns_launchers._submission import JobArray
+        from hydra_plugins.gns_launchers._submission import RunInJob, submit_array
 
-        array = JobArray(self.settings, self.hydra_context, self.task_function, self.config)
+        run_in_job = RunInJob()
+        run_in_job.setup(
+            hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
+        )
+        submit = partial(submit_array, run_in_job, self.settings)
         log = partial(print_line, console)
-        return submit_runs(runs, array.submit, wait=self.settings.wait, log=log)
+        return submit_runs(runs, submit, wait=self.settings.wait, log=log)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from gns_pretrain.batch_size.policies import Adaptive
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.config.checks import check_batch_size, check_layout
-from gns_pretrain.config.compose import as_dict, settings_from
+from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.build import build_batch_sizer
@@ -135,7 +136,7 @@ def test_resolved_values_are_what_an_earlier_runs_file_holds():
         (["batch_size=staged"], {"rounding": "down", "lr_scaling": "sqrt", "theta": 0.6}),
         ([], {"rounding": "down", "lr_scaling": "sqrt", "theta": 0.6}),
     ):
-        written = as_dict(composed(*words))["batch_size"]
+        written = asdict(composed(*words))["batch_size"]
         assert {name: written[name] for name in held} == held
 
 

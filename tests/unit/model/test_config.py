@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from gns_pretrain.config.compose import read_yaml
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, RopeScaling, count_parameters
 from gns_pretrain.model.llama import Llama
@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 
 
 def from_yaml(name, **changes):
-    values = read_yaml(CONFIGS / f"{name}.yaml") | changes
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")) | changes
     del values["defaults"]
     scaling = RopeScaling(**values.pop("rope_scaling", {}))
     return LlamaConfig(**values, rope_scaling=scaling)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.data.settings import open_splits
-from gns_pretrain.launch.build import data_fingerprint
+from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.provenance import write_provenance
@@ -47,7 +47,8 @@ def data(tmp_path, shards) -> Path:
 def saved(tmp_path, data) -> Path:
     """A checkpoint in its run's folder."""
     config = small_run(tmp_path, data)
-    write_provenance(tmp_path / "run", as_yaml(config), data_fingerprint(open_splits(config.data)))
+    fingerprint = joint_fingerprint(split.fingerprint for split in open_splits(config.data))
+    write_provenance(tmp_path / "run", as_yaml(config), fingerprint)
     model = Llama(odd_model())
     model.init_weights(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
