@@ -57,9 +57,18 @@ def launch(config: Config) -> int:
     """
     info = rank_info_from(os.environ)
     directory, fingerprint = check_run(config, info)
-    if info is None and config.launch.nproc_per_node > 1:
-        return start_ranks(config, directory, fingerprint)
-    return run_rank(config, directory, fingerprint, info or RankInfo())
+    if info is not None or config.launch.nproc_per_node == 1:
+        return run_rank(config, directory, fingerprint, info or RankInfo())
+    try:
+        arguments = (config, directory, fingerprint)
+        run_local_ranks(run_started_rank, arguments, config.launch.nproc_per_node)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for known in (EXIT_TRAINING, EXIT_BAD_INPUT, EXIT_STOPPED):
+            if known in codes:
+                return known
+        raise
+    return EXIT_FINISHED
 
 
 def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
@@ -94,24 +103,10 @@ def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
     return directory, fingerprint
 
 
-def start_ranks(config: Config, directory: Path, fingerprint: str) -> int:
-    """Start `launch.nproc_per_node` ranks on this machine, wait for them, return the exit code."""
-    try:
-        arguments = (config, directory, fingerprint)
-        run_local_ranks(run_started_rank, arguments, config.launch.nproc_per_node)
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        for known in (EXIT_TRAINING, EXIT_BAD_INPUT, EXIT_STOPPED):
-            if known in codes:
-                return known
-        raise
-    return EXIT_FINISHED
-
-
 def run_started_rank(
     config: Config, directory: Path, fingerprint: str, stop_flag: ctypes.c_bool, pipe: Connection
 ) -> None:
-    """A rank of `start_ranks`; its code is the process's own, since the agent drops a result."""
+    """A rank that `launch` starts; it ends with its exit code, since the agent drops results."""
     exit_with_launcher(pipe)
     info = rank_info_from(os.environ)
     assert info is not None, "the agent has set no RANK"

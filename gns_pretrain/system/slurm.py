@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +21,22 @@ class SlurmJob:
     folder: Path | None  # of this start, for crash reports; None where nobody collects them
 
     @classmethod
-    def current(cls, environment: Mapping[str, str] = os.environ) -> "SlurmJob | None":
+    def current(cls) -> "SlurmJob | None":
         """The job of this process; None outside of SLURM."""
-        if "SLURM_JOB_ID" not in environment:
+        if "SLURM_JOB_ID" not in os.environ:
             return None
-        starts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-        folder = environment.get(JOB_FOLDER)
+        starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        folder = os.environ.get(JOB_FOLDER)
         return cls(
-            id=environment["SLURM_JOB_ID"],
+            id=os.environ["SLURM_JOB_ID"],
             starts=starts,
             folder=Path(folder) / f"start-{starts}" if folder else None,
         )
 
 
-def node_name(environment: Mapping[str, str] = os.environ) -> str:
+def node_name() -> str:
     """This machine's name in SLURM, or its host name."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def first_host(node_list: str) -> str:
