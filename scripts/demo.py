@@ -42,9 +42,7 @@ def main() -> None:
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
     outputs, seed = ROOT / given.get("output_directory", "outputs"), given.get("seed", "0")
     picture = outputs / f"demo-seed{seed}.png"
-    runs = {
-        label: outputs / f"demo-{experiment}-seed{seed}" for label, experiment in RUNS.items()
-    }
+    runs = {label: outputs / f"demo-{experiment}-seed{seed}" for label, experiment in RUNS.items()}
     curves = {label: [read_curves(run)] for label, run in runs.items()}
     draw(curves, [picture], panels=("losses", "noise_scale", "batch_size", "lr"))
     console = Console(soft_wrap=True)
