@@ -1,20 +1,14 @@
 """What Hydra finds beside the files under conf/: schemas, experiments and sweeps."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from gns_pretrain.batch_size.settings import BatchSizeSettings
 from gns_pretrain.config.schema import Config
-from gns_pretrain.data.settings import DataSettings
-from gns_pretrain.model.config import LlamaConfig
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OPTIMIZERS
-from gns_pretrain.parallel.mesh import ParallelSettings
-from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.training.schedule import ScheduleSettings
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 # Keys of a table's cell that choose a file, as entries of a defaults list; the others are settings.
@@ -30,17 +24,12 @@ def register_configs() -> None:
     """Register the schemas, from which each group's YAML files begin, and conf/tables.yaml."""
     store = ConfigStore.instance()
     store.store(name="schema_train", node=Config)
-    for group, name, schema in (
-        ("model", "schema_llama", LlamaConfig),
-        ("data", "schema_data", DataSettings),
-        *(("optimizer", f"schema_{name}", schema) for name, schema in OPTIMIZERS.items()),
-        ("schedule", "schema_schedule", ScheduleSettings),
-        ("noise_scale", "schema_noise_scale", NoiseScaleSettings),
-        ("batch_size", "schema_batch_size", BatchSizeSettings),
-        ("parallel", "schema_parallel", ParallelSettings),
-        ("metrics", "schema_metrics", MetricsSettings),
-    ):
-        store.store(group=group, name=name, node=schema)
+    for field in fields(Config):
+        if (CONFIG_FOLDER / field.name).is_dir() and field.name != "optimizer":
+            name = "llama" if field.name == "model" else field.name
+            store.store(group=field.name, name=f"schema_{name}", node=field.type)
+    for name, schema in OPTIMIZERS.items():
+        store.store(group="optimizer", name=f"schema_{name}", node=schema)
     register_experiments()
 
 

@@ -87,7 +87,9 @@ class CrashReporter:
         text = "".join(traceback.format_exception(error))
         self._values |= {"time": time.time(), "error": text, "consequence": follows}
         self._write()
-        line = headline(error)
+        line = str(error)
+        if not isinstance(error, OneLineError):
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
         if follows:
             line = f"another rank is gone or silent ({line})"
             print(f"rank {self._values['rank']}: {line}", flush=True)
@@ -134,13 +136,6 @@ def is_consequence(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in SIGNS_OF_ANOTHER_RANK
     )
-
-
-def headline(error: Exception) -> str:
-    """An error in one line, with its class unless the line is for users."""
-    if isinstance(error, OneLineError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True)

@@ -66,22 +66,18 @@ def statuses(
     """
     now = time.time() if now is None else now
     jobs = read_submitted(path.joinpath(*LOG_FOLDER))
-    found = {directory.resolve(): directory for directory in run_directories(path)}
-    runs = [run_status(found[run], queue, jobs.get(run), now=now) for run in found]
+    runs = {directory.resolve(): directory for directory in run_directories(path)}
     for run, job in jobs.items():
-        if run in found or (queue is not None and job not in queue):
-            continue
-        state = "unknown"
-        if queue is not None:
-            state = "pending" if queue[job] in WAITING else "running"
-        runs.append(RunStatus(run.name, state, job=job))
-    return sorted(runs, key=lambda run: run.name)
+        if queue is None or job in queue:
+            runs.setdefault(run, run)  # one that has not started has no directory yet
+    found = [run_status(runs[run], queue, jobs.get(run), now=now) for run in runs]
+    return sorted(found, key=lambda run: run.name)
 
 
 def run_status(
     directory: Path, queue: Mapping[str, str] | None, submitted_as: str | None, *, now: float
 ) -> RunStatus:
-    """The status of a run that has a directory."""
+    """The status of a run, whose directory may not exist yet."""
     events = read_starts(directory)
     starts = [event for event in events if event["event"] == "start"]
     ending: dict[str, Any] = events[-1] if events else {}

@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -193,8 +192,7 @@ def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> 
     return RunResult(run.name, "shared", f"the same training as {equal.name}", summary)
 
 
-# Of this command's sweep, where `failed_runs_raise` collects them.
-_RESULTS: ContextVar[list[RunResult] | None] = ContextVar("results", default=None)
+_RESULTS: list[RunResult] = []  # of this command's sweep, for `failed_runs_raise`
 
 
 @contextmanager
@@ -207,29 +205,25 @@ def failed_runs_raise() -> Iterator[None]:
     Raises:
         TrainingError: names the runs.
     """
-    results: list[RunResult] = []
-    token = _RESULTS.set(results)
+    _RESULTS.clear()
     try:
         yield
     except InputError:
         raise
     except (TrainingError, ValueError):
-        if all(result.state != "failed" for result in results):
+        if all(result.state != "failed" for result in _RESULTS):
             raise
-    finally:
-        _RESULTS.reset(token)
-    if failed := [result.name for result in results if result.state == "failed"]:
+    if failed := [result.name for result in _RESULTS if result.state == "failed"]:
         names = ", ".join(failed[:SHOWN]) + (", ..." if len(failed) > SHOWN else "")
         raise TrainingError(
-            f"{len(failed)} of the sweep's {len(results)} runs failed ({names}); the tables say "
+            f"{len(failed)} of the sweep's {len(_RESULTS)} runs failed ({names}); the tables say "
             "why, and the same command resumes them"
         )
 
 
 def report_results(results: Sequence[RunResult], console: Console) -> None:
     """Print a table of all runs and the reasons below it; hand them to `failed_runs_raise`."""
-    if (collected := _RESULTS.get()) is not None:
-        collected.extend(results)
+    _RESULTS.extend(results)
     table = Table(title=f"{len(results)} runs", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("run", no_wrap=True)
     table.add_column("state", no_wrap=True)
