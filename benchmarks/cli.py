@@ -203,5 +203,4 @@ def show(row: Row) -> None:
 
 
 def formatted(value: Any) -> str:
-    """Return a value as a table shows it."""
     return f"{value:,}" if type(value) is int else str(value)

@@ -106,7 +106,6 @@ class Phase(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """How long the phase takes at its rate."""
         return self.work / self.rate
 
 
@@ -270,7 +269,6 @@ def busiest_owner(costs: Sequence[float], work: Sequence[float], ranks: int) -> 
 
 
 def seconds_of(phases: Sequence[Phase]) -> float:
-    """Return the seconds of phases that run one after the other."""
     return sum(phase.seconds for phase in phases)
 
 

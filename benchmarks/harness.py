@@ -72,7 +72,6 @@ class Command(Settings):
         raise NotImplementedError
 
     def options(self, *names: str) -> Row:
-        """Return the values of some options, as entries of a row."""
         return {name: getattr(self, name) for name in names}
 
 
@@ -95,7 +94,6 @@ class ModelCommand(Command):
     ] = 4096
 
     def shape(self) -> LlamaConfig:
-        """Return the model's shape, with a vocabulary."""
         return model_config(self.model, self.vocab_size)
 
 
@@ -172,7 +170,6 @@ class Workload:
         self._cursor = 0
 
     def meter(self, geometry: str) -> NoiseMeter:
-        """Return a meter of one geometry over the model."""
         return NoiseMeter(self.run.model, self.run.world, NoiseScaleSettings([geometry]))
 
     def micro_batches(self) -> Iterator[Tensor]:
@@ -248,7 +245,6 @@ class Timings(NamedTuple):
     seconds: Mapping[str, Sequence[float]]
 
     def median(self, name: str) -> float:
-        """Return the median seconds of a step."""
         return statistics.median(self.seconds[name])
 
     def quartiles(self, above: str, below: str) -> list[float]:

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -53,12 +53,10 @@ def at_least(bound: float, unit: str = "", *, hint: str = "") -> Bound:
 
 
 def at_most(bound: float, *, hint: str = "") -> Bound:
-    """A number that is not above `bound`."""
     return Bound(lambda value: value <= bound, f"must be at most {bound}", hint)
 
 
 def positive(*, hint: str = "") -> Bound:
-    """A number above 0 that is finite."""
     return Bound(lambda value: 0.0 < value < math.inf, "must be positive and finite", hint)
 
 
@@ -90,7 +88,6 @@ class Settings:
     section: ClassVar[str] = ""  # dotted path in a run's configuration; "--" for a command line
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         check_bounds(self, self.section)
 
 
@@ -130,7 +127,7 @@ def add_options(
     cls: type,
     *,
     skip: Iterable[str] = (),
-    texts: Mapping[str, str] | None = None,
+    show_defaults: bool = True,
 ) -> None:
     """Give a parser one option for each field of a settings dataclass.
 
@@ -139,8 +136,7 @@ def add_options(
 
     Args:
         skip: names of fields that are no options.
-        texts: help by field, in place of the class's and without its defaults: for a command that
-            takes them from elsewhere.
+        show_defaults: False for a command that takes its defaults from elsewhere.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -150,9 +146,8 @@ def add_options(
         about = next((note for note in notes if isinstance(note, About)), About(""))
         bound = next((note for note in notes if isinstance(note, Bound) and note.choices), None)
         required = field.default is field.default_factory  # both are MISSING
-        text = about.text if texts is None else texts.get(field.name, "")
-        if texts is None and isinstance(field.default, int | float | str):
-            text += f" (default: {field.default})"
+        shown = show_defaults and isinstance(field.default, int | float | str)
+        text = about.text + (f" (default: {field.default})" if shown else "")
         reading = _reading(hints[field.name])
         reading |= {"nargs": "*"} if about.positional else {"required": required}
         if bound:

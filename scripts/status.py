@@ -48,7 +48,6 @@ def main() -> None:
 
 
 def view(folder: Path) -> Group:
-    """Read the runs as they are now."""
     return status_view(statuses(folder, job_states()))
 
 

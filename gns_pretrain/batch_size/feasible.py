@@ -121,5 +121,4 @@ class FeasibleSizes:
 
 
 def ranks_text(num_ranks: int) -> str:
-    """1 rank, 2 ranks."""
     return f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import at_least, check_bounds, key_of, one_of, positive, within
+from gns_pretrain.fields import About, at_least, check_bounds, key_of, one_of, positive, within
 from gns_pretrain.noise_scale.equations import target_batch_size
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
@@ -31,37 +31,52 @@ class PolicySettings:
     Null for rounding, lr_scaling and theta is the policy's own value, which then takes its place.
     """
 
-    policy: Annotated[str, key_of(POLICIES)] = "constant"
-    # to a feasible size: down (the published runs) | up (Algorithm 1)
-    rounding: Annotated[str | None, one_of(*ROUNDINGS)] = None
-    # sequences, feasible, that no decision exceeds; null: the budget's rest
-    cap: Annotated[int | None, at_least(1, "sequence", hint="or null")] = None
-    # of lr with the batch: sqrt (the paper's) | linear | none
-    lr_scaling: Annotated[str | None, one_of(*LR_EXPONENTS)] = None
+    policy: Annotated[str, key_of(POLICIES), About("what chooses the batch size")] = "constant"
+    # down (the published runs) | up (Algorithm 1)
+    rounding: Annotated[str | None, one_of(*ROUNDINGS), About("to a feasible size")] = None
+    # null: the budget's rest
+    cap: Annotated[
+        int | None, at_least(1, "sequence", hint="or null"), About("sequences never exceeded")
+    ] = None
+    # sqrt (the paper's) | linear | none
+    lr_scaling: Annotated[
+        str | None, one_of(*LR_EXPONENTS), About("of the learning rate with the batch")
+    ] = None
     # adaptive (Algorithm 1); the norm test reads theta and decide_every_steps too
-    geometry: Annotated[str, key_of(GEOMETRIES)] = "manhattan"  # whose noise scale; measured
-    estimate: str = "plug_in"  # plug_in (the paper's) | debiased | cross_fitted
-    target: str = "theta"  # theta | kappa | a point of the geometry's gain curve (Appendix B)
-    # tolerated noise-to-signal ratio; the paper's: 0.6 (Table 9: 0.3)
-    theta: Annotated[float | None, positive(hint="the paper uses 0.6")] = None
-    # share of the largest gain of a step (Appendix B); theta 0.6's
-    kappa: Annotated[
+    geometry: Annotated[str, key_of(GEOMETRIES), About("whose noise scale; measured")] = "manhattan"
+    estimate: Annotated[str, About("plug_in (the paper's), debiased or cross_fitted")] = "plug_in"
+    # a point of the geometry's gain curve: Appendix B
+    target: Annotated[str, About("from noise scale to batch: theta, kappa or a point")] = "theta"
+    # the paper's: 0.6 (Table 9: 0.3)
+    theta: Annotated[
+        float | None,
+        positive(hint="the paper uses 0.6"),
+        About("tolerated noise-to-signal ratio; eta of the norm test"),
+    ] = None
+    kappa: Annotated[  # Appendix B; theta 0.6's
         float,
         within(0, 1, exclusive=True, hint="a share of the largest gain; 0.16 is that of theta=0.6"),
+        About("share of the largest gain of a step, for target kappa"),
     ] = 0.16
     # beta^N and beta^M; null: those of noise_scale.smoothing, whose averages are then followed
     noise_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
     signal_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
     # before each such step; the published runs' (F is their 100)
     decide_every_steps: Annotated[int, at_least(1, "step", hint="the published runs have 10")] = 10
-    # I, of the sample budget, without a change; the paper's
-    warmup_fraction: Annotated[float, within(0, 1, hint="the paper uses 0.15")] = 0.15
-    # staged
-    stage_tokens: list[int] = field(default_factory=list)  # from so many tokens on,
-    stage_sizes: list[int] = field(default_factory=list)  # so many sequences
-    # linear_ramp
-    ramp_size: int | None = None  # sequences at its end; it begins at batch_size.initial
-    ramp_tokens: int | None = None  # its length in tokens
+    # I; the paper's
+    warmup_fraction: Annotated[
+        float,
+        within(0, 1, hint="the paper uses 0.15"),
+        About("of the sample budget, without a change"),
+    ] = 0.15
+    stage_tokens: Annotated[list[int], About("where each stage of staged begins")] = field(
+        default_factory=list
+    )
+    stage_sizes: Annotated[list[int], About("sequences of each stage")] = field(
+        default_factory=list
+    )
+    ramp_size: Annotated[int | None, About("sequences at the end of linear_ramp")] = None
+    ramp_tokens: Annotated[int | None, About("tokens that linear_ramp takes")] = None
 
     def __post_init__(self) -> None:
         """Fill in what was left to the policy."""
@@ -71,7 +86,6 @@ class PolicySettings:
 
     @property
     def kind(self) -> "type[Policy]":
-        """The class of the policy."""
         return POLICIES[self.policy]
 
     @property
@@ -196,7 +210,6 @@ class Constant(Policy):
     changes = False
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """No decision, ever."""
         return None
 
 
@@ -242,7 +255,6 @@ class Adaptive(Policy):
 
     @classmethod
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
-        """The geometry and estimate of its settings."""
         return settings.geometry, settings.estimate
 
     @classmethod
@@ -349,7 +361,6 @@ class NormTest(Policy):
 
     @classmethod
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
-        """The Euclidean scale, whatever the settings of the adaptive policy."""
         return "euclidean", "plug_in"
 
 

@@ -87,5 +87,4 @@ def refuse_additions(settings: Any, prefix: str = "") -> None:
 
 
 def as_yaml(config: Config) -> str:
-    """Return the resolved settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -49,7 +49,6 @@ class CorpusMeta:
     settings: dict[str, Any] = field(default_factory=dict)  # how the folder was prepared
 
     def of_split(self, split: str) -> tuple[ShardMeta, ...]:
-        """Return the shards of one split, in order; empty if there are none."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def fingerprint(self, split: str) -> str:

@@ -58,12 +58,10 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
         return self.directory.name
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings by dotted names, and the data's fingerprint."""
         return identifying_settings(asdict(self.config), self.fingerprint)
 
 

@@ -82,5 +82,4 @@ class NoiseMeter:
 
 
 def added(table: list[list[float]], rows: list[int]) -> list[float]:
-    """Each column of a table, added over some of its rows."""
     return [sum(table[row][column] for row in rows) for column in range(len(table[0]))]

@@ -75,7 +75,6 @@ class NoiseScaleSettings(Settings):
 
     @property
     def measured(self) -> list[tuple[str, str]]:
-        """Geometry and estimate of each measurement of a step."""
         return [(g, estimate) for g in self.geometries for estimate in self.estimates_of(g)]
 
     def measures_at(self, step: int) -> bool:
@@ -84,5 +83,4 @@ class NoiseScaleSettings(Settings):
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names as the user writes them on the command line."""
     return f"[{', '.join(names)}]"

@@ -47,7 +47,6 @@ class AdamWSettings(AdamWPart, OptimizerSettings):
     name: str = "adamw"
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """Build AdamW over all trainable parameters."""
         return self.over(self.parameter_groups(model))
 
 

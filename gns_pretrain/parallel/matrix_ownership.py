@@ -164,11 +164,9 @@ class ReplicaExchange:
         self._slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
 
     def start_to_owners(self, replicas: Sequence[Tensor]) -> Transfer:
-        """Pick the matrices that this rank owns."""
         return Transfer([replicas[i] for i in self.owned])
 
     def assembled(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Return the owned matrices, by index."""
         return dict(zip(self.owned, transfer.wait(), strict=True))
 
     def start_to_shards(self, matrices: dict[int, Tensor], *, like: Tensor) -> Transfer:

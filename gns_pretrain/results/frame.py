@@ -188,7 +188,6 @@ class Record:
         )
 
     def name_of(self, column: str) -> str:
-        """What the file calls a column."""
         return next((name for name in COLUMNS[column] if name in self.names), column)
 
     def noise_columns(self, noise: Noise, *, raw: bool) -> list[str]:
@@ -224,7 +223,6 @@ class Record:
 
 
 def noise_column(noise: Noise, part: str) -> str:
-    """Name of a column of a record."""
     return "noise/{}/{}/{}".format(*noise, part)
 
 

@@ -60,12 +60,10 @@ class TableLayout:
 
     @property
     def entries(self) -> list[Entry]:
-        """All of them, row by row."""
         return [entry for _, entries in self.rows for entry in entries]
 
     @property
     def cells(self) -> list[str]:
-        """Every cell once, in reading order."""
         return list(dict.fromkeys(entry.cell for entry in self.entries))
 
 

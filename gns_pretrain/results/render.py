@@ -111,7 +111,6 @@ def _escape_markdown(text: str) -> str:
 
 
 def _flat(header: tuple[str, str]) -> str:
-    """A header in one line."""
     return ": ".join(filter(None, header))
 
 

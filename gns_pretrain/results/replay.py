@@ -140,29 +140,6 @@ PUBLISHED_POLICY: dict[str, Any] = {
     "micro_batch_max": 16,
     "micro_batch_step": 4,
 }
-# Fields of BatchSizeSettings that are options, and what they mean.
-POLICY_OPTIONS = {
-    "policy": "what chooses the batch size",
-    "theta": "tolerated noise-to-signal ratio; eta of the norm test",
-    "target": "how a noise scale becomes a batch size",
-    "kappa": "share of the largest gain, for --target kappa",
-    "geometry": "whose noise scale",
-    "estimate": "which estimate of it: plug_in, debiased or cross_fitted",
-    "noise_decay": "beta^N; averages the single measurements anew",
-    "signal_decay": "beta^M; likewise",
-    "rounding": "to a feasible size",
-    "cap": "sequences never exceeded",
-    "lr_scaling": "of the learning rate with the batch",
-    "decide_every_steps": "decision interval",
-    "warmup_fraction": "of the sample budget, without a change",
-    "initial": "first batch size, sequences",
-    "micro_batch_max": "largest micro-batch, sequences",
-    "micro_batch_step": "sequences by which it grows",
-    "ramp_size": "sequences at the end of --policy linear_ramp",
-    "ramp_tokens": "tokens that it takes",
-    "stage_tokens": "tokens from which on each stage of --policy staged has its size",
-    "stage_sizes": "sequences of each",
-}
 
 
 @dataclass
@@ -416,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = fields.script_parser(__doc__)
     parser.prog = "python -m gns_pretrain.results.replay"
     parser.add_argument("file", type=Path, help="published CSV, W&B export or metrics.jsonl")
-    fields.add_options(parser, BatchSizeSettings, skip=["shadows"], texts=POLICY_OPTIONS)
+    fields.add_options(parser, BatchSizeSettings, skip=["shadows"], show_defaults=False)
     fields.add_options(parser, RunSettings)
     parser.add_argument("--run", help="of a panel's export that holds several runs")
     parser.add_argument("--every-row", action="store_true", help="print every row")

@@ -33,7 +33,6 @@ class Search:
 
     @property
     def searched(self) -> list[str]:
-        """Settings that differ between the points."""
         return [name for name in self.points if name not in ("loss", "deviation", "settings")]
 
     @property
@@ -129,7 +128,6 @@ def as_text(search: Search) -> str:
 
 
 def as_markdown(search: Search) -> str:
-    """A table of GitHub's Markdown, with its notes as a list."""
     return markdown(*search.table, search.notes)
 
 
@@ -137,5 +135,4 @@ FORMATS: dict[str, Callable[[Search], str]] = {"text": as_text, "markdown": as_m
 
 
 def _shown(value: Any) -> str:
-    """A number as it is typed."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -90,7 +90,6 @@ class FilledTable:
 
     @property
     def with_paper(self) -> bool:
-        """Whether the paper's values stand beside ours."""
         return self.scale in (None, self.layout.paper_scale)
 
     @property

@@ -44,7 +44,6 @@ def append_start(directory: Path, *, nodes: list[str], gpu: Mapping[str, Any]) -
 
 
 def append_end(directory: Path, outcome: str, error: str | None = None) -> None:
-    """Record how the last start ended: finished, stopped or failed."""
     append_event(directory, "end", outcome=outcome, **({"error": error} if error else {}))
 
 

@@ -158,5 +158,4 @@ def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _is_one_of(name: str, settings: tuple[str, ...]) -> bool:
-    """Whether a setting or the group it is in is listed."""
     return any(name == listed or name.startswith(listed + ".") for listed in settings)

@@ -27,7 +27,6 @@ class Line:
     step: int  # from 1; 0 before the first
 
     def as_record(self) -> dict[str, Any]:
-        """Return the object that is written."""
         return {"kind": self.kind, **vars(self)}
 
 
@@ -149,7 +148,6 @@ class JsonLines:
             ) from error
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
         self._file.close()
 
 

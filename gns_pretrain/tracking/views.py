@@ -124,5 +124,4 @@ class TensorboardView:
         """Add nothing: the curves show it."""
 
     def close(self) -> None:
-        """Write out and close the event file."""
         self._writer.close()

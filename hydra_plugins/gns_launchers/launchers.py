@@ -98,7 +98,6 @@ class LocalLauncher(SweepLauncher):
         self.max_parallel = max_parallel
 
     def run(self, runs: Sequence[PlannedRun], console: Console) -> list[RunResult]:
-        """Train runs."""
         return train_runs(runs, max_parallel=self.max_parallel, console=console)
 
 

@@ -34,7 +34,6 @@ class SplitProgress:
 
     @property
     def tokens(self) -> int:
-        """Tokens in whole shards."""
         return sum(shard.tokens for shard in self.shards)
 
 
@@ -48,11 +47,9 @@ class PreparationProgress:
 
     @property
     def shards(self) -> list[ShardMeta]:
-        """Whole shards of all splits."""
         return [shard for split in self.splits.values() for shard in split.shards]
 
     def save(self, folder: Path) -> None:
-        """Write progress.json, whole or not at all."""
         write_json(folder / PROGRESS_FILE, asdict(self))
 
     @classmethod
