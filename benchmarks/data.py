@@ -20,7 +20,7 @@ from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.embedded import gather_documents
 from gns_pretrain.data.prepare.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
-from gns_pretrain.data.prepare.writer import SplitPlan, SplitProgress, write_split
+from gns_pretrain.data.prepare.prepare import SplitPlan, SplitProgress, write_split
 from gns_pretrain.data.shards import TokenShards, token_dtype
 from gns_pretrain.data.tokenization import train_bpe, vocabulary_size
 from gns_pretrain.fields import About, at_least

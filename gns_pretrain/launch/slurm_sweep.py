@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from gns_pretrain.fields import Settings, at_least
-from gns_pretrain.launch.slurm_jobs import (
+from gns_pretrain.launch.sweep import PlannedRun, RunResult, skip_or_reuse
+from gns_pretrain.runs.directory import is_finished, read_summary
+from gns_pretrain.system.slurm import (
+    JOB_FOLDER,
     LOG_FOLDER,
     append_submitted,
+    job_states,
     queued_runs,
     wait_for_jobs,
 )
-from gns_pretrain.launch.sweep import PlannedRun, RunResult, skip_or_reuse
-from gns_pretrain.runs.directory import is_finished, read_summary
-from gns_pretrain.system.slurm import JOB_FOLDER, job_states
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from gns_pretrain.launch.slurm_jobs import LOG_FOLDER, read_submitted
 from gns_pretrain.runs.directory import (
     LOCK,
     METRICS,
@@ -23,6 +22,7 @@ from gns_pretrain.runs.directory import (
 )
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.runs.lock import DEAD_AFTER_SECONDS
+from gns_pretrain.system.slurm import LOG_FOLDER, read_submitted
 from gns_pretrain.tracking.console import duration, short_number
 from gns_pretrain.tracking.jsonl import last_record
 

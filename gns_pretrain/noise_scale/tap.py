@@ -29,8 +29,7 @@ from gns_pretrain.model.llama import Kind, parameter_kinds
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.parallel.shard_layout import ShardLayout, packed, rows_per_shard
-from gns_pretrain.parallel.sharding import unwrapped
+from gns_pretrain.parallel.sharding import ShardLayout, packed, rows_per_shard, unwrapped
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, positive, within
 from gns_pretrain.model.llama import Kind, parameter_kinds
-from gns_pretrain.parallel.shard_layout import local_shards
-from gns_pretrain.parallel.sharding import unwrapped
+from gns_pretrain.parallel.sharding import local_shards, unwrapped
 
 Group = dict[str, Any]  # an entry of `param_groups`
 

@@ -16,7 +16,7 @@ from gns_pretrain.optim.base import (
     summed_momentum,
 )
 from gns_pretrain.parallel.collectives import global_norm
-from gns_pretrain.parallel.shard_layout import local_shards
+from gns_pretrain.parallel.sharding import local_shards
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gns_pretrain.fields import one_of
 from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, gradients_of
-from gns_pretrain.parallel.shard_layout import local_shards
+from gns_pretrain.parallel.sharding import local_shards
 
 
 @dataclass

@@ -29,7 +29,7 @@ from gns_pretrain.optim.base import (
     summed_momentum,
 )
 from gns_pretrain.parallel.matrix_ownership import OwnerCompute, replica_group
-from gns_pretrain.parallel.shard_layout import local_shards
+from gns_pretrain.parallel.sharding import local_shards
 
 # Factor of the update of an [m, n] weight, by name.
 SCALINGS: dict[str, Callable[[int, int], float]] = {

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gns_pretrain.parallel.shard_layout import ShardLayout
+from gns_pretrain.parallel.sharding import ShardLayout
 
 Shape = tuple[int, int]
 

@@ -24,8 +24,8 @@ from gns_pretrain.launch.sweep import (
     plan_runs,
     print_line,
     report_results,
+    train_runs,
 )
-from gns_pretrain.launch.sweep_processes import train_runs
 from gns_pretrain.launch.train import check_run
 from gns_pretrain.parallel.mesh import RankInfo
 

@@ -3,7 +3,7 @@ import torch
 
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
-from gns_pretrain.parallel.shard_layout import ShardLayout
+from gns_pretrain.parallel.sharding import ShardLayout
 from tests.distributed.harness import run_ranks
 
 # Fewer rows than ranks, rows that no rank count divides, a single row.

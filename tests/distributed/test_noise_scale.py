@@ -15,8 +15,7 @@ from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import unsharded_weights
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
-from gns_pretrain.parallel.shard_layout import local_shards
-from gns_pretrain.parallel.sharding import parallelize, unwrapped
+from gns_pretrain.parallel.sharding import local_shards, parallelize, unwrapped
 from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model

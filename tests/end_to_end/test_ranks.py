@@ -120,7 +120,7 @@ def test_save_that_fails_on_one_rank_ends_all_in_one_line(rank, tmp_path, shards
     log = (tmp_path / "log").read_text()
     assert log.count("error: ") == 1, log
     assert "error: step 2: the checkpoint " in log
-    assert "could not be written ([Errno 28] No space left on device); there is no older" in log
+    assert "could not be written ([Errno 28] No space left on device); none is older" in log
     assert "Traceback" not in log
     assert list((tmp_path / "small" / "checkpoints").iterdir()) == []
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gns_pretrain.launch.slurm_jobs import read_submitted
 from gns_pretrain.launch.status import statuses
 from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.runs.history import read_starts
-from gns_pretrain.system.slurm import job_states
+from gns_pretrain.system.slurm import job_states, read_submitted
 from gns_pretrain.tracking.jsonl import read_records
 from tests.end_to_end import commands
 from tests.slurm import jobs

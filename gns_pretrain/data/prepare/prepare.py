@@ -1,14 +1,19 @@
 """Documents to a folder of token shards: resumable, byte-identical however often it is killed.
 
 What reaches the disk, in this order: progress.json with the settings; the tokenizer; shard after
-shard, each followed by progress.json; meta.json, which makes the folder valid.
+shard, each followed by progress.json; meta.json, which makes the folder valid. progress.json says
+which shards are whole and where in the corpus the next one begins.
 """
 
+import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -17,6 +22,7 @@ from tokenizers import Tokenizer
 
 from gns_pretrain.data.prepare.corpus import (
     Corpus,
+    Cursor,
     HubDataset,
     LocalFiles,
     is_held_out,
@@ -24,22 +30,18 @@ from gns_pretrain.data.prepare.corpus import (
 )
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.settings import PrepareSettings
-from gns_pretrain.data.prepare.writer import (
-    PreparationProgress,
-    SplitPlan,
-    SplitProgress,
-    refuse_other_settings,
-    write_split,
-)
 from gns_pretrain.data.shards import (
+    HINT,
     META_FILE,
     PROGRESS_FILE,
     CorpusMeta,
+    ShardMeta,
     TokenShards,
     open_shard,
     read_meta,
     token_dtype,
     write_meta,
+    write_shard,
 )
 from gns_pretrain.data.tokenization import (
     TOKENIZER_FILE,
@@ -49,8 +51,162 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
-from gns_pretrain.system.files import folder_lock, remove_temporaries, sha256_of, write_bytes
+from gns_pretrain.fields import setting_name
+from gns_pretrain.system.files import (
+    folder_lock,
+    read_json,
+    remove_temporaries,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from gns_pretrain.system.processes import available_cores
+
+
+@dataclass
+class SplitProgress:
+    """Whole shards of one split, and where in the corpus the next one begins."""
+
+    shards: list[ShardMeta] = field(default_factory=list)
+    cursor: Cursor | None = None  # record batch that the last whole shard ends in
+    skip_tokens: int = 0  # tokens of that batch which are in whole shards
+    documents: int = 0  # before that batch; over the whole split once done
+    file_sizes: list[int] = field(default_factory=list)  # bytes of the files wholly before it
+    done: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass
+class PreparationProgress:
+    """Content of progress.json."""
+
+    settings: dict[str, Any]  # `PrepareSettings.identity`
+    splits: dict[str, SplitProgress]
+    tokenizer_sha256: str | None = None  # None: not in the folder yet
+
+    @property
+    def shards(self) -> list[ShardMeta]:
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / PROGRESS_FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read progress.json; InputError if it is damaged."""
+        path = folder / PROGRESS_FILE
+        content = read_json(path, hint=HINT)
+        try:
+            splits = {name: SplitProgress(**split) for name, split in content["splits"].items()}
+            for split in splits.values():
+                split.shards = [ShardMeta(**shard) for shard in split.shards]  # type: ignore[arg-type]
+            return cls(content["settings"], splits, content["tokenizer_sha256"])
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}); remove {folder} and start again"
+            ) from error
+
+
+def refuse_other_settings(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise an InputError that names the first setting that differs from those of the folder."""
+    for name, value in now.items():
+        before, setting = begun.get(name), setting_name("--", name)
+        if before == value:
+            continue
+        difference = f"{setting}={value}, but {folder} was begun with {before}"
+        if isinstance(value, list) and isinstance(before, list):
+            difference = (
+                f"{setting} names {len(value)} files, but {folder} was begun with {len(before)} "
+                "or with other names"
+            )
+        raise InputError(f"{difference}; give the same settings, or another --out")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a split is made from, and how it is cut."""
+
+    name: str
+    corpus: Corpus
+    held_out: bool  # of the corpus, the held-out documents rather than the others
+    dtype: np.dtype
+    shard_tokens: int
+    max_tokens: int | None  # None: the whole corpus
+
+
+def write_split(
+    folder: Path,
+    plan: SplitPlan,
+    progress: SplitProgress,
+    pool: EncodingPool,
+    save: Callable[[], None],
+    report: Callable[[str, int, float], None],
+) -> None:
+    """Write the shards of a split that are still missing.
+
+    Args:
+        progress: where the split stands; advanced after each whole shard, then `save` is called.
+        report: called with the split, its tokens so far, and the fraction of the work that is done.
+
+    Raises:
+        InputError: a file that was read before has changed; the input is bad; the split is empty.
+    """
+    if progress.done:
+        return
+    if progress.cursor and plan.corpus.sizes_read(progress.cursor) != progress.file_sizes:
+        raise InputError(
+            f"a file of --{plan.name} that is already in the shards of {folder} has another size "
+            "now; put the old one back, or name another --out"
+        )
+    limit = sys.maxsize if plan.max_tokens is None else plan.max_tokens
+    written, skip, documents = progress.tokens, progress.skip_tokens, progress.documents
+    buffer = np.empty(min(plan.shard_tokens, limit), plan.dtype)  # of the shard being filled
+    filled = 0
+
+    def finish_shard() -> None:
+        index = len(progress.shards)
+        shard = write_shard(folder, split=plan.name, index=index, tokens=buffer[:filled])
+        progress.shards.append(shard)
+
+    # With no token left to write, not even one batch is read.
+    batches = plan.corpus.batches(progress.cursor) if written < limit else iter(())
+    with closing(pool.encode(batches, held_out=plan.held_out)) as encoded:
+        for batch in encoded:
+            tokens = batch.tokens[: skip + limit - written]
+            while skip < tokens.size:
+                taken = min(tokens.size - skip, buffer.size - filled)
+                buffer[filled : filled + taken] = tokens[skip : skip + taken]
+                skip, written, filled = skip + taken, written + taken, filled + taken
+                if filled == buffer.size:
+                    finish_shard()
+                    filled = 0
+                    progress.cursor, progress.skip_tokens = batch.cursor, skip
+                    progress.documents = documents
+                    progress.file_sizes = plan.corpus.sizes_read(batch.cursor)
+                    save()
+            # A document counts if it begins within the tokens: all do, unless the batch is cut.
+            is_cut = tokens.size < batch.tokens.size
+            documents += (
+                int(np.searchsorted(batch.starts, tokens.size)) if is_cut else len(batch.starts)
+            )
+            skip = 0
+            report(plan.name, written, max(batch.fraction, written / limit))
+            if written == limit:
+                break
+    if filled:
+        finish_shard()
+    if not progress.shards:
+        raise InputError(
+            f"not one document is left for the split {plan.name}; give more files, "
+            "or another --validation-fraction"
+        )
+    progress.documents, progress.done = documents, True
+    save()
+    report(plan.name, written, 1.0)
+
 
 SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
 

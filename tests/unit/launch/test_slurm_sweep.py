@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch import slurm_jobs, slurm_sweep
-from gns_pretrain.launch.slurm_jobs import read_submitted
+from gns_pretrain.launch import slurm_sweep
 from gns_pretrain.launch.slurm_sweep import SlurmSettings, submit_runs
 from gns_pretrain.launch.sweep import PlannedRun
+from gns_pretrain.system import slurm
+from gns_pretrain.system.slurm import read_submitted
 from tests.settings import small_run
 
 PLAIN = {
@@ -49,7 +50,7 @@ def queue(monkeypatch) -> dict[str, str]:
     """State of each job, by id."""
     states: dict[str, str] = {}
     monkeypatch.setattr(slurm_sweep, "job_states", lambda: states)
-    monkeypatch.setattr(slurm_jobs, "job_states", lambda: states)
+    monkeypatch.setattr(slurm, "job_states", lambda: states)
     return states
 
 

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.slurm_jobs import append_submitted
 from gns_pretrain.launch.status import status_view, statuses
 from gns_pretrain.runs.history import append_end, append_event
+from gns_pretrain.system.slurm import append_submitted
 
 NOW = 2_000_000_000.0
 

@@ -19,17 +19,15 @@ from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.sweep import (
     PlannedRun,
+    RunProcess,
     RunResult,
+    command,
     failed_runs_raise,
+    failure_reason,
     plan_runs,
     report_results,
-    skip_or_reuse,
-)
-from gns_pretrain.launch.sweep_processes import (
-    RunProcess,
-    command,
-    failure_reason,
     share_of_gpus,
+    skip_or_reuse,
     train_runs,
 )
 from gns_pretrain.optim.adamw import AdamWSettings
@@ -198,7 +196,7 @@ def programs(monkeypatch) -> dict[str, str]:
     def faked(run, *, max_parallel):
         return [sys.executable, "-c", programs[run.name]]
 
-    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.command", faked)
+    monkeypatch.setattr("gns_pretrain.launch.sweep.command", faked)
     return programs
 
 
@@ -264,7 +262,7 @@ def test_an_error_of_the_sweep_stops_the_runs_under_way(tmp_path, monkeypatch, p
         if run.name == "b":
             raise OSError("no space left")
 
-    monkeypatch.setattr("gns_pretrain.launch.sweep_processes.skip_or_reuse", broken)
+    monkeypatch.setattr("gns_pretrain.launch.sweep.skip_or_reuse", broken)
     with pytest.raises(OSError, match="no space left"):  # after a's process has ended
         train(*runs, max_parallel=2)
 

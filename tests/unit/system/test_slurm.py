@@ -1,10 +1,8 @@
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch import slurm_jobs
-from gns_pretrain.launch.slurm_jobs import append_submitted, queued_runs, wait_for_jobs
 from gns_pretrain.system import slurm
-from gns_pretrain.system.slurm import job_states
+from gns_pretrain.system.slurm import append_submitted, job_states, queued_runs, wait_for_jobs
 
 
 @pytest.mark.parametrize(
@@ -31,8 +29,8 @@ def test_nothing_is_submitted_while_the_queue_is_not_known(tmp_path):
 
 def test_waiting_outlasts_a_silent_queue(monkeypatch):
     answers = [{"12": "RUNNING"}, None, None, {"12": "COMPLETING"}, {}]
-    monkeypatch.setattr(slurm_jobs, "job_states", lambda: answers.pop(0))
-    monkeypatch.setattr(slurm_jobs, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "job_states", lambda: answers.pop(0))
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.0)
     said: list[str] = []
     wait_for_jobs(["12"], log=said.append)
     assert answers == []
