@@ -13,7 +13,7 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, OneLineError, print_error
 from gns_pretrain.launch.sweep import failed_runs_raise
 from gns_pretrain.launch.train import launch
-from gns_pretrain.system.process_exit import rank_process
+from gns_pretrain.system.processes import rank_process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -38,7 +38,7 @@ from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings
 from gns_pretrain.parallel.collectives import barrier
 from gns_pretrain.parallel.mesh import World, pick_device
-from gns_pretrain.runs.provenance import git_revision, package_versions
+from gns_pretrain.runs.history import git_revision, package_versions
 from gns_pretrain.system.processes import available_cores
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.evaluate import EvaluationSettings

@@ -17,7 +17,7 @@ from gns_pretrain.fields import script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG, read_settings
-from gns_pretrain.runs.provenance import read_provenance
+from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.training.checkpoint import load_model
 
 

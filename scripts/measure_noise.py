@@ -16,7 +16,7 @@ from rich.table import Table
 from gns_pretrain.errors import with_exit_code
 from gns_pretrain.fields import add_options, from_options, script_parser
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
-from gns_pretrain.system.process_exit import rank_process
+from gns_pretrain.system.processes import rank_process
 
 
 @with_exit_code

@@ -135,11 +135,7 @@ class Config(Settings):
         )
 
     def feasible_sizes(self, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
-        """Return the batch sizes that ranks can take under one of the run's policies.
-
-        Raises:
-            InputError: the largest micro-batch is below the smallest.
-        """
+        """Return the batch sizes that ranks can take under one of the run's policies."""
         return self.batch_size.sizes_for(
             policy,
             num_ranks=num_ranks,

@@ -38,6 +38,7 @@ from gns_pretrain.runs.directory import (
     is_finished,
     read_summary,
 )
+from gns_pretrain.runs.history import new_run_id
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     Purpose,
@@ -46,7 +47,6 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     settings_of_run,
 )
-from gns_pretrain.runs.provenance import new_run_id
 from gns_pretrain.system.processes import StopRequest, threads_per_process
 from gns_pretrain.tracking.jsonl import last_record, read_records, write_summary
 from gns_pretrain.tracking.views import MayFail

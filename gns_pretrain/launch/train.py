@@ -34,13 +34,17 @@ from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_lo
 from gns_pretrain.parallel.collectives import barrier, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
 from gns_pretrain.runs.directory import CHECKPOINTS, fresh_directory, is_finished
-from gns_pretrain.runs.history import append_end, append_start, directory_of_requeued_job
+from gns_pretrain.runs.history import (
+    append_end,
+    append_start,
+    directory_of_requeued_job,
+    read_provenance,
+    write_provenance,
+)
 from gns_pretrain.runs.identity import identifying_settings, refuse_another_run
 from gns_pretrain.runs.lock import locked
-from gns_pretrain.runs.provenance import read_provenance, write_provenance
 from gns_pretrain.system.files import make_folder, remove_temporaries
-from gns_pretrain.system.process_exit import end_process
-from gns_pretrain.system.processes import StopRequest, threads_per_process
+from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.training.checkpoint import checkpoint_folders
 from gns_pretrain.training.loop import train

@@ -231,11 +231,7 @@ class Geometry(ABC):
     def measure(
         self, estimate: str, totals: Sequence[float], *, batch_size: int, num_samples: int
     ) -> Measurement:
-        """Return `noise_and_signal` as a measurement.
-
-        Raises:
-            InputError: the geometry does not have that estimate.
-        """
+        """Return `noise_and_signal` as a measurement; InputError if `estimate` is not known."""
         if estimate not in self.estimates:
             raise InputError(
                 f"noise_scale.estimates holds {estimate}, which geometry {self.name} does not "

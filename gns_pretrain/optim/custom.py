@@ -60,11 +60,7 @@ class CustomSettings(OptimizerSettings):
         )
 
     def _trial_step(self) -> torch.optim.Optimizer:
-        """Step once over small weights, grouped as a model's will be.
-
-        Raises:
-            InputError: the class cannot be built or cannot take the step.
-        """
+        """Step once over small weights, grouped as a model's; InputError if that fails."""
         matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
         matrices: Group = {"params": [matrix], "weight_decay": self.weight_decay}
         if self.parameters == "block_matrices":
@@ -99,11 +95,7 @@ class CustomSettings(OptimizerSettings):
         return optimizer
 
     def _instantiate(self, groups: list[Group]) -> torch.optim.Optimizer:
-        """Import the class and build it over some parameter groups.
-
-        Raises:
-            InputError: no such class, not an optimizer, or it refuses its arguments.
-        """
+        """Import the class and build it over parameter groups; InputError if that fails."""
         try:
             optimizer_class: Any = pkgutil.resolve_name(self.class_path)
         except (ImportError, AttributeError, ValueError) as error:

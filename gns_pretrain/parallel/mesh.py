@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, one_of
-from gns_pretrain.system.process_exit import note_process_group
+from gns_pretrain.system.processes import note_process_group
 
 
 @dataclass
@@ -92,11 +92,7 @@ def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_no
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """Return the device of a process: `auto` takes a GPU where torch sees one.
-
-    Raises:
-        InputError: more ranks than GPUs, or a GPU was asked for and there is none.
-    """
+    """Return a rank's device, for auto a GPU if torch sees one; InputError if GPUs are too few."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"launch.device={name} is not known; use one of auto, cpu, cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

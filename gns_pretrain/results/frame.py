@@ -78,11 +78,7 @@ def runs_of_folders(paths: Iterable[Path]) -> Runs:
 
 
 def runs_of_project(project: str, table: str) -> Runs:
-    """The runs of a W&B project that carry a table's name.
-
-    Raises:
-        InputError: the project cannot be read.
-    """
+    """Read the runs of a W&B project that carry a table's name; InputError if it fails."""
     rows = []
     for run in tracked_runs(project, filters={"config.table": table}):
         read = lambda run=run: to_curve(run.validation())  # noqa: E731
@@ -134,11 +130,7 @@ def losses_of(path: Path) -> Curve:
 
 
 def read_losses(runs: Runs) -> pd.Series:
-    """Validation losses over steps of each run.
-
-    Raises:
-        InputError: a run has none.
-    """
+    """Validation losses over steps of each run; InputError if a run has none."""
     curves = [read() for read in runs["read"]]
     for name, curve in zip(runs["name"], curves, strict=True):
         if curve.empty:
@@ -173,11 +165,7 @@ class Record:
     names: Sequence[str] = ()  # of all columns of a CSV
 
     def require(self, *columns: str) -> str:
-        """The first of these columns that is there.
-
-        Raises:
-            InputError: none is; names what a CSV may call them.
-        """
+        """The first of these columns that is there; InputError names what CSVs call them."""
         for column in columns:
             if column in self.lines:
                 return column
@@ -191,11 +179,7 @@ class Record:
         return next((name for name in COLUMNS[column] if name in self.names), column)
 
     def noise_columns(self, noise: Noise, *, raw: bool) -> list[str]:
-        """Columns of a noise scale's two parts, or that of their quotient, averaged unless `raw`.
-
-        Raises:
-            InputError: the record does not hold them.
-        """
+        """Columns of noise and signal, or of their quotient; InputError if neither is there."""
         parts = ("noise", "signal") if raw else ("noise_ema", "signal_ema")
         columns = [noise_column(noise, part) for part in parts]
         if all(column in self.lines for column in columns):
@@ -263,11 +247,7 @@ def read_curves(path: Path, *, axis: str = "step", noise: Noise | None = None) -
 
 
 def read_jsonl(path: Path) -> Record:
-    """A metrics.jsonl: its lines of training steps, evaluations and noise scales.
-
-    Raises:
-        InputError: a line is damaged.
-    """
+    """Read steps, evaluations and noise scales of a metrics.jsonl; InputError if damaged."""
     rows = []
     for number, line in enumerate(read_records(path), start=1):
         kind = line["kind"]
@@ -338,11 +318,7 @@ def read_csv(path: Path, run: str | None = None) -> Record:
 
 
 def curve_files(path: Path) -> list[Path]:
-    """Run directories and CSVs that a path names: itself, or what is in it, in natural order.
-
-    Raises:
-        InputError: there is nothing of the kind.
-    """
+    """List the runs and CSVs that a path names, in natural order; InputError if none."""
     if path.is_file() or (path / CONFIG).is_file() or (path / METRICS).is_file():
         return [path]
     if not path.exists():

@@ -41,21 +41,13 @@ def fresh_directory(directory: Path) -> Path:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """summary.json; empty where there is none, because the run is not finished.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Read summary.json, {} where there is none; InputError if it is damaged."""
     path = directory / SUMMARY
     return read_json(path, hint="remove it and start the run again") if path.is_file() else {}
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """config.yaml, nested; empty where there is none or it holds no settings.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Read config.yaml, nested; {} where there is none. InputError if it is damaged."""
     path = directory / CONFIG
     if not path.is_file():
         return {}
@@ -70,11 +62,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def run_directories(path: Path) -> list[Path]:
-    """The run directories below a folder, at any depth; the folder itself if it is one.
-
-    Raises:
-        InputError: there is no such folder.
-    """
+    """List the run directories below a folder, or itself; InputError if it is missing."""
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; name a run directory, or a folder of some")
     found = []

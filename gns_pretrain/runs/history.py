@@ -1,23 +1,83 @@
-"""starts.jsonl: each start of a run, on what and with what, and how it ended.
+"""What a run was made with (run.json), and each of its starts and how it ended (starts.jsonl).
 
     {"event": "start", "time": .., "node": .., "process": .., "ranks": 8, "nodes": [..],
      "git_revision": .., "versions": {..}, "slurm": {..}, "environment": {..}}
     {"event": "end", "time": .., "outcome": "finished" | "stopped" | "failed", "error": ..}
 
-A start without an end was killed, or is still running.
+A start without an end was killed, or is still running. Versions are read without importing the
+packages.
 """
 
 import contextlib
 import json
 import os
+import platform
+import secrets
+import subprocess
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain.runs.directory import STARTS
-from gns_pretrain.runs.provenance import git_revision, package_versions
+from gns_pretrain.errors import InputError
+from gns_pretrain.runs.directory import CONFIG, PROVENANCE, STARTS
+from gns_pretrain.system.files import write_bytes, write_json
 from gns_pretrain.system.slurm import SlurmJob, node_name
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:
+    """Write config.yaml, and run.json if there is none; one without a run id gets one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / CONFIG, config_text.encode())
+    if not (directory / PROVENANCE).exists():
+        values = {"data_fingerprint": data_fingerprint, "git_revision": git_revision()}
+        write_json(directory / PROVENANCE, values | package_versions())
+    if "run_id" not in read_provenance(directory):
+        new_run_id(directory)
+
+
+def new_run_id(directory: Path) -> str:
+    """Replace the run's id in its run.json, by which W&B knows it for as long as it lives."""
+    run_id = secrets.token_hex(8)
+    write_json(directory / PROVENANCE, read_provenance(directory) | {"run_id": run_id})
+    return run_id
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """Read run.json, with its `data_fingerprint`; InputError if missing or damaged."""
+    path = directory / PROVENANCE
+    try:
+        values = json.loads(path.read_text())
+        return {"data_fingerprint": values["data_fingerprint"], **values}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is missing or damaged; restore it, or use another run_name"
+        ) from error
+
+
+def git_revision() -> str | None:
+    """Revision of the code's checkout, with `+changes` if its files differ; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, torch and those of `packages` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
 
 # Prefixes of what can change a run's speed or its numbers; the rest of the environment is private.
 RECORDED = (

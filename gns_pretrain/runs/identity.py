@@ -25,7 +25,7 @@ from typing import Any
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
-from gns_pretrain.runs.provenance import read_provenance
+from gns_pretrain.runs.history import read_provenance
 
 FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
 NAMES = ("run_name", "table", "cell")
@@ -105,11 +105,7 @@ def identifying_settings(settings: Mapping[str, Any], data_fingerprint: str) -> 
 
 
 def settings_of_run(directory: Path) -> dict[str, Any]:
-    """The settings of a run directory, flat; without a fingerprint where there is no run.json.
-
-    Raises:
-        InputError: config.yaml or run.json is damaged.
-    """
+    """The settings of a run directory, flat, with its data's fingerprint if it has one."""
     known = (directory / PROVENANCE).is_file()
     data = {FINGERPRINT: read_provenance(directory)[FINGERPRINT]} if known else {}
     return flatten(read_settings(directory)) | data
@@ -127,11 +123,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to resume the run in a directory, if there is one, as one with other settings or data.
-
-    Raises:
-        InputError: names the first settings that differ, or the data.
-    """
+    """Raise InputError if a directory holds a run with other settings or data."""
     if not (directory / CONFIG).exists():
         return
     known = settings_of_run(directory)

@@ -25,11 +25,7 @@ DEAD_AFTER_SECONDS = 4 * HEARTBEAT_SECONDS  # without a heartbeat, for a holder 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock.
-
-    Raises:
-        InputError: another process holds it; names that process.
-    """
+    """Hold the directory's lock; InputError names the process that holds it."""
     path = directory / LOCK
     with path.open("a+") as file:
         deadline = time.monotonic() + WAIT_SECONDS

@@ -101,11 +101,7 @@ class TrackedRun:
     remote: Any  # the run of wandb's public API
 
     def validation(self) -> list[tuple[int, float]]:
-        """Read steps and validation losses (nats per token) of its complete history.
-
-        Raises:
-            InputError: W&B cannot be reached.
-        """
+        """Read steps and validation losses (nats per token) of its complete history."""
         import wandb
 
         keys = ["trainer/step", "val/loss"]

@@ -184,11 +184,7 @@ class Checkpoints:
 
 
 def load_model(checkpoint: Path) -> Llama:
-    """Load the model of a checkpoint folder, on the CPU in float32, without a process group.
-
-    Raises:
-        InputError: the folder is not a whole checkpoint.
-    """
+    """Load a checkpoint's model on the CPU in float32; InputError if it is not whole."""
     reason = damage(checkpoint)
     if reason:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({reason}); name a step_* folder")

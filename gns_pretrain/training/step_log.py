@@ -79,11 +79,7 @@ class StepLog:
             self._tokens_at_last_flush = tokens_before
 
     def flush(self) -> None:
-        """Read the pending steps from the device and record them; all ranks together.
-
-        Raises:
-            TrainingError: a loss or a gradient norm is not finite; steps before it are recorded.
-        """
+        """Record the pending steps, on all ranks; TrainingError at the first that is not finite."""
         if not self._pending:
             return
         steps, results = zip(*self._pending, strict=True)

@@ -14,7 +14,7 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError, needs
 from gns_pretrain.launch.slurm_sweep import SlurmSettings
 from gns_pretrain.launch.sweep import PlannedRun
-from gns_pretrain.system.process_exit import rank_process
+from gns_pretrain.system.processes import rank_process
 
 with needs("slurm", "hydra/launcher=slurm needs submitit"):
     import submitit

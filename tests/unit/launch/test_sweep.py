@@ -31,7 +31,7 @@ from gns_pretrain.launch.sweep import (
     train_runs,
 )
 from gns_pretrain.optim.adamw import AdamWSettings
-from gns_pretrain.runs.provenance import new_run_id, read_provenance
+from gns_pretrain.runs.history import new_run_id, read_provenance
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
 from tests.settings import small_run
 

@@ -16,7 +16,7 @@ from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.runs.provenance import write_provenance
+from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.state import TrainState
 from tests.settings import VOCABULARY, odd_model, small_run

@@ -1,5 +1,5 @@
 from gns_pretrain.runs.directory import fresh_directory, is_finished
-from gns_pretrain.runs.provenance import read_provenance, write_provenance
+from gns_pretrain.runs.history import read_provenance, write_provenance
 
 
 def test_fresh_folder_takes_the_first_free_number_and_leaves_the_others(tmp_path):

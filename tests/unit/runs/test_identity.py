@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     Purpose,
@@ -15,7 +16,6 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     refuse_another_run,
 )
-from gns_pretrain.runs.provenance import write_provenance
 
 RESUME, RECORD, CURVE = Purpose.RESUME, Purpose.RECORD, Purpose.CURVE
 ALL, NONE = {RESUME, RECORD, CURVE}, set()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
-from gns_pretrain.system.process_exit import note_process_group, rank_process
+from gns_pretrain.system.processes import note_process_group, rank_process
 
 ROOT = Path(__file__).parents[3]
 ENDS: dict[str, tuple[BaseException | None, int]] = {
