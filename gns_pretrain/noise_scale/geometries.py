@@ -29,7 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -56,9 +56,6 @@ from gns_pretrain.noise_scale.equations import (
     nuclear_totals,
     small_sample_factor,
 )
-
-if TYPE_CHECKING:
-    from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
 # Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
@@ -175,6 +172,15 @@ class SampleSums:
         )
 
 
+class GeometryChoices(Protocol):
+    """What a geometry reads of `NoiseScaleSettings`."""
+
+    parameters: str
+    nuclear_parameters: str
+    nuclear_local_batch_factor: bool
+    square_root: str
+
+
 class Geometry(ABC):
     """The noise scale of one geometry; the defaults are those of Manhattan and Nuclear.
 
@@ -197,7 +203,7 @@ class Geometry(ABC):
     }
     fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa
 
-    def __init__(self, settings: "NoiseScaleSettings") -> None:
+    def __init__(self, settings: GeometryChoices) -> None:
         self.settings = settings
 
     @property
