@@ -1,8 +1,8 @@
 """Policies of the batch size: where a run stands and what was measured in, a wanted size out.
 
 One flat `PolicySettings` serves every policy, and each reads its own: what depends on the size of
-an experiment can then be set whatever the role of a run in it. A new policy is one class listed at
-the end of this file, whose name `batch_size.policy` then accepts.
+an experiment can then be set whatever the role of a run in it. A new policy is one class in this
+file: defining it with a `name` registers it, and `batch_size.policy` then accepts that name.
 """
 
 import math
@@ -21,7 +21,7 @@ from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSett
 ROUNDINGS = ("down", "up")
 # Of B / B_0, on the scheduled learning rate (Algorithm 1, line 10); sqrt is the paper's.
 LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
-POLICIES: "dict[str, type[Policy]]" = {}
+POLICIES: dict[str, type["Policy"]] = {}  # by name; filled by defining a subclass
 
 
 @dataclass
@@ -149,6 +149,8 @@ class Position:
 class Policy(ABC):
     """Wants a batch size; which sizes the ranks can take is left to the controller.
 
+    A subclass with a name of its own is registered.
+
     Args:
         settings: checked.
         initial_batch_size: B_0, sequences.
@@ -165,6 +167,11 @@ class Policy(ABC):
         "lr_scaling": "sqrt",
         "theta": 0.6,
     }
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            POLICIES[cls.name] = cls
 
     def __init__(
         self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int
@@ -362,7 +369,3 @@ class NormTest(Policy):
     @classmethod
     def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
         return "euclidean", "plug_in"
-
-
-for _policy in (Constant, Adaptive, Staged, LinearRamp, NormTest):
-    POLICIES[_policy.name] = _policy

@@ -19,8 +19,8 @@ estimate. The cross-fitted s stands for the dual norm in all three geometries, a
 plug-in one. A single M of `debiased` or `cross_fitted` may be negative. It is kept that way: s |s|
 gives s back, and only averages are clamped (`smoothing.py`).
 
-A new geometry is one class listed in `GEOMETRIES`, whose name `noise_scale.geometries` and
-`batch_size.geometry` then accept.
+A new geometry is one class in this file: defining it with a `name` registers it, and
+`noise_scale.geometries` and `batch_size.geometry` then accept that name.
 
 Legend as in `equations.py`; W weights. No process groups, no configuration.
 """
@@ -61,6 +61,8 @@ BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
 # Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
 # the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
 CHUNK_ENTRIES = 2**23
+
+GEOMETRIES: dict[str, type["Geometry"]] = {}  # by name; filled by defining a subclass
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,10 @@ class GeometryChoices(Protocol):
 
 
 class Geometry(ABC):
-    """The noise scale of one geometry; the defaults are those of Manhattan and Nuclear.
+    """The noise scale of one geometry; a subclass with a name of its own is registered.
 
-    There N and M are squares of totals over weights, and the gain has Appendix B's points.
+    The defaults are those of Manhattan and Nuclear: there N and M are squares of totals over
+    weights, and the gain has Appendix B's points.
     """
 
     name: ClassVar[str]
@@ -202,6 +205,11 @@ class Geometry(ABC):
         "maximum_efficiency": maximum_efficiency_batch,
     }
     fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            GEOMETRIES[cls.name] = cls
 
     def __init__(self, settings: GeometryChoices) -> None:
         self.settings = settings
@@ -375,9 +383,6 @@ class Nuclear(Geometry):
         """How many square roots took the slow route, if any: a GPU pays for those."""
         fallbacks = round(totals[3])
         return {"square_root_fallbacks": fallbacks} if fallbacks else {}
-
-
-GEOMETRIES: dict[str, type[Geometry]] = {g.name: g for g in (Euclidean, Manhattan, Nuclear)}
 
 
 def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:

@@ -30,37 +30,42 @@ def by_row(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double().reshape(len(tensor), -1)
 
 
-class Rows(Geometry):
-    """The sum of the rows' norms, the dual norm of an optimizer that normalises each row."""
+@pytest.fixture
+def rows():
+    """Define the sum of the rows' norms, dual to an optimizer that normalizes each row."""
 
-    name = "rows"
-    estimates = ("plug_in",)
+    class Rows(Geometry):
+        name = "rows"
+        estimates = ("plug_in",)
 
-    @property
-    def needs(self):
-        return Needs(squares=True)
+        @property
+        def needs(self):
+            return Needs(squares=True)
 
-    def totals(self, sums, batch_size):
-        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
-        for index, mean in enumerate(sums.means):
-            variance = sums.variance(index, batch_size=batch_size)
-            totals[index, 0] = by_row(variance).sum(1).sqrt().sum()
-            totals[index, 1] = by_row(mean).norm(dim=1).sum()
-        return totals
+        def totals(self, sums, batch_size):
+            totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+            for index, mean in enumerate(sums.means):
+                variance = sums.variance(index, batch_size=batch_size)
+                totals[index, 0] = by_row(variance).sum(1).sqrt().sum()
+                totals[index, 1] = by_row(mean).norm(dim=1).sum()
+            return totals
 
-
-class Doubling(Policy):
-    """Twice the batch after every 640 tokens."""
-
-    name = "doubling"
-
-    def target(self, position, noise):
-        return self.initial_batch_size * 2.0 ** (position.tokens // 640)
+    yield
+    del GEOMETRIES[Rows.name]
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    monkeypatch.setitem(GEOMETRIES, Rows.name, Rows)
+def doubling():
+    """Define twice the batch after every 640 tokens."""
+
+    class Doubling(Policy):
+        name = "doubling"
+
+        def target(self, position, noise):
+            return self.initial_batch_size * 2.0 ** (position.tokens // 640)
+
+    yield
+    del POLICIES[Doubling.name]
 
 
 def of_kind(folder, kind):
@@ -125,8 +130,7 @@ def test_new_geometry_steers_a_run_and_is_known_to_the_configuration(rows, tmp_p
     check_batch_size(composed, num_ranks=1)
 
 
-def test_new_policy_is_followed(monkeypatch, tmp_path, shards):
-    monkeypatch.setitem(POLICIES, Doubling.name, Doubling)
+def test_new_policy_is_followed(doubling, tmp_path, shards):
     settings = BatchSizeSettings("doubling", initial=8, cap=32)
     assert launch(small_run(tmp_path, shards, batch_size=settings)) == 0
     changes = of_kind(tmp_path, "batch_size")
@@ -134,3 +138,14 @@ def test_new_policy_is_followed(monkeypatch, tmp_path, shards):
     tokens = {line["step"]: line["tokens"] for line in of_kind(tmp_path, "train")}
     first, second = (tokens[line["step"] - 1] for line in changes)
     assert (first, second) == (640, 640 + 3 * 16 * SEQUENCE_LENGTH)
+
+
+def test_base_without_a_name_is_not_a_choice():
+    class Planned(Policy):
+        """A base of policies that follow a plan."""
+
+    class Rescaled(GEOMETRIES["manhattan"]):
+        """Like Manhattan, for subclasses; its inherited name is not its own."""
+
+    assert Planned not in POLICIES.values()
+    assert Rescaled not in GEOMETRIES.values()
