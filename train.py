@@ -16,7 +16,7 @@ from gns_pretrain.launch.train import launch
 from gns_pretrain.system.processes import rank_process
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="gns_pretrain/conf", config_name="train")
 def main(node: DictConfig) -> None:
     """Check the settings, then train."""
     try:

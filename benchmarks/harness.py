@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from gns_pretrain.batch_size import BatchSizeSettings
+from gns_pretrain.config.register import CONFIG_FOLDER
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import CorpusMeta, token_dtype, write_meta, write_shard
@@ -46,7 +47,7 @@ from gns_pretrain.training.loop import Run
 from gns_pretrain.training.step import StepResult, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = {path.stem: path for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+MODELS = {path.stem: path for path in sorted((CONFIG_FOLDER / "model").glob("*.yaml"))}
 OPTIMIZERS: dict[str, OptimizerSettings] = {
     "adamw": AdamWSettings(lr=1e-4),
     "muon": MuonSettings(lr=1e-3),

@@ -69,7 +69,7 @@ def missing_of_scale(number: str, scale: str) -> str:
         hint = (
             f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
             f"scripts/best_of_search.py reports what it found; then give {number}=..., or write it "
-            f"into conf/scale/{scale}.yaml"
+            f"into gns_pretrain/conf/scale/{scale}.yaml"
         )
     else:
         hint = f"give it one, as in: {number}=..."

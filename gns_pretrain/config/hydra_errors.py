@@ -37,7 +37,9 @@ def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputErro
     if isinstance(error, ConfigCompositionException):
         return InputError(bad_override(error))
     if isinstance(error, OmegaConfBaseException):
-        return InputError(f"{error.full_key}: {first_line(error)}; see the files under conf/")
+        return InputError(
+            f"{error.full_key}: {first_line(error)}; see the files under {CONFIG_FOLDER}"
+        )
     if isinstance(error, YAMLError):
         return InputError(f"{one_line(error)}; correct the file")
     raise error
@@ -76,7 +78,7 @@ def missing_choice(error: MissingConfigException) -> str:
     if (group, choice) == ("hydra/sweeper", "optuna"):
         return "Optuna's sweeper is not installed; pip install 'gns-pretrain[tune]'"
     if not group or not options:
-        return f"{error.missing_cfg_file}: there is no such file under conf/"
+        return f"{error.missing_cfg_file}: there is no such file under {CONFIG_FOLDER}"
     return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}"
 
 
@@ -99,7 +101,7 @@ def bad_override(error: ConfigCompositionException) -> str:
         wanted = WANTED.get(wrong_type[1], wrong_type[1])
         hint = ", written without a point or exponent" if wrong_type[1] == "Integer" else ""
         return f"{assignment}: this setting is {wanted}{hint}; give it one"
-    return f"{text}; see the files under conf/"
+    return f"{text}; see the files under {CONFIG_FOLDER}"
 
 
 def known_settings(schema: Any, prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from gns_pretrain.config.schema import Config
 from gns_pretrain.optim import OPTIMIZERS
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 # Keys of a table's cell that choose a file, as entries of a defaults list; the others are settings.
 CHOICES = {
     "role": "/role",

@@ -23,7 +23,7 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.views import axes, series
 from tests.settings import small_run
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
 MEASURED = NoiseScaleSettings(geometries=["manhattan"], min_samples=4)
 
 

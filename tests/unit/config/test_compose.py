@@ -21,8 +21,8 @@ from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.identity import flatten
 from tests.settings import odd_model
 
-CONF = Path(__file__).parents[3] / "conf"
-# Groups without a choice in conf/train.yaml, which a command adds.
+CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
+# Groups without a choice in gns_pretrain/conf/train.yaml, which a command adds.
 ADDED = ("role", "start", "tuned")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 SIZES = ("small", "middle", "large")

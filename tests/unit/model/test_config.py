@@ -8,7 +8,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, RopeScaling, count_parameters
 from gns_pretrain.model.llama import Llama
 
-CONFIGS = Path(__file__).parents[3] / "conf" / "model"
+CONFIGS = Path(__file__).parents[3] / "gns_pretrain" / "conf" / "model"
 
 
 def from_yaml(name, **changes):

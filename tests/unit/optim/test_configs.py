@@ -10,7 +10,7 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
 NAMES = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 NADAM = "optimizer.class_path=torch.optim.NAdam"
 

@@ -17,7 +17,7 @@ from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.optim.base import Beta
 from tests.settings import odd_model
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
 YAML = """
 defaults: [schema_heavy_ball, _self_]
 name: heavy_ball

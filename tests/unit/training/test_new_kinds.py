@@ -22,7 +22,7 @@ from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training.step import accumulate_gradients
 from tests.settings import SEQUENCE_LENGTH, VOCABULARY, odd_model, small_run
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 
 
