@@ -69,6 +69,11 @@ def with_exit_code(main: Callable[[], None]) -> Callable[[], int]:
     return run
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the singular or plural: 1 run, 2,000 runs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """Return an exception's message without line breaks, or its class's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,7 @@
 """Export a checkpoint for transformers: safetensors, config.json and the tokenizer.
 
-python scripts/export_hf.py --checkpoint outputs/RUN/checkpoints/step_00001200 --out my_model
-python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("my_model")'
+python scripts/export_hf.py --checkpoint outputs/RUN/checkpoints/step_00001200 --out outputs/RUN/hf
+python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("outputs/RUN/hf")'
 """
 
 import argparse

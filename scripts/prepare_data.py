@@ -16,7 +16,7 @@ from typing import Any
 
 from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
-from gns_pretrain.errors import with_exit_code
+from gns_pretrain.errors import counted, with_exit_code
 from gns_pretrain.fields import add_options, from_options, script_parser
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def _summary(row: dict[str, Any]) -> str:
     splits = ", ".join(
-        f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents"
+        f"{name} {split['tokens']:,} tokens of {counted(split['documents'], 'document')}"
         for name, split in row["splits"].items()
     )
     rate = row["tokens_per_second"]

@@ -12,7 +12,7 @@ few ranks therefore accumulate from the start. Sizes are in sequences.
 import math
 from dataclasses import dataclass
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Split:
         return self.num_ranks * self.micro_batch_size * self.accumulation
 
     def __str__(self) -> str:
-        parts = [ranks_text(self.num_ranks), f"{self.micro_batch_size} sequences"]
+        parts = [counted(self.num_ranks, "rank"), counted(self.micro_batch_size, "sequence")]
         if self.accumulation > 1:
             parts.append(f"{self.accumulation} micro-batches")
         return f"{self.batch_size:,} = " + " x ".join(parts)
@@ -71,9 +71,10 @@ class FeasibleSizes:
             return below
         if self.min_samples <= self.num_ranks and self.micro_batch_max == self.micro_batch_size:
             raise InputError(
-                f"{name}={size} cannot be split over {ranks_text(self.num_ranks)} in micro-batches "
-                f"of micro_batch_size={self.micro_batch_size} sequences; use a multiple of "
-                f"{self._unit} (nearest: {max(1, round(size / self._unit)) * self._unit}) or "
+                f"{name}={size} cannot be split over {counted(self.num_ranks, 'rank')} in "
+                f"micro-batches of micro_batch_size={counted(self.micro_batch_size, 'sequence')}; "
+                f"use a multiple of {self._unit} "
+                f"(nearest: {max(1, round(size / self._unit)) * self._unit}) or "
                 "another micro_batch_size"
             )
         nearest = [below] if below else []
@@ -84,13 +85,13 @@ class FeasibleSizes:
         )
 
     def __str__(self) -> str:
-        sequences = f"{self.micro_batch_size} sequences"
+        sequences = counted(self.micro_batch_size, "sequence")
         if self.micro_batch_max > self.micro_batch_size:
             sequences = (
                 f"{self.micro_batch_size} to {self.micro_batch_max} sequences "
                 f"in steps of {self.micro_batch_step}"
             )
-        text = f"{ranks_text(self.num_ranks)} in micro-batches of {sequences}"
+        text = f"{counted(self.num_ranks, 'rank')} in micro-batches of {sequences}"
         if self.min_samples > 1:
             text += f", at least noise_scale.min_samples={self.min_samples} of them a step"
         return text
@@ -118,7 +119,3 @@ class FeasibleSizes:
             if rest == 0 and accumulation * self.num_ranks >= self.min_samples:
                 return f", or micro_batch_size={smaller}"
         return ""
-
-
-def ranks_text(num_ranks: int) -> str:
-    return f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"

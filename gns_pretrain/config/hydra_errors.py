@@ -1,23 +1,25 @@
 """Hydra's composition errors as one line that names the setting, the rule and a hint."""
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gns_pretrain.config.register import CONFIG_FOLDER
-from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, one_line
+from gns_pretrain.optim import OPTIMIZERS
+from gns_pretrain.runs.identity import flatten
 
 WANTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 SEVERAL_VALUES = "Ambiguous value for argument"
@@ -86,12 +88,9 @@ def bad_override(error: ConfigCompositionException) -> str:
     """Describe a setting that does not exist, or a value of the wrong type."""
     cause = error.__cause__
     text = first_line(error)
-    if text.startswith("Could not override"):
-        given = re.search(r"'([^'=]+)(?:=[^']*)?'", text)
-        name = str(getattr(cause, "full_key", None) or (given and given[1]) or "").lstrip("+~")
-        close = difflib.get_close_matches(name, known_settings(Config), n=1)
-        guess = f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
-        return f"{name}: there is no such setting; {guess}"
+    if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
+        name = str(cause.full_key)
+        return f"{name}: there is no such setting; {setting_hint(name, composed_settings(cause))}"
     if text.startswith("Error merging override") and isinstance(cause, OmegaConfBaseException):
         assignment = text.removeprefix("Error merging override ")
         reason = first_line(cause)
@@ -104,15 +103,21 @@ def bad_override(error: ConfigCompositionException) -> str:
     return f"{text}; see the files under {CONFIG_FOLDER}"
 
 
-def known_settings(schema: Any, prefix: str = "") -> list[str]:
-    """List a dataclass's fields by dotted names, with those of all its schemas (optimizers)."""
-    names = []
-    for field in dataclasses.fields(schema):
-        names.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
-            for choice in (field.type, *field.type.__subclasses__()):
-                names += known_settings(choice, f"{prefix}{field.name}.")
-    return list(dict.fromkeys(names))
+def composed_settings(error: OmegaConfBaseException) -> list[str]:
+    """List the groups and the dotted settings of the configuration that an override missed."""
+    assert error.parent_node is not None
+    root = OmegaConf.to_container(cast(DictConfig, error.parent_node._get_root()))
+    return [*cast(dict[str, Any], root), *flatten(cast(dict[str, Any], root))]
+
+
+def setting_hint(name: str, known: Sequence[str]) -> str:
+    """Suggest what may have been meant by a setting that the composed ones lack."""
+    group, _, key = name.partition(".")
+    having = [n for n, schema in OPTIMIZERS.items() if key in (f.name for f in fields(schema))]
+    if group == "optimizer" and having:
+        return f"optimizer={' or '.join(having)} has it"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
 
 
 def first_line(error: Exception) -> str:

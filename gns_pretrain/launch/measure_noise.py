@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gns_pretrain.data.batches import read_in_order
 from gns_pretrain.data.shards import TokenShards
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
@@ -69,8 +69,8 @@ class MeasurementRequest(Settings):
         if self.num_sequences % unit:
             raise InputError(
                 f"--num-sequences={self.num_sequences} cannot be split into samples of "
-                f"--micro-batch-size={self.micro_batch_size} on {num_ranks} ranks; use a multiple "
-                f"of {unit}"
+                f"--micro-batch-size={self.micro_batch_size} on {counted(num_ranks, 'rank')}; "
+                f"use a multiple of {unit}"
             )
         if self.num_sequences == self.micro_batch_size:
             raise InputError(

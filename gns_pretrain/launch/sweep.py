@@ -28,7 +28,7 @@ from rich.table import Table
 
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
-from gns_pretrain.errors import EXIT_FINISHED, EXIT_STOPPED, InputError, TrainingError
+from gns_pretrain.errors import EXIT_FINISHED, EXIT_STOPPED, InputError, TrainingError, counted
 from gns_pretrain.launch.build import shown_as
 from gns_pretrain.runs.directory import (
     CONFIG,
@@ -119,7 +119,7 @@ def plan_runs(
             problems[str(error)] += 1
     if problems:
         shown = [
-            f"{problem} ({count} run{'s' if count > 1 else ''})"
+            f"{problem} ({counted(count, 'run')})"
             for problem, count in list(problems.items())[:SHOWN]
         ]
         more = ["..."] if len(problems) > SHOWN else []
@@ -231,7 +231,7 @@ def failed_runs_raise() -> Iterator[None]:
 def report_results(results: Sequence[RunResult], console: Console) -> None:
     """Print a table of all runs and the reasons below it; hand them to `failed_runs_raise`."""
     _RESULTS.extend(results)
-    table = Table(title=f"{len(results)} runs", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=counted(len(results), "run"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("run", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for column in ("steps", "last batch", "lowest val. loss", "training"):

@@ -31,7 +31,7 @@ from gns_pretrain.batch_size.controller import BatchSizer, Controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import Policy, Position
 from gns_pretrain.batch_size.settings import BatchSizeSettings
-from gns_pretrain.errors import InputError, print_error
+from gns_pretrain.errors import InputError, counted, print_error
 from gns_pretrain.fields import About, positive
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
@@ -175,7 +175,7 @@ class ReplaySettings:
             by_theta = policy.policy == "norm_test" or policy.target == "theta"
             aim = f"theta {policy.theta:g}" if by_theta else policy.target
             noise = f" on {' '.join(policy.reads)}, {aim}"
-            decides = f"; decides every {policy.decide_every_steps} steps"
+            decides = f"; decides every {counted(policy.decide_every_steps, 'step')}"
         if policy.policy == "adaptive":
             decides += f" after {policy.warmup_fraction:.0%} of {self.run.token_budget:,} tokens"
         return (

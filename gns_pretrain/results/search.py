@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 
 from gns_pretrain.config.schema import TunedSettings
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, counted
 from gns_pretrain.results.frame import Runs, pd, read_losses
 from gns_pretrain.results.render import loss_text, markdown, text_grid
 from gns_pretrain.runs.identity import Purpose, decides
@@ -65,13 +65,13 @@ class Search:
         notes = [f"for conf/scale/{self.scale}.yaml: scale.{self.optimizer}: {{{best}}}"]
         notes += [f"{end}: search on beyond it" for end in self.at_an_end]
         if self.unfinished:
-            notes.append(f"not counted, unfinished: {self.unfinished} runs")
+            notes.append(f"not counted, unfinished: {counted(self.unfinished, 'run')}")
         return notes
 
     @property
     def table(self) -> tuple[str, list[str], list[list[str]]]:
         """Title, headers, and the cells of each point as texts."""
-        title = f"{self.optimizer} at scale={self.scale}: {len(self.points)} points"
+        title = f"{self.optimizer} at scale={self.scale}: {counted(len(self.points), 'point')}"
         lines = [
             [*map(_shown, point[self.searched]), loss_text(point.loss, point.deviation)]
             for _, point in self.points.iterrows()
@@ -88,7 +88,7 @@ def searches(runs: Runs) -> list[Search]:
     own = runs[runs["table"] == SEARCH]
     if own.empty:
         raise InputError(
-            f"none of {len(runs)} runs belongs to a search; "
+            f"none of {counted(len(runs), 'run')} belongs to a search; "
             "start one with python train.py +sweep=tune_signum scale=..."
         )
     groups = own.groupby(["scale", "cell"])

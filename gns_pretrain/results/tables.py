@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, counted
 from gns_pretrain.results.frame import (
     Runs,
     curve_files,
@@ -184,7 +184,7 @@ def select(
     if own.empty:
         tables = sorted(set(map(str, runs["table"].dropna())))
         raise InputError(
-            f"none of {len(runs)} runs belongs to {layout.name} (their setting table: "
+            f"none of {counted(len(runs), 'run')} belongs to {layout.name} (their setting table: "
             f"{', '.join(tables) or 'none'}); train it with python train.py +sweep={layout.name}"
         )
     scales = sorted(own["scale"].unique())
@@ -212,8 +212,8 @@ def select(
             ]
     if len(finished):
         _refuse_differences(finished, f"of {layout.name}", COMMON)
-    counted = finished.drop_duplicates(["cell", "seed"], keep="last")
-    return pd.concat([counted, own[~own["finished"]]]), notes
+    kept = finished.drop_duplicates(["cell", "seed"], keep="last")
+    return pd.concat([kept, own[~own["finished"]]]), notes
 
 
 def _where(runs: Runs, condition: str) -> Runs:

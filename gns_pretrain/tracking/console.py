@@ -7,6 +7,7 @@ from rich import console as rich_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gns_pretrain.errors import counted
 from gns_pretrain.tracking.jsonl import METRICS, SUMMARY
 from gns_pretrain.tracking.settings import MetricsSettings
 
@@ -134,7 +135,7 @@ def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:
     if summary["tokens_per_second"] is not None:
         speed = f"{short_number(summary['tokens_per_second'])} tok/s (median step)"
     return [
-        f"{summary['state']}: {summary['steps']:,} steps, "
+        f"{summary['state']}: {counted(summary['steps'], 'step')}, "
         f"{short_number(summary['tokens'])} tokens, "
         f"{duration(summary['seconds'])} of training",
         f"  validation loss  {validation}",

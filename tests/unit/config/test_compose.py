@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from gns_pretrain.config.compose import as_yaml, settings_from
@@ -17,6 +17,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import count_parameters
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.optim import OPTIMIZERS
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.identity import flatten
 from tests.settings import odd_model
@@ -187,6 +188,35 @@ def test_unknown_cell_is_refused_with_those_of_its_table():
     refusal = str(as_input_error(raised.value))
     assert refusal.startswith("experiment/table9=theta_low: there is no such choice; use one of ")
     assert "euclidean_large" in refusal
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optimizer.kwargs={a:1}"],
+            "optimizer.kwargs: there is no such setting; optimizer=custom has it",
+        ),
+        (
+            ["optimizer=sgd", "optimizer.beta1=0.9"],
+            "optimizer.beta1: there is no such setting; optimizer=adamw has it",
+        ),
+        (["optimizer=muon", "optimizer.adamw.lrr=1"], "did you mean optimizer.adamw.lr?"),
+        (["optimizer=sgd", "optimizer.momentumm=0.9"], "did you mean optimizer.momentum?"),
+        (["optimiser=sgd"], "did you mean optimizer?"),
+        (["something=1"], "--cfg job lists those of a command"),
+    ],
+    ids=["another-choice", "chosen-group", "nested", "chosen-choice", "group", "nothing-close"],
+)
+def test_setting_that_a_choice_lacks_is_refused_with_one_that_a_command_can_take(overrides, line):
+    with pytest.raises(ConfigCompositionException) as raised:
+        composed(*overrides)
+    assert str(as_input_error(raised.value)).endswith(line)
+
+
+@pytest.mark.parametrize("choice", sorted(OPTIMIZERS))
+def test_choice_named_in_a_hint_exists(choice):
+    assert ("optimizer", choice) in CHOICES
 
 
 def test_run_like_a_cell_is_in_no_table():

@@ -86,7 +86,7 @@ def test_a_run_that_is_not_finished_does_not_count_and_is_reported(signum):
 
 def test_runs_of_no_search_are_refused_in_one_line(tmp_path):
     write_run(tmp_path, "table2", "signum_small", [(10, 4.0)])
-    with pytest.raises(InputError, match=r"none of 1 runs belongs to a search; start one with"):
+    with pytest.raises(InputError, match=r"none of 1 run belongs to a search; start one with"):
         found(tmp_path)
 
 

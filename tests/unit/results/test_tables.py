@@ -324,7 +324,7 @@ def test_nothing_to_make_a_table_of_is_reported_in_one_line(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         made(tmp_path / "missing")
     write_run(tmp_path, "table8", "constant_small", [(1, 0.1)])
-    with pytest.raises(InputError, match=r"none of 1 runs belongs to table2 .*table8.*=table2"):
+    with pytest.raises(InputError, match=r"none of 1 run belongs to table2 .*table8.*=table2"):
         made(tmp_path)
     write_run(tmp_path, "table2", "signum_small", [(1, 0.1)], finished=False)
     with pytest.raises(InputError, match="no run of table2 is finished"):
