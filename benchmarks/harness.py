@@ -31,7 +31,6 @@ from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.train import gpu_versions
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
@@ -171,7 +170,7 @@ class Workload:
         self._cursor = 0
 
     def meter(self, geometry: str) -> NoiseMeter:
-        return NoiseMeter(self.run.model, self.run.world, NoiseScaleSettings([geometry]))
+        return NoiseMeter(self.run.model, geometries=[geometry])
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Return the next step's micro-batches."""

@@ -91,7 +91,7 @@ class NoiseScale(ModelCommand):
                 sequence_length=self.sequence_length,
             ) as work,
         ):
-            meter = NoiseMeter(work.run.model, world, settings)
+            meter = NoiseMeter(work.run.model, settings)
             own: list[float] = []
 
             def measured() -> None:

@@ -11,7 +11,7 @@ from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
-from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks
 from gns_pretrain.parallel.mesh import World
@@ -82,7 +82,7 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         total_steps=config.initial_total_steps,
     )
     noise_scale = config.noise_scale
-    meter = NoiseMeter(model, world, noise_scale) if noise_scale.geometries else None
+    meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
     return Run(
         world=world,
         model=model,

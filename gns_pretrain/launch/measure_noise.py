@@ -171,7 +171,7 @@ def measure(request: MeasurementRequest) -> Report | None:
             ).to(device)
             for start in starts
         ]
-        estimated = estimate(model, NoiseMeter(model, world, settings), batch, request)
+        estimated = estimate(model, NoiseMeter(model, settings), batch, request)
     if ranks.rank != 0:
         return None
     notes = request.missing_intervals(ranks.num_ranks)
@@ -187,9 +187,9 @@ def estimate(
         batch: this rank's micro-batches.
     """
     rounds = len(batch)
-    with meter.tap.armed(rounds):
-        accumulate_gradients(model, batch, accumulation=rounds, tap=meter.tap)
-    whole = meter.tap.sums().copied()
+    with meter.measure():
+        accumulate_gradients(model, batch, accumulation=rounds, meter=meter)
+    whole = meter.sums().copied()
     model.zero_grad(set_to_none=True)
     readings = meter.readings_of(whole, request.num_sequences)
     for reason in filter(None, (reading.total.skip_reason for reading in readings)):
@@ -218,9 +218,9 @@ def standard_errors(
     """
     scales: list[list[float]] = []  # [round][reading]
     for index, sequences in enumerate(batch):
-        with meter.tap.armed(1, first_round=index):
-            accumulate_gradients(model, [sequences], accumulation=1, tap=meter.tap)
-        left = whole.without(meter.tap.sums())
+        with meter.measure(first_round=index):
+            accumulate_gradients(model, [sequences], accumulation=1, meter=meter)
+        left = whole.without(meter.sums())
         model.zero_grad(set_to_none=True)
         remaining = num_sequences * left.num_samples // whole.num_samples
         totals = [reading.total for reading in meter.readings_of(left, remaining)]

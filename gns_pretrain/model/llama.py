@@ -10,14 +10,12 @@ and the cast is free. Nothing here knows of ranks.
 
 import math
 from collections.abc import Iterator
-from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.loss import next_token_loss
 
@@ -286,36 +284,7 @@ class Llama(nn.Module):
                 yield linear.weight, 0.02 / math.sqrt(2 * (index + 1))
 
 
-class Kind(Enum):
-    """A parameter's role: what optimizer groups and geometries go by, never its shape."""
-
-    EMBEDDING = auto()  # also when the output matrix is tied to it
-    OUTPUT = auto()
-    ATTENTION = auto()
-    FEED_FORWARD = auto()
-    NORM = auto()
-
-
-_KIND_OF_MODULE = {
-    "embedding": Kind.EMBEDDING,
-    "output": Kind.OUTPUT,
-    "attention": Kind.ATTENTION,
-    "feed_forward": Kind.FEED_FORWARD,
-    "attention_norm": Kind.NORM,
-    "feed_forward_norm": Kind.NORM,
-    "norm": Kind.NORM,
-}
-
-
-def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
-    """Return each parameter's kind, ordered as in named_parameters(); InputError if unknown."""
-    kinds = {}
-    for name, _ in model.named_parameters():
-        found = [part for part in name.split(".") if part in _KIND_OF_MODULE]
-        if len(found) != 1:
-            raise InputError(
-                f"parameter {name} is of no known kind, so no optimizer group takes it; "
-                "add its module to _KIND_OF_MODULE in gns_pretrain/model/llama.py"
-            )
-        kinds[name] = _KIND_OF_MODULE[found[0]]
-    return kinds
+def parameter_kind(name: str) -> str:
+    """Label a parameter for the noise scale by kind: attention, norm, ... (`per_kind`)."""
+    module = name.split(".")[-3] if name.startswith("layers.") else name.split(".")[0]
+    return "norm" if name.endswith("norm.weight") else module

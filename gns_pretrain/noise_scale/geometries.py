@@ -36,7 +36,7 @@ from torch import Tensor
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.model.llama import Kind
+from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import (
     coordinate_variance,
     corrected_inflection_batch,
@@ -57,7 +57,6 @@ from gns_pretrain.noise_scale.equations import (
     small_sample_factor,
 )
 
-BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
 # Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
 # the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
 CHUNK_ENTRIES = 2**23
@@ -96,7 +95,7 @@ class Needs:
 
     squares: bool = False  # sum_j (g^j)^2 of every coordinate
     signed_sums: bool = False  # sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices
-    matrices: frozenset[Kind] = frozenset()  # whole, and their Grams' sum, on one owner each
+    matrices: frozenset[Role] = frozenset()  # whole, and their Grams' sum, on one owner each
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -219,9 +218,9 @@ class Geometry(ABC):
         """What its totals read beside norms and mean; `signed_sums` is added for cross_fitted."""
         return Needs()
 
-    def looks_at(self, kind: Kind) -> bool:
-        """Whether weights of this kind are part of the noise scale."""
-        return self.settings.parameters == "all" or kind in BLOCK_MATRICES
+    def looks_at(self, role: Role) -> bool:
+        """Whether weights of this role are part of the noise scale."""
+        return self.settings.parameters == "all" or role is Role.MATRIX
 
     @abstractmethod
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
@@ -341,12 +340,12 @@ class Nuclear(Geometry):
     def needs(self) -> Needs:
         """Whole matrices and their Grams."""
         if self.settings.nuclear_parameters == "all_2d":
-            return Needs(matrices=BLOCK_MATRICES | {Kind.EMBEDDING, Kind.OUTPUT})
-        return Needs(matrices=BLOCK_MATRICES)
+            return Needs(matrices=frozenset({Role.MATRIX, Role.EMBEDDING, Role.OUTPUT}))
+        return Needs(matrices=frozenset({Role.MATRIX}))
 
-    def looks_at(self, kind: Kind) -> bool:
-        """The blocks' matrices; embedding and output too with nuclear_parameters=all_2d."""
-        return kind in self.needs.matrices
+    def looks_at(self, role: Role) -> bool:
+        """Matrices inside the model; embedding and output too with nuclear_parameters=all_2d."""
+        return role in self.needs.matrices
 
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """tr C^(1/2), ||G||_S1 and s of the matrix sign; a chunk's fallbacks on its first weight.

@@ -1,18 +1,31 @@
-"""From what the tap has gathered to noise and signal: each rank its part, then one all-reduce."""
+"""Measuring the noise scale of any model while it trains.
 
+From what the tap has gathered to noise and signal: each rank computes its part, then one all-reduce
+of kilobytes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from gns_pretrain.errors import InputError
+from gns_pretrain.model.roles import Labels, MatrixChoice, labels_of
+from gns_pretrain.noise_scale.equations import check_num_samples
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, Needs, SampleSums
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import GradientTap
-from gns_pretrain.parallel.collectives import sum_over_ranks
-from gns_pretrain.parallel.mesh import World
+from gns_pretrain.parallel.collectives import reduce_over
+
+# Relative difference of the mean gradient and the mean of the samples that is more than rounding,
+# in bfloat16 too.
+DISAGREEMENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,45 +39,140 @@ class Reading:
 
 
 class NoiseMeter:
-    """Measures the noise scale of a parallelized model in single steps that its `tap` gathers."""
+    """Measures the noise scale of a model in single optimizer steps.
 
-    def __init__(self, model: nn.Module, world: World, settings: NoiseScaleSettings) -> None:
-        self.settings = settings
-        self.world = world
-        self.geometries = [GEOMETRIES[name](settings) for name in settings.geometries]
-        signed = any(estimate == "cross_fitted" for _, estimate in settings.measured)
+        meter = NoiseMeter(model, geometries=["manhattan", "nuclear"], every_steps=100)
+        for step, batch in enumerate(batches, 1):
+            with meter.step(step):
+                for micro_batch in batch:
+                    with meter.sample():
+                        (loss(model, micro_batch) / len(batch)).backward()
+            readings = meter.read(batch_size=len(batch) * micro_batch_size * num_ranks)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Measured are step 1 and every `every_steps`-th one; other steps cost nothing. A sample is what
+    one micro-batch leaves on one data-parallel rank, all of one size and as many on every rank; a
+    step takes two at least. Each sample's loss is divided by the number of samples of its rank, so
+    that `.grad` is the mean over samples when `read` is called: after the last backward pass and
+    before clipping, on all ranks. Measuring changes no gradient by a bit.
+
+    Args:
+        model: any module, plain or after DDP, fully_shard (FSDP2, HSDP), parallelize_module or
+            torch.compile; with gradients reduced at each micro-batch or at the last one.
+        settings: what is measured and how often; the default measures nothing until `geometries`
+            are named.
+        matrices: which parameters are matrices, for the nuclear scale and
+            `parameters="block_matrices"`; by default those inside the model (`parameter_roles`).
+        blocks: whose gradients come close together and are reduced together; by default a layer's.
+        kinds: labels of parameters for `per_kind`; by default their roles.
+        options: fields of `settings`, by name.
+
+    Raises:
+        InputError: a setting or pattern that cannot be, no trainable parameter, or a layout that
+            is not supported: weights over different meshes, or left out of FSDP2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: NoiseScaleSettings | None = None,
+        *,
+        matrices: MatrixChoice | None = None,
+        blocks: Labels | Sequence[str] | None = None,
+        kinds: Labels | None = None,
+        **options: Unpack[MeterOptions],
+    ) -> None:
+        self.settings = replace(settings or NoiseScaleSettings(), **options)
+        self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
+        signed = any(estimate == "cross_fitted" for _, estimate in self.settings.measured)
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
-        self.tap = GradientTap(model, world, needs | Needs(signed_sums=signed))
+        self.tap = GradientTap(model, needs | Needs(signed_sums=signed), matrices, blocks)
+        names = [tapped.name for tapped in self.tap.weights]
+        self._kinds = {tapped.name: tapped.role.name.lower() for tapped in self.tap.weights}
+        self._kinds |= labels_of(names, kinds, "kinds") if kinds is not None else {}
+        self._measured = False  # whether the last step was
+
+    def step(self, step: int) -> AbstractContextManager[None]:
+        """Measure the optimizer step within, if it is its turn.
+
+        Args:
+            step: its number, from 1.
+        """
+        self._measured = False
+        return self.measure() if self.settings.measures_at(step) else nullcontext()
+
+    @contextmanager
+    def measure(self, *, first_round: int = 0) -> Iterator[None]:
+        """Measure the optimizer step within.
+
+        Args:
+            first_round: samples of each rank that came before, of the same batch: parities, which
+                cross-fitted estimates go by, count from there.
+        """
+        with self.tap.listening(first_round=first_round):
+            yield
+        self._measured = True
+
+    def sample(self) -> AbstractContextManager[None]:
+        """Take the backward passes within as one sample; nothing happens on unmeasured steps."""
+        return self.tap.sample() if self.tap.armed else nullcontext()
 
     @torch.no_grad()
-    def read(self, batch_size: int) -> list[Reading]:
-        """Return a reading for each geometry and estimate asked for, the same on every rank.
+    def read(self, batch_size: int, *, loss_scale: float = 1.0) -> list[Reading]:
+        """Return a reading for each geometry and estimate, the same on every rank.
 
         Call it on all ranks, after the step's backward passes and before clipping.
+
+        Args:
+            batch_size: B, sequences (or images, ...) of the step over all ranks.
+            loss_scale: by which the loss was multiplied, as torch.amp.GradScaler does: its
+                `get_scale()`, if `unscale_` comes after.
+
+        Returns:
+            Empty if the step was not measured.
+
+        Raises:
+            InputError: fewer than two samples; or `.grad` is not the mean of the samples, because
+                it was not zero before, or was clipped, unscaled or zeroed since, or because some
+                backward pass was no sample.
         """
+        if not self._measured:
+            return []
+        self._measured = False
         with self.tap.measuring():
-            readings = self.readings_of(self.tap.sums(), batch_size)
+            readings = self.readings_of(self.tap.sums(loss_scale=loss_scale), batch_size)
             self.tap.release()
         return [replace(reading, seconds=self.tap.seconds) for reading in readings]
 
     @torch.no_grad()
+    def sums(self) -> SampleSums:
+        """Return what the samples of the measured step left on this rank, for `readings_of`."""
+        self._measured = False
+        return self.tap.sums()
+
+    @torch.no_grad()
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:
-        """Return the same from sums that were gathered before; all ranks together."""
+        """Return readings from the sums of samples; all ranks together."""
+        check_num_samples(sums.num_samples)
         of_rank = [geometry.totals(sums, batch_size) for geometry in self.geometries]
         # One all-reduce of kilobytes, and one wait for the device.
-        joined = sum_over_ranks(torch.cat(of_rank, dim=1), self.world).cpu()
-        totals = joined.split([table.shape[1] for table in of_rank], dim=1)
+        parts = [*(table.flatten() for table in of_rank), self.tap.agreement]
+        joined = reduce_over(torch.cat(parts), self.tap.layout).cpu()
+        *flat, agreement = joined.split([part.numel() for part in parts])
+        check_agreement(*agreement.tolist())
         counts = {"batch_size": batch_size, "num_samples": sums.num_samples}
         readings = []
-        for geometry, table in zip(self.geometries, totals, strict=True):
-            rows = table.tolist()  # [weight][column]
-            weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.kind)]
+        for geometry, totals, table in zip(self.geometries, flat, of_rank, strict=True):
+            rows = totals.view(table.shape).tolist()  # [weight][column]
+            weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.role)]
             whole = added(rows, weights)
-            parts = {name: added(rows, some) for name, some in self._parts(weights).items()}
+            parts_of = {name: added(rows, some) for name, some in self._parts(weights).items()}
             for estimate in self.settings.estimates_of(geometry.name):
                 total = geometry.measure(estimate, whole, **counts)
                 of_parts = {
-                    name: geometry.measure(estimate, part, **counts) for name, part in parts.items()
+                    name: geometry.measure(estimate, part, **counts)
+                    for name, part in parts_of.items()
                 }
                 readings.append(Reading(total, of_parts, 0.0, geometry.details(whole)))
         return readings
@@ -75,10 +183,22 @@ class NoiseMeter:
         for index in weights:
             weight = self.tap.weights[index]
             if self.settings.per_kind:
-                parts.setdefault(weight.kind.name.lower(), []).append(index)
-            if self.settings.per_layer and weight.block.startswith("layers."):
+                parts.setdefault(self._kinds[weight.name], []).append(index)
+            if self.settings.per_layer and weight.block[-1].isdigit():  # not embedding or output
                 parts.setdefault(weight.block, []).append(index)
         return parts
+
+
+def check_agreement(mean_square: float, difference_square: float) -> None:
+    """Raise InputError if the mean gradient is not the mean of the samples."""
+    # Not finite: the readings say so themselves.
+    if difference_square > DISAGREEMENT**2 * mean_square:
+        off = math.sqrt(difference_square / mean_square) if mean_square else math.inf
+        raise InputError(
+            f"meter.read: .grad differs from the mean of the measured samples by {off:.0%} of its "
+            "norm; read after the last backward pass and before clipping, unscaling or zero_grad, "
+            "put every backward pass into meter.sample(), and zero the gradients after each step"
+        )
 
 
 def added(table: list[list[float]], rows: list[int]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypedDict
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, key_of, one_of
@@ -12,6 +12,20 @@ from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices")
 NUCLEAR_PARAMETERS = ("block_matrices", "all_2d")
+
+
+class MeterOptions(TypedDict, total=False):
+    """The fields of `NoiseScaleSettings` that `NoiseMeter` reads, as its keyword arguments."""
+
+    geometries: list[str]
+    estimates: list[str]
+    every_steps: int
+    parameters: str
+    nuclear_parameters: str
+    nuclear_local_batch_factor: bool
+    square_root: str
+    per_kind: bool
+    per_layer: bool
 
 
 @dataclass

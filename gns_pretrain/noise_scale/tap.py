@@ -1,9 +1,10 @@
 """Each sample's own gradient, tapped beside the gradient's own reduction.
 
-A sample is a micro-batch on a rank. On a measured step a hook on every weight sees that sample's
-gradient before accumulation and before any reduction, on one process, DDP, FSDP2 and HSDP alike; it
-changes nothing, so a measured step trains with the same bits as an unmeasured one, and once removed
-it costs nothing. What the estimators need of all samples is reduced at once, a block at a time:
+A sample is what the backward pass of one micro-batch leaves on one data-parallel rank. On a
+measured step a hook on every weight sees that sample's gradient before accumulation and before any
+reduction, on one process, DDP, FSDP2, HSDP and tensor parallel alike; it changes nothing, so a
+measured step trains with the same bits as an unmeasured one, and once removed it costs nothing.
+What the estimators need of all samples is reduced at once, a block at a time:
 
     squares, signed gradients   reduce-scattered: every rank keeps its own rows, P / R floats each
     Grams of the smaller side   reduced to the one rank that owns the matrix
@@ -13,138 +14,213 @@ before clipping: rows stay where they are, whole matrices go to their owners.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.model.llama import Kind, parameter_kinds
+from gns_pretrain.model.roles import (
+    Labels,
+    MatrixChoice,
+    Role,
+    blocks_of,
+    matrix_shape,
+    named_trainable,
+    parameter_roles,
+)
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
+from gns_pretrain.parallel.collectives import reduce_over
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
-from gns_pretrain.parallel.mesh import World
-from gns_pretrain.parallel.sharding import ShardLayout, packed, rows_per_shard, unwrapped
+from gns_pretrain.parallel.sharding import (
+    MatrixShards,
+    ShardLayout,
+    packed,
+    region_shape,
+    rows_per_shard,
+    unsharded_weights,
+)
+
+PROBE_ENTRIES = 2**16  # of a weight that is summed over samples to check the mean gradient
 
 
 @dataclass(frozen=True)
 class TappedWeight:
     """A trainable weight and where its gradients are seen."""
 
-    kind: Kind
+    name: str
+    role: Role
     weight: nn.Parameter  # what the optimizer updates; its .grad is the mean gradient
     seen: Tensor  # what autograd reaches: the weight itself, or FSDP2's unsharded copy
-    owner: int | None  # rank that owns its Gram; None for what has none
     block: str  # weights of one block travel together
+    row_dim: int = 0  # dimension along which shards, and the statistics' rows, are split
+    in_parts: bool = False  # whether tensor-parallel ranks have different parts of it
+    shards: MatrixShards | None = None  # of the matrix view, if it has an owner
+    owner: tuple[int, int] | None = None  # data-parallel rank and part that own its Gram, if any
+
+    @property
+    def part_shape(self) -> torch.Size:
+        """Shape of what this rank's samples have gradients of: all of it, or its part."""
+        return self.seen.to_local().shape if isinstance(self.seen, DTensor) else self.seen.shape
 
 
 def tapped_weights(
-    model: nn.Module, world: World, matrices: Collection[Kind]
+    model: nn.Module,
+    layout: ShardLayout,
+    owned_roles: frozenset[Role],
+    matrices: MatrixChoice | None = None,
+    blocks: Labels | list[str] | None = None,
 ) -> list[TappedWeight]:
     """Return every trainable weight of a parallelized model, with what autograd reaches.
 
-    Weights of the kinds `matrices` have owners, balanced by the cost of a square root.
+    Weights of `owned_roles` with a matrix view have owners, balanced by the cost of a square root.
     """
-    llama = unwrapped(model)
-    kinds = parameter_kinds(llama)
-    seen = unsharded_weights(llama)
-    trainable = [(n, p) for n, p in llama.named_parameters() if p.requires_grad]
-    owned = [name for name, _ in trainable if kinds[name] in matrices]
-    costs = [float(min(llama.get_parameter(name).shape)) ** 3 for name in owned]
-    owners = dict(zip(owned, balanced_owners(costs, world.num_ranks), strict=True))
-    return [
-        TappedWeight(kinds[name], weight, seen[name], owners.get(name), block_of(name))
-        for name, weight in trainable
+    roles, block_of = parameter_roles(model, matrices), blocks_of(model, blocks)
+    seen = unsharded_weights(model)
+    weights = [
+        TappedWeight(
+            name,
+            roles[name],
+            weight,
+            seen[name],
+            block_of[name],
+            row_dim=sharded_dim(weight, seen[name]),
+            in_parts=isinstance(seen[name], DTensor)
+            and not all(p.is_replicate() for p in seen[name].placements),
+        )
+        for name, weight in named_trainable(model)
     ]
-
-
-def block_of(name: str) -> str:
-    """Name the weights whose gradients come close together: `layers.3`, `embedding`, `output`, ...
-
-    FSDP2 keeps the last three in one group; here the output's gradient, the first of all, would
-    wait for the embedding's, the last.
-    """
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-
-
-def unsharded_weights(llama: nn.Module) -> dict[str, Tensor]:
-    """Return what autograd reaches for each weight: FSDP2 swaps it in for forward and backward.
-
-    These tensors stay the same objects when they are sharded and unsharded again (an
-    implementation fact of torch 2.11 to 2.13, asserted by a test), so one look at the start serves
-    every later step.
-    """
-
-    def plain() -> dict[str, Tensor]:
-        return {n: w for n, w in llama.named_parameters() if not isinstance(w, DTensor)}
-
-    weights = plain()
-    for module in llama.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            weights |= plain()
-            module.reshard()
+    if not weights:
+        raise InputError("the model has no trainable parameter, so there is no noise to measure")
+    owned = [i for i, w in enumerate(weights) if w.role in owned_roles and w.weight.ndim > 1]
+    for in_parts in (True, False):
+        # A matrix that every part has whole belongs to the first of them.
+        num_parts = layout.num_parts if in_parts else 1
+        chosen = [i for i in owned if weights[i].in_parts == in_parts]
+        costs = [float(min(matrix_shape(weights[i].weight))) ** 3 for i in chosen]
+        owners = balanced_owners(costs, layout.num_data_ranks * num_parts)
+        for i, owner in zip(chosen, owners, strict=True):
+            weight = weights[i].weight
+            shards = (
+                MatrixShards.of_weight(weight)
+                if isinstance(weight, DTensor)
+                else MatrixShards.of_rows(matrix_shape(weight), layout)
+            )
+            weights[i] = replace(weights[i], shards=shards, owner=divmod(owner, num_parts))
     return weights
 
 
-class GradientTap:
-    """Gathers what the samples of one step have in common and in what they differ."""
+def sharded_dim(weight: Tensor, seen: Tensor) -> int:
+    """Return the dimension along which FSDP2 splits a weight; 0 where it does not."""
+    if not isinstance(weight, DTensor):
+        return 0
+    data_dims = weight.device_mesh.ndim - (
+        seen.device_mesh.ndim if isinstance(seen, DTensor) else 0
+    )
+    splits = [p.dim for p in weight.placements[:data_dims] if not p.is_replicate()]
+    return splits[0] if splits else 0
 
-    def __init__(self, model: nn.Module, world: World, needs: Needs) -> None:
-        self.world = world
-        self.layout = ShardLayout.of_mesh(world.mesh)
+
+class GradientTap:
+    """Gathers what the samples of one step have in common and in what they differ.
+
+    Args:
+        model: parallelized; see `NoiseMeter`.
+        needs: what is gathered.
+        matrices, blocks: overrule the default roles and blocks of the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        needs: Needs,
+        matrices: MatrixChoice | None = None,
+        blocks: Labels | list[str] | None = None,
+    ) -> None:
+        self.layout = ShardLayout.of_model(model)
         self.needs = needs
-        self.weights = tapped_weights(model, world, needs.matrices)
-        self.num_samples = 0  # over all ranks
-        self.num_even = 0  # of them, with an even index in the batch
+        self.weights = tapped_weights(model, self.layout, needs.matrices, matrices, blocks)
+        self.device = self.weights[0].weight.device
         self.square_norms: Tensor  # [weights], float64; this rank's samples, summed
         self.squares: list[Tensor] = []  # own rows of each weight, flat, summed over all samples
         self.signed_sums: list[Tensor] = []  # likewise, with +1 and -1 by the sample's parity
         self.grams: dict[int, Tensor] = {}  # whole, of the weights this rank owns, all samples
-        self._blocks: dict[str, list[int]] = {}  # weights by block
-        for index, tapped in enumerate(self.weights):
-            self._blocks.setdefault(tapped.block, []).append(index)
-        self.waiting: dict[str, dict[int, Tensor]] = {}  # gradients of blocks not yet complete
+        self.agreement: Tensor  # [2], float64; see `_agreement`
         self.seconds = 0.0  # host time spent on this step
-        self._sample = 0
-        self._accumulation = 1
+        self.armed = False
+        # Blocks are reduced in one order on every rank: at first the reverse of the model's own,
+        # after the first measured sample that in which gradients were complete.
+        members: dict[str, list[int]] = {}
+        for index, tapped in enumerate(self.weights):
+            members.setdefault(tapped.block, []).append(index)
+        self._order_blocks(list(reversed(members.values())))
+        self._order_is_known = False
+        self._completed: list[int] = []  # blocks of this sample, in the order of their gradients
+        self.waiting: dict[int, dict[int, Tensor]] = {}  # gradients of blocks not yet reduced
+        self._reduced = 0  # blocks of this sample
+        self._in_sample = False
+        self._first_round = 0
+        self._rounds = 0  # samples of this rank
+        # Of a few weights, every sample's gradient, summed: [part shape], float64.
+        self._probes: dict[int, Tensor] = {}
         self._under_way: list[tuple[dist.Work, Callable[[], None]]] = []
 
+    def _order_blocks(self, blocks: list[list[int]]) -> None:
+        self.blocks = blocks  # indices of weights, in the order in which blocks are reduced
+        self._position = {i: place for place, members in enumerate(blocks) for i in members}
+
     @contextmanager
-    def armed(self, accumulation: int, *, first_round: int = 0) -> Iterator[None]:
+    def listening(self, *, first_round: int = 0) -> Iterator[None]:
         """Listen during the backward passes of one step.
 
         Args:
-            accumulation: micro-batches of a rank; each one's loss is divided by it, which the tap
-                undoes.
-            first_round: micro-batches that each rank has taken before, of the same batch.
+            first_round: samples of each rank that came before, of the same batch.
         """
-        self.num_samples = accumulation * self.world.num_ranks
-        self._accumulation = accumulation
-        first = first_round * self.world.num_ranks
-        self.num_even = len(range(first + first % 2, first + self.num_samples, 2))
-        self._sample = first + self.world.rank
+        self._first_round = first_round
+        self._rounds = 0
         self.seconds = 0.0
-        device = self.world.device
-        self.square_norms = torch.zeros(len(self.weights), dtype=torch.float64, device=device)
+        self.square_norms = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
         self.squares = self._zero_rows() if self.needs.squares else []
         self.signed_sums = self._zero_rows() if self.needs.signed_sums else []
         self.grams = {}
+        self._probes = {i: self._zeros_of_part(i, torch.float64) for i in self._probe_weights()}
+        self.waiting.clear()
+        self._completed.clear()
+        self._under_way.clear()
+        self._reduced = 0
         handles = [
             tapped.seen.register_hook(lambda gradient, i=index: self._see(i, gradient))
             for index, tapped in enumerate(self.weights)
         ]
+        self.armed = True
         try:
             yield
         finally:
+            self.armed = False
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def sample(self) -> Iterator[None]:
+        """Take the backward passes of this block as one sample."""
+        if self._in_sample:
+            raise InputError(
+                "one sample was begun within another; a sample is one micro-batch: its forward and "
+                "backward pass"
+            )
+        self._in_sample = True
+        try:
+            yield
+            with torch.no_grad(), self.measuring():
+                self._end_of_sample()
+        finally:
+            self._in_sample = False
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -154,43 +230,87 @@ class GradientTap:
             yield
         self.seconds += time.perf_counter() - started
 
+    def _zeros_of_part(self, index: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.weights[index].part_shape, dtype=dtype, device=self.device)
+
     def _zero_rows(self) -> list[Tensor]:
         """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
         return [
             torch.zeros(
                 rows_per_shard(shape[0], self.layout.num_shards) * shape[1:].numel(),
-                device=self.world.device,
+                device=self.device,
             )
-            for shape in (tapped.weight.shape for tapped in self.weights)
+            for shape in (rows_first(tapped.part_shape, tapped.row_dim) for tapped in self.weights)
         ]
+
+    def _probe_weights(self) -> list[int]:
+        """Return the smallest weight of each block, where it is small; one at least."""
+        smallest = [
+            min(members, key=lambda i: self.weights[i].weight.numel()) for members in self.blocks
+        ]
+        small = [i for i in smallest if self.weights[i].weight.numel() <= PROBE_ENTRIES]
+        return small or [min(smallest, key=lambda i: self.weights[i].weight.numel())]
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
         """The hook: keep a sample's gradient until its block is complete, then reduce the block."""
+        if not self._in_sample:
+            raise InputError(
+                "a backward pass of a measured step ran outside meter.sample(); put each "
+                "micro-batch's forward and backward pass into one `with meter.sample():`"
+            )
         with self.measuring():  # within "backward", where autograd calls the hook
-            block = self.weights[index].block
-            arrived = self.waiting.setdefault(block, {})
-            arrived[index] = gradient
-            if len(arrived) == len(self._blocks[block]):
-                self._reduce(self.waiting.pop(block))
+            position = self._position[index]
+            if position < self._reduced:
+                raise InputError(
+                    f"{self.weights[index].name} got a second gradient in one sample; a sample "
+                    "takes one backward pass. A weight that several segments of a reentrant "
+                    "activation checkpoint share needs use_reentrant=False"
+                )
+            arrived = self.waiting.setdefault(position, {})
+            arrived[index] = arrived[index] + gradient if index in arrived else gradient
+            if len(arrived) == len(self.blocks[position]):
+                self._completed.append(position)
+            while len(self.waiting.get(self._reduced, ())) == len(self.blocks[self._reduced]):
+                self._reduce_next()
+                if self._reduced == len(self.blocks):
+                    break
 
-    @torch.no_grad()
-    def end_of_sample(self) -> None:
-        """After each backward pass: reduce blocks in which some weight took no gradient."""
-        with self.measuring():
-            for block in [name for name in self._blocks if name in self.waiting]:
-                self._reduce(self.waiting.pop(block))
-            self._finish()
-            self._sample += self.world.num_ranks
+    def _end_of_sample(self) -> None:
+        """Reduce blocks in which some weight took no gradient; learn the order of the others."""
+        several = self.layout.num_data_ranks * self.layout.num_parts > 1
+        while self._reduced < len(self.blocks):
+            arrived = self.waiting.setdefault(self._reduced, {})
+            if several:  # other ranks may have what this one lacks
+                for index in self.blocks[self._reduced]:
+                    if index not in arrived:
+                        arrived[index] = self._zeros_of_part(index, torch.float32)
+            self._reduce_next()
+        self._finish()
+        self._reduced = 0
+        self._rounds += 1
+        if not self._order_is_known:
+            self._order_is_known = True
+            places = torch.full((len(self.blocks),), len(self.blocks), device=self.device)
+            for place, position in enumerate(self._completed):
+                places[position] = place
+            reduce_over(places, self.layout, dist.ReduceOp.MAX)
+            self._order_blocks([self.blocks[p] for p in places.argsort(stable=True).tolist()])
+        self._completed.clear()
 
-    def _reduce(self, gradients: dict[int, Tensor]) -> None:
-        """Add one sample's gradients of one block to the sums, over all ranks."""
+    def _reduce_next(self) -> None:
+        """Add one sample's gradients of the next block to the sums, over all ranks."""
         # The previous block's traffic runs under this block's backward pass, no longer.
         self._finish()
+        gradients = self.waiting.pop(self._reduced)
+        self._reduced += 1
         members = sorted(gradients)
-        samples = {i: gradients[i].float() for i in members}
-        if self._accumulation > 1:
-            samples = {i: sample * self._accumulation for i, sample in samples.items()}
+        if not members:
+            return
+        samples = {i: self._local(gradients[i], i).float() for i in members}
+        for i in members:
+            if i in self._probes:
+                self._probes[i] += samples[i]
         norms = [torch.linalg.vector_norm(samples[i], dtype=torch.float64) for i in members]
         # One place at a time: a list as an index would be copied to the device, and waited for.
         torch._foreach_add_(
@@ -199,17 +319,37 @@ class GradientTap:
         if self.needs.squares:
             self._scatter(members, [samples[i].square() for i in members], self.squares)
         if self.needs.signed_sums:
-            sign = 1.0 if self._sample % 2 == 0 else -1.0
+            sign = 1.0 if self._index_of_sample % 2 == 0 else -1.0
             self._scatter(members, [samples[i] * sign for i in members], self.signed_sums)
         for i in members:
-            self._send_gram(i, samples[i])
+            self._send_gram(i, gradients[i], samples[i])
+
+    @property
+    def _index_of_sample(self) -> int:
+        """Of the current sample, in the batch: sample j belongs to rank j % num_data_ranks."""
+        done = self._first_round + self._rounds
+        return done * self.layout.num_data_ranks + self.layout.data_rank
+
+    def _local(self, gradient: Tensor, index: int) -> Tensor:
+        """This rank's part of a sample's gradient."""
+        if not isinstance(gradient, DTensor):
+            return gradient
+        seen = self.weights[index].seen
+        assert isinstance(seen, DTensor)
+        if gradient.placements != seen.placements:  # parts of a sum, say
+            gradient = gradient.redistribute(seen.device_mesh, seen.placements)
+        return gradient.to_local()
 
     def _scatter(self, members: list[int], tensors: list[Tensor], sums: list[Tensor]) -> None:
         """Reduce-scatter whole tensors and add this rank's rows to its sums."""
+        moved = [
+            tensor.movedim(self.weights[i].row_dim, 0)
+            for i, tensor in zip(members, tensors, strict=True)
+        ]
         if self.layout.shard_group is None:
-            torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in tensors])
+            torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in moved])
             return
-        buffer = packed(tensors, self.layout.num_shards)
+        buffer = packed(moved, self.layout.num_shards)
         own = torch.empty_like(buffer[0])
         # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -222,18 +362,24 @@ class GradientTap:
 
         self._after(work, add)
 
-    def _send_gram(self, index: int, sample: Tensor) -> None:
+    def _send_gram(self, index: int, gradient: Tensor, sample: Tensor) -> None:
         """Reduce a sample's Gram to the matrix's owner, if it has one."""
-        owner = self.weights[index].owner
-        if owner is None:
+        tapped = self.weights[index]
+        if tapped.owner is None:
+            return
+        if tapped.in_parts and isinstance(gradient, DTensor):
+            sample = gradient.full_tensor().float()
+        data_rank, part = tapped.owner
+        if part != self.layout.part:
             return
         # float64: where a sample has fewer tokens than the matrix is wide, float32 rounding fills
         # the null space, and a square root makes 1e-3 of 1e-7.
-        gram = smaller_side_gram(sample.double())
-        work = dist.reduce(gram, owner, async_op=True) if self.world.num_ranks > 1 else None
+        gram = smaller_side_gram(sample.reshape(matrix_shape(sample)).double())
+        group = self.layout.data_group
+        work = group and dist.reduce(gram, group=group, group_dst=data_rank, async_op=True)
 
         def add() -> None:
-            if owner == self.world.rank:
+            if data_rank == self.layout.data_rank:
                 self.grams[index] = self.grams[index] + gram if index in self.grams else gram
 
         self._after(work, add)
@@ -253,24 +399,51 @@ class GradientTap:
 
     def release(self) -> None:
         """Free the sums once they have been read."""
-        self.squares, self.signed_sums, self.grams = [], [], {}
+        self.squares, self.signed_sums, self.grams, self._probes = [], [], {}, {}
 
-    def sums(self) -> SampleSums:
-        """Return what the samples left on this rank; all ranks together, before clipping."""
+    def sums(self, *, loss_scale: float = 1.0) -> SampleSums:
+        """Return what the samples left on this rank; all ranks together, before clipping.
+
+        Args:
+            loss_scale: by which the loss was multiplied (torch.amp.GradScaler); gradients are
+                divided by it.
+        """
+        self.agreement = self._agreement()
         if self.layout.replica_group is not None:
             for rows in (*self.squares, *self.signed_sums):
                 dist.all_reduce(rows, group=self.layout.replica_group)
-        # Equal shard groups hold equal rows, of which only the first group's are counted.
-        counts = self.layout.replica == 0
-        means = [self._mean_rows(i) for i in range(len(self.weights))] if counts else []
+        # A sample's loss was divided by the rank's number of samples, so that gradients add up to
+        # a mean.
+        scale = self._rounds / loss_scale
+        torch._foreach_mul_([*self.squares, *self.grams.values(), self.square_norms], scale**2)
+        if self.signed_sums:
+            torch._foreach_mul_(self.signed_sums, scale)
+        # Equal shard groups hold equal rows, of which only the first group's are counted, and of
+        # weights that tensor-parallel ranks have whole only the first rank's.
+        counts = [
+            self.layout.replica == 0 and (w.in_parts or self.layout.part == 0) for w in self.weights
+        ]
+        if self.layout.part > 0:
+            self.square_norms *= torch.tensor(
+                [w.in_parts for w in self.weights], device=self.device
+            )
+        means = [
+            rows if counted else rows[:0]
+            for rows, counted in (
+                (self._mean_rows(i, loss_scale), counts[i]) for i in range(len(self.weights))
+            )
+        ]
         matrices, signed_matrices = {}, {}
         if self.needs.matrices:
-            matrices = self._owned_means()
+            matrices = self._owned_means(loss_scale)
             if self.needs.signed_sums:
-                signed_matrices = self._owned_matrices(lambda i: self.signed_sums[i])
+                signed_matrices = self._owned_matrices(self._signed_part)
+        first = self._first_round * self.layout.num_data_ranks
+        num_samples = self._rounds * self.layout.num_data_ranks
+        num_even = len(range(first + first % 2, first + num_samples, 2))
         return SampleSums(
-            num_even=self.num_even,
-            num_odd=self.num_samples - self.num_even,
+            num_even=num_even,
+            num_odd=num_samples - num_even,
             square_norms=self.square_norms,
             means=means,
             squares=without_padding(self.squares, means),
@@ -280,46 +453,99 @@ class GradientTap:
             signed_matrices=signed_matrices,
         )
 
-    def _mean_rows(self, index: int) -> Tensor:
-        """This rank's rows of a weight's mean gradient; zeros if it took none."""
-        return self.layout.local_rows(gradient_or_zeros(self.weights[index].weight))
+    def _agreement(self) -> Tensor:
+        """Return squared norms of the mean gradient, and of its difference to the samples' mean.
 
-    def _owned_means(self) -> dict[int, Tensor]:
+        They are equal but for rounding if every backward pass was a sample, nothing was in `.grad`
+        before, and nothing has clipped or scaled it since.
+
+        Returns:
+            [2], float64; of this rank's rows of a few weights, to be added over ranks.
+        """
+        indices = list(self._probes)
+        flat = torch.cat([self._probes[i].reshape(-1) for i in indices])
+        if self.layout.data_group is not None:
+            dist.all_reduce(flat, group=self.layout.data_group)
+        flat /= self.layout.num_data_ranks
+        probes = flat.split([self._probes[i].numel() for i in indices])
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i, probe in zip(indices, probes, strict=True):
+            mean = self._mean_rows(i, 1.0).double()
+            difference = self._own_rows(i, probe.view(self.weights[i].part_shape)) - mean
+            squares[0] += mean.square().sum()
+            squares[1] += difference.square().sum()
+        return squares
+
+    def _own_rows(self, index: int, part: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor of a weight's part, rows first."""
+        moved = part.movedim(self.weights[index].row_dim, 0)
+        return moved[self.layout.rows_of(self.layout.shard, moved.shape[0])]
+
+    def _mean_rows(self, index: int, loss_scale: float) -> Tensor:
+        """This rank's rows of a weight's mean gradient, rows first; zeros if it took none."""
+        tapped = self.weights[index]
+        gradient = mean_gradient(tapped.weight, loss_scale)
+        if isinstance(gradient, DTensor):
+            return gradient.to_local().movedim(tapped.row_dim, 0)
+        return self._own_rows(index, gradient)
+
+    def _owned_means(self, loss_scale: float) -> dict[int, Tensor]:
         """The mean gradients of the matrices that this rank owns, by weight."""
+
+        def part(index: int) -> Tensor:
+            gradient = mean_gradient(self.weights[index].weight, loss_scale)
+            assert isinstance(gradient, DTensor)
+            return gradient.to_local()
+
         if isinstance(self.weights[0].weight, DTensor):
-            return self._owned_matrices(self._mean_rows)
+            return self._owned_matrices(part)
         # Weights that are not sharded have their whole gradient here already.
-        owned = [i for i, tapped in enumerate(self.weights) if tapped.owner == self.world.rank]
-        return {i: gradient_or_zeros(self.weights[i].weight) for i in owned}
+        owned = [i for i, w in enumerate(self.weights) if w.owner == (self.layout.data_rank, 0)]
+        means = {i: mean_gradient(self.weights[i].weight, loss_scale) for i in owned}
+        return {i: mean.reshape(matrix_shape(mean)) for i, mean in means.items()}
 
-    def _owned_matrices(self, rows: Callable[[int], Tensor]) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, by weight, from every rank's (padded) rows."""
+    def _signed_part(self, index: int) -> Tensor:
+        """This rank's rows of the signed sum of a weight, in the weight's own order."""
+        tapped = self.weights[index]
+        shape = list(rows_first(tapped.part_shape, tapped.row_dim))
+        rows = self.layout.rows_of(self.layout.shard, shape[0])
+        shape[0] = rows.stop - rows.start
+        own = self.signed_sums[index][: torch.Size(shape).numel()].view(shape)
+        return own.movedim(0, tapped.row_dim)
+
+    def _owned_matrices(self, local: Callable[[int], Tensor]) -> dict[int, Tensor]:
+        """The whole matrices that this rank owns, by weight, from every rank's local shard."""
         layout = self.layout
-        home = {  # replica and shard of each matrix's owner
-            i: divmod(tapped.owner, layout.num_shards)
-            for i, tapped in enumerate(self.weights)
-            if tapped.owner is not None
-        }
-        replica = [i for i, (place, _) in home.items() if place == layout.replica]
-        if not replica:  # fewer matrices than replicas: none belongs to this one
-            return {}
-        shapes = [(w.shape[0], w.shape[1]) for w in (self.weights[i].weight for i in replica)]
-        exchange = MatrixExchange(shapes, [home[i][1] for i in replica], layout)
-        local = [layout.rows_of(layout.shard, m) for m, _ in shapes]
-        shards = [
-            rows(i).reshape(-1)[: (own.stop - own.start) * n].view(-1, n)
-            for i, own, (_, n) in zip(replica, local, shapes, strict=True)
-        ]
-        return {replica[k]: matrix for k, matrix in exchange.to_owners(shards).items()}
+        whole: dict[int, Tensor] = {}
+        by_group: dict[dist.ProcessGroup | None, list[tuple[int, MatrixShards, int]]] = {}
+        for i, tapped in enumerate(self.weights):
+            if tapped.owner is None or tapped.shards is None:
+                continue
+            (replica, shard), part = divmod(tapped.owner[0], layout.num_shards), tapped.owner[1]
+            # Fewer matrices than replicas: none belongs to some.
+            if replica != layout.replica or not (tapped.in_parts or layout.part == part):
+                continue
+            owner = shard * layout.num_parts + part if tapped.in_parts else shard
+            by_group.setdefault(tapped.shards.group, []).append((i, tapped.shards, owner))
+        for members in by_group.values():
+            exchange = MatrixExchange([m[1] for m in members], [m[2] for m in members])
+            shards = [local(i).reshape(region_shape(place.region)) for i, place, _ in members]
+            whole |= {members[k][0]: matrix for k, matrix in exchange.to_owners(shards).items()}
+        return whole
 
 
-def gradient_or_zeros(weight: nn.Parameter) -> Tensor:
-    """A weight's mean gradient, in its own layout; zeros if no sample reached it."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+def rows_first(shape: torch.Size, row_dim: int) -> torch.Size:
+    return torch.Size([shape[row_dim], *shape[:row_dim], *shape[row_dim + 1 :]])
+
+
+def mean_gradient(weight: nn.Parameter, loss_scale: float) -> Tensor:
+    """A weight's mean gradient in float32, in its own layout; zeros if no sample reached it."""
+    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return gradient.float() if loss_scale == 1.0 else gradient.float() / loss_scale
 
 
 def without_padding(flat: list[Tensor], means: list[Tensor]) -> list[Tensor]:
-    """Sums of the weights' rows, in the rows' shapes; none where there are no rows or no sums."""
+    """Sums of the weights' rows, in the rows' shapes; none where there are no sums."""
     return [part[: mean.numel()].view_as(mean) for part, mean in zip(flat, means, strict=False)]
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gns_pretrain.fields import Settings, positive
+from gns_pretrain.model.roles import Role
 from gns_pretrain.optim.base import (
-    ALL_KINDS,
-    BLOCK_MATRICES,
+    ALL_ROLES,
     Beta,
     Group,
     LearningRate,
@@ -91,11 +91,11 @@ def with_adamw(
     *,
     decay_matrices_only: bool,
 ) -> Composite:
-    """Join a rule over `block_matrices(model)` with AdamW over embedding, output and norms."""
+    """Join a rule over the model's matrices with AdamW over embedding, output and norms."""
     groups = decay_groups(
         model,
         weight_decay=settings.weight_decay,
         matrices_only=decay_matrices_only,
-        kinds=ALL_KINDS - BLOCK_MATRICES,
+        roles=ALL_ROLES - {Role.MATRIX},
     )
     return Composite([rule, settings.over(groups)] if groups else [rule])

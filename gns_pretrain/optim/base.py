@@ -15,7 +15,7 @@ Our own rules update each rank's local shard in place.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, positive, within
-from gns_pretrain.model.llama import Kind, parameter_kinds
-from gns_pretrain.parallel.sharding import local_shards, unwrapped
+from gns_pretrain.model.roles import Role, named_trainable, parameter_roles
+from gns_pretrain.parallel.sharding import local_shards
 
 Group = dict[str, Any]  # an entry of `param_groups`
 
@@ -73,9 +73,7 @@ def check_nesterov(nesterov: bool, momentum: float) -> None:
         )
 
 
-# What the matrix rules update; AdamW takes the rest.
-BLOCK_MATRICES = frozenset({Kind.ATTENTION, Kind.FEED_FORWARD})
-ALL_KINDS = frozenset(Kind)
+ALL_ROLES = frozenset(Role)
 
 
 def decay_groups(
@@ -83,17 +81,17 @@ def decay_groups(
     *,
     weight_decay: float,
     matrices_only: bool,
-    kinds: Collection[Kind] = ALL_KINDS,
+    roles: Collection[Role] = ALL_ROLES,
 ) -> list[Group]:
-    """Group trainable parameters of some kinds, in the model's own order.
+    """Group trainable parameters of some roles, in the model's own order.
 
-    With `matrices_only` the norms' weights go to a second group, without weight decay. InputError
-    for a parameter of unknown kind.
+    With `matrices_only` what has fewer than two dimensions, such as the norms' weights, goes to a
+    second group, without weight decay.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for _, parameter, kind in trainable(model, kinds):
-        (plain if matrices_only and kind is Kind.NORM else decayed).append(parameter)
+    for parameter in trainable(model, roles):
+        (plain if matrices_only and parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -101,28 +99,10 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
-def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable weights inside the blocks, in order; InputError if one is no matrix."""
-    matrices = []
-    for name, parameter, _ in trainable(model, BLOCK_MATRICES):
-        if parameter.ndim != 2:
-            raise InputError(
-                f"{name} has shape {list(parameter.shape)}, and a matrix rule updates the weights "
-                "of attention and feed-forward as matrices; give it another kind in "
-                "gns_pretrain/model/llama.py, or use a rule for all parameters"
-            )
-        matrices.append(parameter)
-    return matrices
-
-
-def trainable(
-    model: nn.Module, kinds: Collection[Kind]
-) -> Iterator[tuple[str, nn.Parameter, Kind]]:
-    """Iterate over the trainable parameters of some kinds, in the model's order."""
-    kind_of = parameter_kinds(unwrapped(model))
-    for name, parameter in unwrapped(model).named_parameters():
-        if parameter.requires_grad and kind_of[name] in kinds:
-            yield name, parameter, kind_of[name]
+def trainable(model: nn.Module, roles: Collection[Role]) -> list[nn.Parameter]:
+    """Return the trainable parameters of some roles, in the model's order."""
+    role_of = parameter_roles(model)
+    return [parameter for name, parameter in named_trainable(model) if role_of[name] in roles]
 
 
 def remember_peaks(optimizer: torch.optim.Optimizer) -> None:

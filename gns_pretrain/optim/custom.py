@@ -9,8 +9,9 @@ from torch import nn
 
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.fields import one_of
+from gns_pretrain.model.roles import Role
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
-from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay, block_matrices
+from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay, trainable
 
 
 @dataclass
@@ -51,7 +52,7 @@ class CustomSettings(OptimizerSettings):
         """Build the named optimizer over all trainable parameters or over the block matrices."""
         if self.parameters == "all":
             return self._instantiate(self.parameter_groups(model))
-        matrices = {"params": block_matrices(model), "weight_decay": self.weight_decay}
+        matrices = {"params": trainable(model, {Role.MATRIX}), "weight_decay": self.weight_decay}
         return with_adamw(
             model,
             self._instantiate([matrices]),

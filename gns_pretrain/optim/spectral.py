@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from gns_pretrain.fields import at_least, one_of
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
+from gns_pretrain.model.roles import Role
 from gns_pretrain.optim.adamw import AdamWPart, Composite, with_adamw
 from gns_pretrain.optim.base import (
     Beta,
     Group,
     OptimizerSettings,
     Rule,
-    block_matrices,
     check_nesterov,
     descend,
     gradients_of,
     summed_momentum,
+    trainable,
 )
-from gns_pretrain.parallel.matrix_ownership import OwnerCompute, replica_group
-from gns_pretrain.parallel.sharding import local_shards
+from gns_pretrain.parallel.matrix_ownership import OwnerCompute
+from gns_pretrain.parallel.sharding import local_shards, replica_group
 
 # Factor of the update of an [m, n] weight, by name.
 SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -66,7 +67,7 @@ class SpectralSettings(OptimizerSettings):
 
     def build(self, model: nn.Module) -> Composite:
         """Build the rule over the block matrices, and AdamW over the rest."""
-        matrices = block_matrices(model)
+        matrices = trainable(model, {Role.MATRIX})
         rule = Spectral(matrices, self, replica_group(model))
         return with_adamw(model, rule, self.adamw, decay_matrices_only=self.decay_matrices_only)
 

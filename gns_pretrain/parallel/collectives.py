@@ -8,12 +8,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.parallel.sharding import ShardLayout
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     """Sum each entry over ranks, in place."""
     if world.num_ranks > 1:
         dist.all_reduce(values)
+    return values
+
+
+def reduce_over(
+    values: Tensor, layout: ShardLayout, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """Reduce each entry over all ranks of a model's layout, in place."""
+    for group in (layout.data_group, layout.tensor_group):
+        if group is not None:
+            dist.all_reduce(values, op=op, group=group)
     return values
 
 

@@ -1,10 +1,11 @@
 """Computing functions of whole matrices, each by the one rank that owns the matrix.
 
-    sharded (FSDP2, HSDP)   rows -> owner -> rows: two all-to-alls a shape, within the shard group
-    replicated (DDP)        every rank has all: the owners' results, one all-gather a shape
-    one process             no communication
+    sharded (FSDP2, HSDP,    shards -> owner -> shards: two all-to-alls a shape, within the ranks
+      tensor parallel)       that have the matrix once
+    replicated (DDP)         every rank has all: the owners' results, one all-gather a shape
+    one process              no communication
 
-Matrices of one shape form a batch. While a batch is computed, the next one's rows arrive and the
+Matrices of one shape form a batch. While a batch is computed, the next one's shards arrive and the
 last one's results leave.
 """
 
@@ -14,10 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from gns_pretrain.parallel.sharding import ShardLayout
+from gns_pretrain.parallel.sharding import MatrixShards, region_shape
 
 Shape = tuple[int, int]
 
@@ -39,11 +39,6 @@ def balanced_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
     return owners
 
 
-def replica_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """Return the ranks among which DDP replicates a model; None for any other layout."""
-    return model.process_group if isinstance(model, DistributedDataParallel) else None
-
-
 class Transfer(NamedTuple):
     """Tensors that a collective in flight writes; keeps its input alive until `wait`."""
 
@@ -59,72 +54,71 @@ class Transfer(NamedTuple):
 
 
 class MatrixExchange:
-    """Moves row-sharded matrices to the ranks that own them, and back: uneven splits, no padding.
+    """Moves sharded matrices to the ranks that own them, and back: uneven splits, no padding.
 
     Args:
-        shapes: (m_i, n_i) of each matrix, the same list on every rank of the shard group.
-        owners: rank in the shard group of each matrix's owner.
-        layout: this rank's place in it.
+        shards: where each matrix is, all within one group; the same list on every rank of it.
+        owners: rank in that group of each matrix's owner.
     """
 
-    def __init__(self, shapes: Sequence[Shape], owners: Sequence[int], layout: ShardLayout) -> None:
-        self.shapes = list(shapes)
-        self.layout = layout
-        self.owned = [i for i, owner in enumerate(owners) if owner == layout.shard]
+    def __init__(self, shards: Sequence[MatrixShards], owners: Sequence[int]) -> None:
+        self.shards = list(shards)
+        self.group = shards[0].group
+        rank = shards[0].rank
+        self.owned = [i for i, owner in enumerate(owners) if owner == rank]
         # Buffers are ordered by the other rank, then by matrix.
-        self._by_owner = sorted(range(len(shapes)), key=lambda i: (owners[i], i))
-        ranks = range(layout.num_shards)
-        self._local_shards = [
-            [self._shard_shape(i, layout.shard) for i in self._by_owner if owners[i] == rank]
-            for rank in ranks
+        self._by_owner = sorted(range(len(shards)), key=lambda i: (owners[i], i))
+        ranks = range(len(shards[0].regions))
+        self._local_shapes = [
+            [region_shape(shards[i].region) for i in self._by_owner if owners[i] == other]
+            for other in ranks
         ]
-        self._owned_shards = [[self._shard_shape(i, rank) for i in self.owned] for rank in ranks]
+        self._owned_shapes = [
+            [region_shape(shards[i].regions[other]) for i in self.owned] for other in ranks
+        ]
 
-    def _shard_shape(self, matrix: int, shard: int) -> Shape:
-        num_rows, columns = self.shapes[matrix]
-        rows = self.layout.rows_of(shard, num_rows)
-        return rows.stop - rows.start, columns
-
-    def to_owners(self, shards: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Assemble each matrix [m_i, n_i] on its owner from all ranks' local rows, [rows_i, n_i].
+    def to_owners(self, local: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Assemble each matrix [m_i, n_i] on its owner from all ranks' local regions.
 
         Returns:
             The whole matrices that this rank owns, by index.
         """
-        return self.assembled(self.start_to_owners(shards))
+        return self.assembled(self.start_to_owners(local))
 
-    def start_to_owners(self, shards: Sequence[Tensor]) -> Transfer:
+    def start_to_owners(self, local: Sequence[Tensor]) -> Transfer:
         """Start `to_owners`; `assembled` ends it."""
-        if self.layout.shard_group is None:
-            return Transfer(list(shards))
-        parts = [shards[i] for i in self._by_owner]
-        return self._all_to_all(parts, self._local_shards, self._owned_shards, like=shards[0])
+        if self.group is None:
+            return Transfer(list(local))
+        parts = [local[i] for i in self._by_owner]
+        return self._all_to_all(parts, self._local_shapes, self._owned_shapes, like=local[0])
 
     def assembled(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Wait for the rows that `start_to_owners` sent; return the owned matrices, by index."""
-        shards = transfer.wait()
-        if self.layout.shard_group is None:
-            return dict(enumerate(shards))
+        """Wait for what `start_to_owners` sent; return the owned matrices, by index."""
+        pieces = transfer.wait()
+        if self.group is None:
+            return dict(enumerate(pieces))
         count = len(self.owned)
-        return {i: torch.cat(shards[k::count]) for k, i in enumerate(self.owned)}
+        return {
+            i: joined_regions(self.shards[i], pieces[k::count]) for k, i in enumerate(self.owned)
+        }
 
     def start_to_shards(self, matrices: dict[int, Tensor], *, like: Tensor) -> Transfer:
-        """Start to send the owners' matrices back; return every matrix's local rows, in order.
+        """Start to send the owners' matrices back; return every matrix's local region, in order.
 
         Args:
             matrices: the whole matrices that this rank owns, by index; none on some ranks.
             like: gives the dtype and device of all.
         """
-        if self.layout.shard_group is None:
-            return Transfer([matrices[i] for i in range(len(self.shapes))])
+        if self.group is None:
+            return Transfer([matrices[i] for i in range(len(self.shards))])
         parts = [
-            matrices[i][self.layout.rows_of(rank, self.shapes[i][0])]
-            for rank in range(self.layout.num_shards)
+            matrices[i][self.shards[i].regions[rank]]
+            for rank in range(len(self.shards[0].regions))
             for i in self.owned
         ]
-        transfer = self._all_to_all(parts, self._owned_shards, self._local_shards, like=like)
-        rows = dict(zip(self._by_owner, transfer.tensors, strict=True))
-        return transfer._replace(tensors=[rows[i] for i in range(len(self.shapes))])
+        transfer = self._all_to_all(parts, self._owned_shapes, self._local_shapes, like=like)
+        local = dict(zip(self._by_owner, transfer.tensors, strict=True))
+        return transfer._replace(tensors=[local[i] for i in range(len(self.shards))])
 
     def _all_to_all(
         self,
@@ -141,21 +135,35 @@ class MatrixExchange:
             for by_rank in (sent_shapes, received_shapes)
         )
         received = sent.new_empty(sum(sizes))
-        group = self.layout.shard_group
-        work = dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group, async_op=True)
+        work = dist.all_to_all_single(
+            received, sent, sizes, sent_sizes, group=self.group, async_op=True
+        )
         shapes = [shape for of_rank in received_shapes for shape in of_rank]
         pieces = received.split([math.prod(shape) for shape in shapes])
         tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return Transfer(tensors, work, sent)
 
 
+def joined_regions(shards: MatrixShards, pieces: Sequence[Tensor]) -> Tensor:
+    """Return the whole matrix from the regions of every rank of the group, in their order."""
+    stops = [0, *(region[0].stop for region in shards.regions)]
+    in_order = all(
+        region[0].start == stop and region_shape(region)[1] == shards.shape[1]
+        for region, stop in zip(shards.regions, stops, strict=False)
+    )
+    if in_order:
+        return torch.cat(list(pieces))
+    whole = pieces[0].new_empty(shards.shape)
+    for region, piece in zip(shards.regions, pieces, strict=True):
+        whole[region] = piece
+    return whole
+
+
 class ReplicaExchange:
     """`MatrixExchange` where every rank of `group` has all matrices, of one shape, whole."""
 
-    def __init__(
-        self, shapes: Sequence[Shape], owners: Sequence[int], group: dist.ProcessGroup
-    ) -> None:
-        self.shape = shapes[0]
+    def __init__(self, shape: Shape, owners: Sequence[int], group: dist.ProcessGroup) -> None:
+        self.shape = shape
         self.owners = list(owners)
         self.group = group
         self.num_ranks = dist.get_world_size(group)
@@ -188,26 +196,32 @@ class OwnerCompute:
     """Applies a function of whole matrices to weights of any layout, each on one rank.
 
     Args:
-        weights: 2-dimensional, as the optimizer has them, all of one layout and device; the same
-            list on every rank.
-        replicas: `replica_group` of their model.
+        weights: at least 2-dimensional, as the optimizer has them, on one device; the same list on
+            every rank. What is computed on is their matrix view (`matrix_shape`).
+        replicas: the ranks among which DDP replicates the model (`replica_group`), if it does.
     """
 
     def __init__(self, weights: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> None:
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-        layout = ShardLayout.of_weight(weights[0])
-        num_ranks = dist.get_world_size(replicas) if replicas else layout.num_shards
-        # The matmuls of an orthogonalisation: min(m, n)^2 max(m, n), up to a factor.
-        owners = balanced_owners([min(shape) * shape[0] * shape[1] for shape in shapes], num_ranks)
+        shards = [MatrixShards.of_weight(weight) for weight in weights]
         self._device = weights[0].device
         self._groups: list[tuple[list[int], MatrixExchange | ReplicaExchange]] = []
-        for shape in dict.fromkeys(shapes):
-            members = [i for i, other in enumerate(shapes) if other == shape]
-            of_members = ([shape] * len(members), [owners[i] for i in members])
+        # Of those that the same ranks share, each rank owns about as much.
+        owners: dict[int, int] = {}
+        for group in dict.fromkeys(shard.group for shard in shards):
+            sharing = [i for i, shard in enumerate(shards) if shard.group is group]
+            num_ranks = len(shards[sharing[0]].regions)
+            if replicas and group is None:
+                num_ranks = dist.get_world_size(replicas)
+            # The matmuls of an orthogonalisation: min(m, n)^2 max(m, n), up to a factor.
+            costs = [min(shards[i].shape) * math.prod(shards[i].shape) for i in sharing]
+            owners |= zip(sharing, balanced_owners(costs, num_ranks), strict=True)
+        for alike in dict.fromkeys((shard.shape, shard.group) for shard in shards):
+            members = [i for i, shard in enumerate(shards) if (shard.shape, shard.group) == alike]
+            of_members = [owners[i] for i in members]
             exchange = (
-                ReplicaExchange(*of_members, replicas)
-                if replicas
-                else MatrixExchange(*of_members, layout)
+                ReplicaExchange(alike[0], of_members, replicas)
+                if replicas and alike[1] is None
+                else MatrixExchange([shards[i] for i in members], of_members)
             )
             self._groups.append((members, exchange))
 
@@ -222,7 +236,7 @@ class OwnerCompute:
 
         Args:
             function: [k, m, n] to [k, m, n], matrix by matrix.
-            inputs: the local shards of the matrices with the given indices.
+            inputs: the local shards of the matrices with the given indices, 2-dimensional.
             dtype: in which results travel; that of the function's own precision loses nothing.
 
         Yields:

@@ -40,9 +40,9 @@ from gns_pretrain.errors import InputError, TrainingError, one_line
 from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.parallel.collectives import from_main, gathered
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.parallel.sharding import unwrapped
 from gns_pretrain.system.files import flush_to_disk, sha256_of, write_json
 from gns_pretrain.training.state import TrainState
 
@@ -220,7 +220,9 @@ def write_state(folder: Path, model: nn.Module, state: TrainState, *others: Stat
     for other in others:
         values |= other.state_dict()
     write_json(folder / TRAIN_STATE, values)
-    write_json(folder / MODEL, asdict(unwrapped(model).config))
+    llama = unwrapped(model)
+    assert isinstance(llama, Llama)
+    write_json(folder / MODEL, asdict(llama.config))
     # All ranks are seeded alike, so one set of generators serves all.
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
-from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import clip_gradient_norm
 from gns_pretrain.parallel.sharding import gradient_synchronisation
 
@@ -45,10 +44,8 @@ def train_step(
         batch_size: sequences of the step over all ranks.
         meter: measures the noise scale in this step, if given.
     """
-    with meter.tap.armed(accumulation) if meter else nullcontext():
-        losses = accumulate_gradients(
-            model, micro_batches, accumulation=accumulation, tap=meter.tap if meter else None
-        )
+    with meter.measure() if meter else nullcontext():
+        losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
     readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):
         norm = clip_gradient_norm(list(model.parameters()), gradient_clip)
@@ -62,14 +59,14 @@ def accumulate_gradients(
     micro_batches: Iterable[Tensor],
     *,
     accumulation: int,
-    tap: GradientTap | None = None,
+    meter: NoiseMeter | None = None,
 ) -> list[Tensor]:
     """Leave the mean gradient over all ranks' micro-batches in the weights' `.grad`.
 
     Args:
         model: without gradients.
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
-        tap: armed; its `end_of_sample` is called after each micro-batch.
+        meter: takes each micro-batch as a sample, if given.
 
     Returns:
         The loss of each micro-batch, 0-dim, nats per token.
@@ -77,14 +74,13 @@ def accumulate_gradients(
     losses = []
     for index, sequences in enumerate(micro_batches):
         is_last = index == accumulation - 1
+        sample = meter.sample() if meter else nullcontext()
         # Ranks communicate once a step: the last micro-batch's backward reduces the whole sum.
-        with gradient_synchronisation(model, is_last):
+        with sample, gradient_synchronisation(model, is_last):
             with record_function("forward"):
                 loss = model(sequences[:, :-1], sequences[:, 1:])
             with record_function("backward"):
                 (loss / accumulation).backward()
         losses.append(loss.detach())
-        if tap:
-            tap.end_of_sample()
     assert len(losses) == accumulation
     return losses

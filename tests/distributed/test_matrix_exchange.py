@@ -3,7 +3,7 @@ import torch
 
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
-from gns_pretrain.parallel.sharding import ShardLayout
+from gns_pretrain.parallel.sharding import MatrixShards, ShardLayout
 from tests.distributed.harness import run_ranks
 
 # Fewer rows than ranks, rows that no rank count divides, a single row.
@@ -20,8 +20,8 @@ def there_and_back(place: RankInfo) -> list[int]:
         layout = ShardLayout.of_mesh(world.mesh)
         whole = whole_matrices()
         owners = balanced_owners([min(shape) ** 3 for shape in SHAPES], world.num_ranks)
-        exchange = MatrixExchange(SHAPES, owners, layout)
-        shards = [layout.local_rows(matrix) for matrix in whole]
+        exchange = MatrixExchange([MatrixShards.of_rows(s, layout) for s in SHAPES], owners)
+        shards = [matrix[layout.rows_of(layout.shard, len(matrix))] for matrix in whole]
         owned = exchange.to_owners(shards)
         for index, matrix in owned.items():
             torch.testing.assert_close(matrix, whole[index], rtol=0, atol=0)

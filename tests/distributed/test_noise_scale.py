@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.noise_scale.tap import unsharded_weights
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
-from gns_pretrain.parallel.sharding import local_shards, parallelize, unwrapped
+from gns_pretrain.parallel.sharding import local_shards, parallelize, unsharded_weights
 from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
@@ -69,7 +69,7 @@ class Case:
                 accumulation=self.samples.count // place.num_ranks,
                 gradient_clip=1.0,
                 batch_size=self.samples.count,
-                meter=NoiseMeter(model, world, settings) if settings else None,
+                meter=NoiseMeter(model, settings) if settings else None,
             )
             return result, [part.detach().clone() for part in local_shards(model.parameters())]
 
@@ -159,7 +159,7 @@ def sample_gradients(samples: Samples = FEW, **changes: Any) -> dict[str, Tensor
 def dense_reference(of: Samples = FEW, **changes: Any) -> Values:
     """The equations as they stand, on whole gradients."""
     gradients = sample_gradients(of, **changes)
-    kinds = parameter_kinds(model_of(of, **changes))
+    roles = parameter_roles(model_of(of, **changes))
     batch, count = of.count, of.count
     flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
     mean = flat.mean(0)
@@ -169,7 +169,7 @@ def dense_reference(of: Samples = FEW, **changes: Any) -> Values:
     manhattan_gain = (even @ odd.sign() + odd @ even.sign()) / 2
     root = norm = nuclear_gain = 0.0
     for name, samples in gradients.items():
-        if kinds[name] not in (Kind.ATTENTION, Kind.FEED_FORWARD):
+        if roles[name] is not Role.MATRIX:
             continue
         deviations = samples - samples.mean(0)
         # tr C^(1/2) is the sum of the singular values of all deviations side by side.
@@ -273,12 +273,11 @@ def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]
     """Elements of sharded squares and signed sums, of Grams by weight, and of all weights."""
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
-        meter = NoiseMeter(model, world, ALL)
-        with meter.tap.armed(1):
-            accumulate_gradients(
-                model, FEW.tensors()[place.rank : place.rank + 1], accumulation=1, tap=meter.tap
-            )
-            sums = meter.tap.sums()
+        meter = NoiseMeter(model, ALL)
+        samples = FEW.tensors()[place.rank : place.rank + 1]
+        with meter.measure():
+            accumulate_gradients(model, samples, accumulation=1, meter=meter)
+        sums = meter.sums()
         sharded = (meter.tap.squares, meter.tap.signed_sums)
         rows = [sum(t.numel() for t in kind) for kind in sharded]
         return rows, sorted(sums.grams), sum(w.weight.shape.numel() for w in meter.tap.weights)
@@ -289,9 +288,7 @@ def test_sums_stay_sharded_and_every_gram_has_one_owner(tmp_path):
     results = run_ranks(num_ranks, memory_of_a_measurement, tmp_path)
     matrices = 2 * 7
     assert sorted(i for _, grams, _ in results for i in grams) == sorted(
-        i
-        for i, kind in enumerate(parameter_kinds(model_of()).values())
-        if kind in (Kind.ATTENTION, Kind.FEED_FORWARD)
+        i for i, role in enumerate(parameter_roles(model_of()).values()) if role is Role.MATRIX
     )
     for rows, grams, parameters in results:
         # P / R and the padding of rows that 4 ranks do not divide: at most 3 rows a weight.
@@ -304,10 +301,10 @@ def unsharded_objects(place: RankInfo) -> bool:
     """Whether FSDP2 shows autograd the same tensors after it has sharded and gathered again."""
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
-        before = unsharded_weights(unwrapped(model))
+        before = unsharded_weights(model)
         tokens = FEW.tensors()[0]
         model(tokens[:, :-1], tokens[:, 1:]).backward()
-        after = unsharded_weights(unwrapped(model))
+        after = unsharded_weights(model)
         return all(before[name] is after[name] for name in before)
 
 

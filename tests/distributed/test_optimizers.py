@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.optim.adamw import AdamWPart, AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.custom import CustomSettings
@@ -20,7 +21,7 @@ from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
-from gns_pretrain.parallel.sharding import parallelize, unwrapped
+from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.state import TrainState
 from tests.distributed.harness import run_ranks

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
-from gns_pretrain.model.llama import Kind, Llama, parameter_kinds
+from gns_pretrain.model.llama import Llama, parameter_kind
+from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.model.loss import next_token_loss
 
 
@@ -206,28 +207,28 @@ def test_a_model_made_on_the_meta_device_computes_once_filled():
         assert torch.equal(model(tokens), expected(tokens))
 
 
-def test_every_parameter_has_the_kind_of_its_place():
-    kinds = parameter_kinds(Llama(small_config(num_layers=1)))
-    assert list(kinds.items()) == [
-        ("embedding.weight", Kind.EMBEDDING),
-        ("layers.0.attention_norm.weight", Kind.NORM),
-        ("layers.0.attention.wq.weight", Kind.ATTENTION),
-        ("layers.0.attention.wk.weight", Kind.ATTENTION),
-        ("layers.0.attention.wv.weight", Kind.ATTENTION),
-        ("layers.0.attention.wo.weight", Kind.ATTENTION),
-        ("layers.0.feed_forward_norm.weight", Kind.NORM),
-        ("layers.0.feed_forward.w1.weight", Kind.FEED_FORWARD),
-        ("layers.0.feed_forward.w2.weight", Kind.FEED_FORWARD),
-        ("layers.0.feed_forward.w3.weight", Kind.FEED_FORWARD),
-        ("norm.weight", Kind.NORM),
-        ("output.weight", Kind.OUTPUT),
+def test_every_parameter_has_the_role_and_the_kind_of_its_place():
+    roles = parameter_roles(Llama(small_config(num_layers=1)))
+    assert [(name, role, parameter_kind(name)) for name, role in roles.items()] == [
+        ("embedding.weight", Role.EMBEDDING, "embedding"),
+        ("layers.0.attention_norm.weight", Role.OTHER, "norm"),
+        ("layers.0.attention.wq.weight", Role.MATRIX, "attention"),
+        ("layers.0.attention.wk.weight", Role.MATRIX, "attention"),
+        ("layers.0.attention.wv.weight", Role.MATRIX, "attention"),
+        ("layers.0.attention.wo.weight", Role.MATRIX, "attention"),
+        ("layers.0.feed_forward_norm.weight", Role.OTHER, "norm"),
+        ("layers.0.feed_forward.w1.weight", Role.MATRIX, "feed_forward"),
+        ("layers.0.feed_forward.w2.weight", Role.MATRIX, "feed_forward"),
+        ("layers.0.feed_forward.w3.weight", Role.MATRIX, "feed_forward"),
+        ("norm.weight", Role.OTHER, "norm"),
+        ("output.weight", Role.OUTPUT, "output"),
     ]
 
 
 def test_a_tied_matrix_is_an_embedding_and_counts_once():
-    kinds = parameter_kinds(Llama(small_config(tie_embeddings=True)))
-    assert kinds["embedding.weight"] is Kind.EMBEDDING
-    assert Kind.OUTPUT not in kinds.values()
+    roles = parameter_roles(Llama(small_config(tie_embeddings=True)))
+    assert roles["embedding.weight"] is Role.EMBEDDING
+    assert Role.OUTPUT not in roles.values()
 
 
 def test_the_model_uses_the_sliced_loss(monkeypatch):

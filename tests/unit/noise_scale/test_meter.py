@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
@@ -36,7 +36,7 @@ def one_step(model: Llama, settings: NoiseScaleSettings | None, count: int = 4) 
         accumulation=count,
         gradient_clip=1.0,
         batch_size=2 * count,
-        meter=NoiseMeter(model, ALONE, settings) if settings else None,
+        meter=NoiseMeter(model, settings, kinds=parameter_kind) if settings else None,
     )
 
 
@@ -57,12 +57,12 @@ def test_measured_step_trains_with_the_bits_of_an_unmeasured_one():
 
 def test_no_hook_and_no_sum_is_left_after_a_measured_step():
     model = model_of()
-    meter = NoiseMeter(model, ALONE, NoiseScaleSettings(GEOMETRIES, ["plug_in", "cross_fitted"]))
-    with meter.tap.armed(2):
+    meter = NoiseMeter(model, geometries=GEOMETRIES, estimates=["plug_in", "cross_fitted"])
+    with meter.step(1):
         assert all(weight._backward_hooks for weight in model.parameters())
         for batch in micro_batches(2):
-            (model(batch[:, :-1], batch[:, 1:]) / 2).backward()
-            meter.tap.end_of_sample()
+            with meter.sample():
+                (model(batch[:, :-1], batch[:, 1:]) / 2).backward()
     meter.read(batch_size=4)
     assert not any(weight._backward_hooks for weight in model.parameters())
     assert (meter.tap.squares, meter.tap.signed_sums, meter.tap.grams) == ([], [], {})
@@ -70,10 +70,11 @@ def test_no_hook_and_no_sum_is_left_after_a_measured_step():
 
 def test_gradient_of_the_output_is_let_go_when_it_has_been_seen():
     model = model_of()
-    tap = NoiseMeter(model, ALONE, NoiseScaleSettings(GEOMETRIES)).tap
-    waiting: list[list[str]] = []
+    meter = NoiseMeter(model, geometries=GEOMETRIES)
+    tap = meter.tap
+    waiting: list[list[int]] = []
     batch = micro_batches(1)[0]
-    with tap.armed(1):
+    with meter.step(1), meter.sample():
         # Hooks run in the order in which they came: this one after the tap's.
         model.output.weight.register_hook(lambda gradient: waiting.append(list(tap.waiting)))
         model.embedding.weight.register_hook(lambda gradient: waiting.append(list(tap.waiting)))
@@ -96,8 +97,8 @@ def test_square_roots_that_took_eigenvalues_are_told_with_the_nuclear_reading(mo
 
 
 def test_meter_of_one_geometry_gathers_nothing_for_the_others():
-    euclidean = NoiseMeter(model_of(), ALONE, NoiseScaleSettings(["euclidean"]))
-    with euclidean.tap.armed(2):
+    euclidean = NoiseMeter(model_of(), geometries=["euclidean"])
+    with euclidean.step(1):
         assert (euclidean.tap.squares, euclidean.tap.signed_sums) == ([], [])
 
 

@@ -1,18 +1,11 @@
 """Which parameter belongs to which rule, and how learning rates move together."""
 
-import pytest
 import torch
 from torch import nn
 
-from gns_pretrain.errors import InputError
-from gns_pretrain.model.llama import Kind, Llama
-from gns_pretrain.optim.base import (
-    BLOCK_MATRICES,
-    block_matrices,
-    decay_groups,
-    remember_peaks,
-    set_learning_rate,
-)
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import Role
+from gns_pretrain.optim.base import decay_groups, remember_peaks, set_learning_rate, trainable
 from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
@@ -23,23 +16,23 @@ def llama(**changes) -> Llama:
     return model
 
 
-def test_kind_counts_and_not_shape():
+def test_role_counts_and_not_shape():
     # dim = vocabulary: embedding, output and wq have one shape; only wq is a block matrix.
     model = llama(dim=24, vocab_size=24, num_kv_heads=3)
     assert model.embedding.weight.shape == model.layers[0].attention.wq.weight.shape
-    chosen = {id(weight) for weight in block_matrices(model)}
+    chosen = {id(weight) for weight in trainable(model, {Role.MATRIX})}
     assert id(model.layers[0].attention.wq.weight) in chosen
     assert id(model.embedding.weight) not in chosen
     assert id(model.output.weight) not in chosen
     assert len(chosen) == 2 * 7
 
 
-def test_kinds_of_the_two_parts_leave_nobody_out():
+def test_roles_of_the_two_parts_leave_nobody_out():
     model = llama()
     rest = decay_groups(
-        model, weight_decay=0.1, matrices_only=True, kinds=set(Kind) - BLOCK_MATRICES
+        model, weight_decay=0.1, matrices_only=True, roles=set(Role) - {Role.MATRIX}
     )
-    parts = [p for group in rest for p in group["params"]] + block_matrices(model)
+    parts = [p for group in rest for p in group["params"]] + trainable(model, {Role.MATRIX})
     assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
 
 
@@ -58,19 +51,14 @@ def test_frozen_parameters_are_in_no_group():
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("choose", [lambda m: MuonSettings().build(m), block_matrices])
-def test_unknown_parameter_is_an_error_that_names_it(choose):
+def test_parameters_added_to_a_block_find_their_part_by_shape():
     model = llama()
-    model.layers[1].gate = nn.Linear(2, 2, bias=False)
-    with pytest.raises(InputError, match=r"layers\.1\.gate\.weight is of no known kind"):
-        choose(model)
-
-
-def test_bias_inside_a_block_is_an_error_that_names_it():
-    model = llama()
-    model.layers[0].attention.wq.bias = nn.Parameter(torch.zeros(18))
-    with pytest.raises(InputError, match=r"layers\.0\.attention\.wq\.bias has shape \[18\]"):
-        block_matrices(model)
+    model.layers[1].gate = nn.Linear(4, 2)
+    matrices = {id(weight) for weight in trainable(model, {Role.MATRIX})}
+    assert id(model.layers[1].gate.weight) in matrices
+    assert id(model.layers[1].gate.bias) not in matrices
+    undecayed = decay_groups(model, weight_decay=0.1, matrices_only=True)[1]["params"]
+    assert any(parameter is model.layers[1].gate.bias for parameter in undecayed)
 
 
 def test_learning_rates_of_both_parts_scale_by_the_same_factor():
