@@ -9,7 +9,6 @@ from enum import Enum, auto
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,11 +38,21 @@ Labels = Callable[[str], str] | Mapping[str, str]
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside DDP and torch.compile, whose parameter names have no prefix."""
-    while isinstance(model, DistributedDataParallel | torch._dynamo.OptimizedModule):
-        inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
+    # By attribute: to name torch.compile's class would import the compiler, which takes seconds.
+    inner = model.module if isinstance(model, DistributedDataParallel) else _compiled(model)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _compiled(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "_orig_mod", None)
+
+
+def replicated(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DDP module that a model is, or that torch.compile wraps; None if there is none."""
+    if isinstance(model, DistributedDataParallel):
+        return model
+    inner = _compiled(model)
+    return replicated(inner) if inner is not None else None
 
 
 def clean_name(name: str) -> str:

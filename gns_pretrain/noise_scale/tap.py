@@ -14,7 +14,7 @@ before clipping: rows stay where they are, whole matrices go to their owners.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -41,7 +41,9 @@ from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owne
 from gns_pretrain.parallel.sharding import (
     MatrixShards,
     ShardLayout,
+    num_data_dims,
     packed,
+    placement_dim,
     region_shape,
     rows_per_shard,
     unsharded_weights,
@@ -75,7 +77,7 @@ def tapped_weights(
     layout: ShardLayout,
     owned_roles: frozenset[Role],
     matrices: MatrixChoice | None = None,
-    blocks: Labels | list[str] | None = None,
+    blocks: Labels | Sequence[str] | None = None,
 ) -> list[TappedWeight]:
     """Return every trainable weight of a parallelized model, with what autograd reaches.
 
@@ -91,18 +93,17 @@ def tapped_weights(
             seen[name],
             block_of[name],
             row_dim=sharded_dim(weight, seen[name]),
-            in_parts=isinstance(seen[name], DTensor)
-            and not all(p.is_replicate() for p in seen[name].placements),
+            in_parts=in_parts(seen[name]),
         )
         for name, weight in named_trainable(model)
     ]
     if not weights:
         raise InputError("the model has no trainable parameter, so there is no noise to measure")
     owned = [i for i, w in enumerate(weights) if w.role in owned_roles and w.weight.ndim > 1]
-    for in_parts in (True, False):
+    for split in (True, False):
         # A matrix that every part has whole belongs to the first of them.
-        num_parts = layout.num_parts if in_parts else 1
-        chosen = [i for i in owned if weights[i].in_parts == in_parts]
+        num_parts = layout.num_parts if split else 1
+        chosen = [i for i in owned if weights[i].in_parts == split]
         costs = [float(min(matrix_shape(weights[i].weight))) ** 3 for i in chosen]
         owners = balanced_owners(costs, layout.num_data_ranks * num_parts)
         for i, owner in zip(chosen, owners, strict=True):
@@ -116,14 +117,17 @@ def tapped_weights(
     return weights
 
 
+def in_parts(seen: Tensor) -> bool:
+    """Return whether tensor-parallel ranks have different parts of a weight."""
+    return isinstance(seen, DTensor) and not all(p.is_replicate() for p in seen.placements)
+
+
 def sharded_dim(weight: Tensor, seen: Tensor) -> int:
     """Return the dimension along which FSDP2 splits a weight; 0 where it does not."""
     if not isinstance(weight, DTensor):
         return 0
-    data_dims = weight.device_mesh.ndim - (
-        seen.device_mesh.ndim if isinstance(seen, DTensor) else 0
-    )
-    splits = [p.dim for p in weight.placements[:data_dims] if not p.is_replicate()]
+    of_data = weight.placements[: num_data_dims(weight, seen)]
+    splits = [placement_dim(p) for p in of_data if not p.is_replicate()]
     return splits[0] if splits else 0
 
 
@@ -141,7 +145,7 @@ class GradientTap:
         model: nn.Module,
         needs: Needs,
         matrices: MatrixChoice | None = None,
-        blocks: Labels | list[str] | None = None,
+        blocks: Labels | Sequence[str] | None = None,
     ) -> None:
         self.layout = ShardLayout.of_model(model)
         self.needs = needs
@@ -376,7 +380,11 @@ class GradientTap:
         # the null space, and a square root makes 1e-3 of 1e-7.
         gram = smaller_side_gram(sample.reshape(matrix_shape(sample)).double())
         group = self.layout.data_group
-        work = group and dist.reduce(gram, group=group, group_dst=data_rank, async_op=True)
+        work = (
+            None
+            if group is None
+            else dist.reduce(gram, group=group, group_dst=data_rank, async_op=True)
+        )
 
         def add() -> None:
             if data_rank == self.layout.data_rank:

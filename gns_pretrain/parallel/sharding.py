@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.roles import clean_name, matrix_shape, unwrapped
+from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
 from gns_pretrain.parallel.mesh import World
 
 
@@ -109,9 +109,9 @@ class ShardLayout:
                 gradients no rank reduces.
         """
         if (group := replica_group(model)) is not None:
-            size = dist.get_world_size(group)
-            groups = {"shard_group": group, "data_group": group} if size > 1 else {}
-            return cls(shard=dist.get_rank(group), num_shards=size, **groups)
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
+            several = group if size > 1 else None
+            return cls(rank, size, shard_group=several, data_group=several)
         weights = {clean_name(n): w for n, w in unwrapped(model).named_parameters()}
         sharded = {name: w for name, w in weights.items() if isinstance(w, DTensor)}
         if not sharded:
@@ -182,9 +182,8 @@ def flattened(mesh: DeviceMesh, dims: tuple[int, ...]) -> ProcessGroup:
 
 def replica_group(model: nn.Module) -> ProcessGroup | None:
     """Return the ranks among which DDP replicates a model; None for any other layout."""
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
-    return model.process_group if isinstance(model, DistributedDataParallel) else None
+    ddp = replicated(model)
+    return ddp.process_group if ddp is not None else None
 
 
 def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -197,7 +196,7 @@ def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
     inner = unwrapped(model)
     weights: dict[str, Tensor] = {clean_name(n): w for n, w in inner.named_parameters()}
     for prefix, module in inner.named_modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and isinstance(module, nn.Module):
             sharded = dict(module.named_parameters())
             module.unshard()
             for name, weight in module.named_parameters():
@@ -256,7 +255,7 @@ class MatrixShards:
         if not splits:
             return cls(shape, (whole,))
         for _, placement in splits:
-            if getattr(placement, "dim", 2) > 1:
+            if placement_dim(placement) > 1:
                 raise InputError(
                     f"a weight of shape {list(weight.shape)} has the placement {placement}; as a "
                     "matrix it can be sharded along its first or second dimension"
@@ -270,7 +269,7 @@ class MatrixShards:
             place = (mesh.mesh == rank).nonzero()[0].tolist()
             pieces = list(whole)
             for dim, placement in splits:
-                axis = placement.dim
+                axis = placement_dim(placement)
                 unit = weight.shape[1:].numel() // weight.shape[1] if axis else 1
                 span = slice(pieces[axis].start // unit, pieces[axis].stop // unit)
                 piece = chunk_of(place[dim], mesh.size(dim), span)
@@ -284,6 +283,13 @@ class MatrixShards:
     def region(self) -> Region:
         """This rank's."""
         return self.regions[self.rank]
+
+
+def placement_dim(placement: Placement) -> int:
+    """Return the tensor's dimension that a sharded placement splits."""
+    # By attribute: FSDP2's own kind, beside tensor parallelism, is no `Shard` in torch 2.13.
+    dim: int = getattr(placement, "dim")  # noqa: B009
+    return dim
 
 
 def region_shape(region: Region) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from benchmarks.startup import Startup
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 # One block: four matrices 4 x 4 and three 6 x 4; 136 + 8 + 2 * 40 + 4 = 228 weights.
 MODEL = LlamaConfig(
@@ -79,7 +78,7 @@ def test_memory_that_a_measurement_may_take_by_hand():
     world = this_process()
     with SmallSpeed(**STEP).workload(world, "adamw") as work:
         allowed = [
-            statistics_bytes(NoiseMeter(work.run.model, world, NoiseScaleSettings([name])).tap)
+            statistics_bytes(NoiseMeter(work.run.model, geometries=[name]).tap)
             for name in ("manhattan", "nuclear")
         ]
     assert allowed == [4 * 228, 7 * 8 * 16]

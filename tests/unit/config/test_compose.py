@@ -305,4 +305,4 @@ def test_optimizer_builds_over_all_parameters(choice):
 def test_noise_scale_builds_a_meter(choice):
     settings = composed(f"noise_scale={choice}").noise_scale
     model = Llama(odd_model())
-    assert len(NoiseMeter(model, ALONE, settings).tap.weights) == len(list(model.parameters()))
+    assert len(NoiseMeter(model, settings).tap.weights) == len(list(model.parameters()))

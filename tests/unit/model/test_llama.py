@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.llama import Llama, parameter_kind
-from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.model.loss import next_token_loss
+from gns_pretrain.model.roles import Role, parameter_roles
 
 
 def small_config(**changes):

@@ -1,6 +1,5 @@
 """Which parameter belongs to which rule, and how learning rates move together."""
 
-import torch
 from torch import nn
 
 from gns_pretrain.model.llama import Llama

@@ -77,9 +77,9 @@ def test_new_geometry_measures_what_its_equations_say(rows):
     model = Llama(odd_model())
     model.init_weights(seed=1)
     tokens = torch.randint(VOCABULARY, (4, 1, 9), generator=torch.Generator().manual_seed(3))
-    meter = NoiseMeter(model, ALONE, NoiseScaleSettings(["rows", "euclidean"]))
-    with meter.tap.armed(4):
-        accumulate_gradients(model, list(tokens), accumulation=4, tap=meter.tap)
+    meter = NoiseMeter(model, geometries=["rows", "euclidean"])
+    with meter.measure():
+        accumulate_gradients(model, list(tokens), accumulation=4, meter=meter)
     found = meter.read(batch_size=4)[0].total
 
     noise = signal = 0.0
