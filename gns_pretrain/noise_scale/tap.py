@@ -108,6 +108,7 @@ def tapped_weights(
         owners = balanced_owners(costs, layout.num_data_ranks * num_parts)
         for i, owner in zip(chosen, owners, strict=True):
             weight = weights[i].weight
+            # Signed sums are split like a sharded weight's rows, also where weights are whole.
             shards = (
                 MatrixShards.of_weight(weight)
                 if isinstance(weight, DTensor)
@@ -445,7 +446,8 @@ class GradientTap:
         if self.needs.matrices:
             matrices = self._owned_means(loss_scale)
             if self.needs.signed_sums:
-                signed_matrices = self._owned_matrices(self._signed_part)
+                owned = [i for i, w in enumerate(self.weights) if w.owner is not None]
+                signed_matrices = self._owned_matrices({i: self._signed_part(i) for i in owned})
         first = self._first_round * self.layout.num_data_ranks
         num_samples = self._rounds * self.layout.num_data_ranks
         num_even = len(range(first + first % 2, first + num_samples, 2))
@@ -499,18 +501,20 @@ class GradientTap:
 
     def _owned_means(self, loss_scale: float) -> dict[int, Tensor]:
         """The mean gradients of the matrices that this rank owns, by weight."""
-
-        def part(index: int) -> Tensor:
-            gradient = mean_gradient(self.weights[index].weight, loss_scale)
-            assert isinstance(gradient, DTensor)
-            return gradient.to_local()
-
-        if isinstance(self.weights[0].weight, DTensor):
-            return self._owned_matrices(part)
+        gradients = {
+            i: mean_gradient(tapped.weight, loss_scale)
+            for i, tapped in enumerate(self.weights)
+            if tapped.owner is not None
+        }
+        local = {i: g.to_local() for i, g in gradients.items() if isinstance(g, DTensor)}
         # Weights that are not sharded have their whole gradient here already.
-        owned = [i for i, w in enumerate(self.weights) if w.owner == (self.layout.data_rank, 0)]
-        means = {i: mean_gradient(self.weights[i].weight, loss_scale) for i in owned}
-        return {i: mean.reshape(matrix_shape(mean)) for i, mean in means.items()}
+        place = (self.layout.data_rank, self.layout.part)
+        whole = {
+            i: gradient.reshape(matrix_shape(gradient))
+            for i, gradient in gradients.items()
+            if i not in local and self.weights[i].owner == place
+        }
+        return whole | self._owned_matrices(local)
 
     def _signed_part(self, index: int) -> Tensor:
         """This rank's rows of the signed sum of a weight, in the weight's own order."""
@@ -521,14 +525,14 @@ class GradientTap:
         own = self.signed_sums[index][: torch.Size(shape).numel()].view(shape)
         return own.movedim(0, tapped.row_dim)
 
-    def _owned_matrices(self, local: Callable[[int], Tensor]) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, by weight, from every rank's local shard."""
+    def _owned_matrices(self, local: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The whole matrices that this rank owns, by weight, from every rank's local shards."""
         layout = self.layout
         whole: dict[int, Tensor] = {}
         by_group: dict[dist.ProcessGroup | None, list[tuple[int, MatrixShards, int]]] = {}
-        for i, tapped in enumerate(self.weights):
-            if tapped.owner is None or tapped.shards is None:
-                continue
+        for i, tapped in ((i, self.weights[i]) for i in local):
+            assert tapped.owner is not None
+            assert tapped.shards is not None
             (replica, shard), part = divmod(tapped.owner[0], layout.num_shards), tapped.owner[1]
             # Fewer matrices than replicas: none belongs to some.
             if replica != layout.replica or not (tapped.in_parts or layout.part == part):
@@ -537,7 +541,7 @@ class GradientTap:
             by_group.setdefault(tapped.shards.group, []).append((i, tapped.shards, owner))
         for members in by_group.values():
             exchange = MatrixExchange([m[1] for m in members], [m[2] for m in members])
-            shards = [local(i).reshape(region_shape(place.region)) for i, place, _ in members]
+            shards = [local[i].reshape(region_shape(place.region)) for i, place, _ in members]
             whole |= {members[k][0]: matrix for k, matrix in exchange.to_owners(shards).items()}
         return whole
 
