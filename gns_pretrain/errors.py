@@ -1,9 +1,8 @@
 """The failures that end a command with one line instead of a traceback, and its exit codes."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import ClassVar
 
 EXIT_FINISHED = 0
@@ -53,20 +52,6 @@ def print_error(error: OneLineError, *, rank: int = 0, num_ranks: int = 1) -> in
     elif rank == 0:
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
-
-
-def with_exit_code(main: Callable[[], None]) -> Callable[[], int]:
-    """Make a script's main return its exit code, and print a failure that one line explains."""
-
-    @wraps(main)
-    def run() -> int:
-        try:
-            main()
-        except OneLineError as error:
-            return print_error(error)
-        return EXIT_FINISHED
-
-    return run
 
 
 def counted(number: int, noun: str) -> str:

@@ -13,11 +13,13 @@ composes against, what the code reads and, through `add_options`, a script's com
 import argparse
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from gns_pretrain.errors import InputError
@@ -119,7 +121,8 @@ def setting_name(section: str, name: str) -> str:
 def script_parser(about: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows a script's docstring as it is."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=about, formatter_class=formatter)
+    name = Path(sys.argv[0]).name
+    return argparse.ArgumentParser(name, description=about, formatter_class=formatter)
 
 
 def add_options(

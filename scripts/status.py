@@ -1,55 +1,6 @@
-"""Show the state of the runs in a folder.
+"""Show the state of runs: the command `gns-pretrain status`."""
 
-    python scripts/status.py outputs              a table: state, step, tokens, loss, speed, end
-    python scripts/status.py outputs --watch      the same, refreshed until Ctrl-C
-    python scripts/status.py outputs --json       one JSON array
-
-The folder of a run, or one that holds some; with SLURM, runs that wait for their first start are
-listed too.
-"""
-
-import json
-import sys
-import time
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
-
-from rich.console import Console, Group
-from rich.live import Live
-
-from gns_pretrain.errors import with_exit_code
-from gns_pretrain.fields import script_parser
-from gns_pretrain.launch.status import status_view, statuses
-from gns_pretrain.system.slurm import job_states
-
-WIDTH = 160  # of a table that is not shown on a terminal
-
-
-@with_exit_code
-def main() -> None:
-    parser = script_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="the folder of a run, or one that holds some")
-    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between refreshes (5)")
-    parser.add_argument("--json", action="store_true", help="print a JSON array instead")
-    arguments = parser.parse_args()
-    if arguments.watch:
-        with Live(view(arguments.folder), auto_refresh=False) as live, suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(arguments.every)
-                live.update(view(arguments.folder), refresh=True)
-    elif arguments.json:
-        runs = [asdict(run) for run in statuses(arguments.folder, job_states())]
-        sys.stdout.write(json.dumps(runs, indent=1) + "\n")
-    else:
-        width = None if sys.stdout.isatty() else WIDTH
-        Console(width=width).print(view(arguments.folder))
-
-
-def view(folder: Path) -> Group:
-    return status_view(statuses(folder, job_states()))
-
+from gns_pretrain.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("status")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import gns_pretrain  # noqa: F401  first: it says how threads wait, before torch is loaded
+import gns_pretrain.commands  # noqa: F401  first: it says how threads wait, before torch is loaded
 from tests.settings import VOCABULARY
 
 

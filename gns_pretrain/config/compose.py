@@ -68,8 +68,8 @@ def missing_of_scale(number: str, scale: str) -> str:
     elif optimizer:
         hint = (
             f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
-            f"scripts/best_of_search.py reports what it found; then give {number}=..., or write it "
-            f"into gns_pretrain/conf/scale/{scale}.yaml"
+            f"gns-pretrain best-of-search reports what it found; then give {number}=..., or write "
+            f"it into conf/scale/{scale}.yaml"
         )
     else:
         hint = f"give it one, as in: {number}=..."

@@ -11,7 +11,12 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    MissingConfigException,
+    OverrideParseException,
+    SearchPathException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -34,6 +39,8 @@ def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputErro
             f"{error.override}: not of the form setting=value; quote a value that has special "
             "signs, as in: 'run_name=\"a b\"'"
         )
+    if isinstance(error, SearchPathException):
+        return InputError(f"--config-dir: {one_line(error)}; name a folder of YAML files")
     if isinstance(error, MissingConfigException):
         return InputError(missing_choice(error))
     if isinstance(error, ConfigCompositionException):

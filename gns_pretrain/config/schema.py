@@ -80,7 +80,7 @@ class LaunchSettings(Settings):
 
 @dataclass
 class Config(Settings):
-    """The whole configuration of `python train.py`."""
+    """The whole configuration of `gns-pretrain train`."""
 
     run_name: str = MISSING  # folder under output_directory; the same on every rank, no time in it
     output_directory: str = "outputs"

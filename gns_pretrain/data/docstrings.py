@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from inspect import cleandoc
 from pathlib import Path
 
+from gns_pretrain.system.processes import python_command, python_environment
+
 # Fixed, in this order: the same versions give the same text everywhere. All come with torch.
 PACKAGES = ("python", "numpy", "networkx", "sympy", "torch")
 # Tests hold no prose; the site-packages of an interpreter lie inside its standard library.
@@ -57,15 +59,13 @@ def extract(paths: list[Path], num_processes: int) -> list[list[str]]:
 
     Plain subprocesses: multiprocessing would import the caller's main module, with torch, in each.
     """
-    package_root = str(Path(__file__).parents[2])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
 
     def run(part: list[Path]) -> list[list[str]]:
         result = subprocess.run(
-            [sys.executable, "-m", "gns_pretrain.data.docstrings"],
+            python_command("gns_pretrain.data.docstrings"),
             input="\n".join(map(str, part)).encode(),
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": search_path},
+            env=python_environment(),
             check=True,
         )
         return json.loads(result.stdout)

@@ -91,7 +91,7 @@ def _build(folder: Path, settings: dict[str, Any]) -> None:
     if not documents:
         raise InputError(
             "no docstrings found: the sources of the installed packages are missing; "
-            "set data.path to a folder made with scripts/prepare_data.py"
+            "set data.path to a folder made with gns-pretrain prepare-data"
         )
     try:
         with whole_folder(folder) as unfinished:

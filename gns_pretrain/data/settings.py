@@ -56,7 +56,7 @@ def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:
     if not folder.is_dir():
         raise InputError(
             f"data.path={settings.path} is not a folder; make one with "
-            f"scripts/prepare_data.py, or set data.path={EMBEDDED}"
+            f"gns-pretrain prepare-data, or set data.path={EMBEDDED}"
         )
     opened = []
     for setting in ("train_split", "validation_split"):

@@ -79,11 +79,11 @@ def read_meta(folder: Path) -> CorpusMeta:
     if not path.is_file():
         if (folder / PROGRESS_FILE).is_file():
             raise InputError(
-                f"{folder} is half prepared; finish it with the same prepare_data.py command"
+                f"{folder} is half prepared; finish it with the same prepare-data command"
             )
         raise InputError(
             f"{folder} is not a token-shard folder ({META_FILE} is missing); "
-            "make one with scripts/prepare_data.py"
+            "make one with gns-pretrain prepare-data"
         )
     content = read_json(path, hint=HINT)
     again = "prepare the folder again"

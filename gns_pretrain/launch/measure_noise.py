@@ -1,4 +1,4 @@
-"""Measure noise and signal of a checkpoint without training it: behind scripts/measure_noise.py.
+"""Measure noise and signal of a checkpoint: behind `gns-pretrain measure-noise`.
 
 The first N sequences of the validation split, in file order, are one batch; its samples are
 micro-batches of equal size. Anyone can compute the same numbers from the same tokens.
@@ -32,7 +32,7 @@ from gns_pretrain.training.step import accumulate_gradients
 
 @dataclass
 class MeasurementRequest(Settings):
-    """The options of scripts/measure_noise.py."""
+    """The options of `gns-pretrain measure-noise`."""
 
     section: ClassVar[str] = "--"
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.launch.sweep import PlannedRun, RunResult, skip_or_reuse
 from gns_pretrain.runs.directory import is_finished, read_summary
+from gns_pretrain.system.processes import PACKAGE_ROOT
 from gns_pretrain.system.slurm import (
     JOB_FOLDER,
     LOG_FOLDER,
@@ -18,8 +19,6 @@ from gns_pretrain.system.slurm import (
     queued_runs,
     wait_for_jobs,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -39,6 +38,7 @@ class SlurmSettings(Settings):
     def executor_parameters(self, folder: Path) -> dict[str, Any]:
         """Options of sbatch and srun, by submitit's names; `folder` is for crash reports."""
         python, at_most = shlex.quote(sys.executable), self.restarts_after_failure
+        root = shlex.quote(str(PACKAGE_ROOT))
         parameters: dict[str, Any] = {
             "job_name": "gns-pretrain",
             "nodes": self.nodes,
@@ -49,9 +49,10 @@ class SlurmSettings(Settings):
             # One log a job: submitit would have one a rank.
             "srun_args": ["--kill-on-bad-exit=1", "--output=all"],
             "setup": [
-                f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+                f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
                 f'export {JOB_FOLDER}={shlex.quote(str(folder))}/job-"$SLURM_JOB_ID"',
                 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
+                'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"',
                 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
                 'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"',
                 "export SUBMITIT_LOG_LEVEL=WARNING",

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +46,12 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     settings_of_run,
 )
-from gns_pretrain.system.processes import StopRequest, threads_per_process
+from gns_pretrain.system.processes import (
+    StopRequest,
+    python_command,
+    python_environment,
+    threads_per_process,
+)
 from gns_pretrain.tracking.jsonl import last_record, read_records, write_summary
 from gns_pretrain.tracking.views import MayFail
 from gns_pretrain.tracking.wandb import WandbView
@@ -60,10 +64,11 @@ SHOWN = 5  # names or problems, of all, in an error
 class PlannedRun:
     """One run of a sweep, checked."""
 
-    overrides: tuple[str, ...]  # as on the command line of train.py
+    overrides: tuple[str, ...]  # as on the command line of `gns-pretrain train`
     config: Config
     directory: Path
     fingerprint: str  # of the data
+    search_path: tuple[str, ...] = ()  # what else of the sweep's command says where YAML files lie
 
     @property
     def name(self) -> str:
@@ -92,6 +97,8 @@ def plan_runs(
     job_overrides: Sequence[Sequence[str]],
     compose: Callable[[Sequence[str]], Config],
     check: Callable[[Config], tuple[Path, str]],
+    *,
+    search_path: tuple[str, ...] = (),
 ) -> list[PlannedRun]:
     """Check every run of a sweep.
 
@@ -99,6 +106,7 @@ def plan_runs(
         job_overrides: of each run.
         compose: makes settings of overrides.
         check: validates settings; returns the run directory and the data's fingerprint.
+        search_path: of the sweep's command, for each run's own command.
 
     Returns:
         One run for each list of overrides; equal ones give the same object.
@@ -112,7 +120,7 @@ def plan_runs(
     for overrides in job_overrides:
         try:
             config = compose(overrides)
-            run = PlannedRun(tuple(overrides), config, *check(config))
+            run = PlannedRun(tuple(overrides), config, *check(config), search_path)
             runs.append(planned.setdefault(run.directory, run))
             refuse_collision(runs[-1], run)
         except InputError as error:
@@ -257,7 +265,6 @@ def print_line(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 UPDATE_SECONDS = 0.25  # between updates of the progress bar, and looks at a request to stop
 MAX_QUOTED = 300  # characters of the line that says why a run failed
 
@@ -277,7 +284,7 @@ class RunProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **share_of_gpus(slot, max_parallel, os.environ)},
+                env=python_environment() | share_of_gpus(slot, max_parallel, os.environ),
                 start_new_session=True,  # Ctrl-C is for the sweep, which stops its runs
             )
 
@@ -364,12 +371,12 @@ def train_runs(
 
 
 def command(run: PlannedRun, *, max_parallel: int) -> list[str]:
-    """`python train.py ...` for one run; in parallel, each has its share of the cores."""
-    words = [sys.executable, str(TRAIN), "hydra.mode=RUN", *run.overrides]
+    """`gns-pretrain train ...` for one run; in parallel, each has its share of the cores."""
+    words = ["train", *run.search_path, "hydra.mode=RUN", *run.overrides]
     if max_parallel > 1 and run.config.launch.threads is None:
         ranks = run.config.launch.nproc_per_node
         words.append(f"launch.threads={threads_per_process(max_parallel * ranks)}")
-    return words
+    return python_command("gns_pretrain", *words)
 
 
 def share_of_gpus(slot: int, max_parallel: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a batch-size policy chooses on a recorded run's noise scale, beside what the run did.
 
-python -m gns_pretrain.results.replay FILE [--theta 0.6] ...
+gns-pretrain replay FILE [--theta 0.6] ...
 
 FILE is the record of a run, ours or somebody else's:
 
@@ -391,7 +391,6 @@ def as_json(path: "DataFrame") -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = fields.script_parser(__doc__)
-    parser.prog = "python -m gns_pretrain.results.replay"
     parser.add_argument("file", type=Path, help="published CSV, W&B export or metrics.jsonl")
     fields.add_options(parser, BatchSizeSettings, skip=["shadows"], show_defaults=False)
     fields.add_options(parser, RunSettings)

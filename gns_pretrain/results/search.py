@@ -89,7 +89,7 @@ def searches(runs: Runs) -> list[Search]:
     if own.empty:
         raise InputError(
             f"none of {counted(len(runs), 'run')} belongs to a search; "
-            "start one with python train.py +sweep=tune_signum scale=..."
+            "start one with gns-pretrain train +sweep=tune_signum scale=..."
         )
     groups = own.groupby(["scale", "cell"])
     return [_search(scale, optimizer, of_search) for (scale, optimizer), of_search in groups]

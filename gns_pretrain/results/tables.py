@@ -185,7 +185,7 @@ def select(
         tables = sorted(set(map(str, runs["table"].dropna())))
         raise InputError(
             f"none of {counted(len(runs), 'run')} belongs to {layout.name} (their setting table: "
-            f"{', '.join(tables) or 'none'}); train it with python train.py +sweep={layout.name}"
+            f"{', '.join(tables) or 'none'}); train it with gns-pretrain train +sweep={layout.name}"
         )
     scales = sorted(own["scale"].unique())
     if scale is None and len(scales) > 1:

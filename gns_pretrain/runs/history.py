@@ -59,7 +59,12 @@ def read_provenance(directory: Path) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Revision of the code's checkout, with `+changes` if its files differ; None outside git."""
+    """Revision of the code's checkout, with `+changes` if its files differ; None outside one.
+
+    An installed package may lie in the checkout of something else.
+    """
+    if not (ROOT / "pyproject.toml").is_file():
+        return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
     try:
         answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

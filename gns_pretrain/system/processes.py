@@ -1,4 +1,4 @@
-"""The cores of a process, the signals that ask it to stop, and how one that was a rank ends.
+"""Processes: cores, starting one of this package, signals to stop, how one that was a rank ends.
 
 A gloo thread drops the tensors of a finished collective some time later, and takes the GIL for it.
 While the interpreter finalizes, Python before 3.14 ends a thread that asks for the GIL with
@@ -13,9 +13,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -35,6 +37,25 @@ def threads_per_process(num_processes: int) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     return max(available_cores() // num_processes, 1)
+
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or site-packages
+
+
+def python_command(module: str, *words: str) -> list[str]:
+    """`python -m MODULE ...` of this package, in `python_environment()`.
+
+    -P: not a folder of the same name where the command happens to be typed.
+    """
+    return [sys.executable, "-P", "-m", module, *words]
+
+
+def python_environment() -> dict[str, str]:
+    """The environment, with a PYTHONPATH by which Python finds this package where it is now."""
+    if str(PACKAGE_ROOT) == sysconfig.get_path("purelib"):
+        return dict(os.environ)
+    path = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 class StopRequest:

@@ -55,7 +55,12 @@ class SweepLauncher(Launcher):
             raise InputError(
                 "a sweep starts its runs itself: start it as one process, without torchrun or srun"
             )
-        planned = plan_runs(job_overrides, self.compose, partial(check_run, info=self.first_rank))
+        planned = plan_runs(
+            job_overrides,
+            self.compose,
+            partial(check_run, info=self.first_rank),
+            search_path=search_path_of(self.config),
+        )
         runs = {run.directory: run for run in planned}
         console = Console()
         results = dict(zip(runs, self.run(list(runs.values()), console), strict=True))
@@ -78,6 +83,17 @@ class SweepLauncher(Launcher):
         with open_dict(composed):
             del composed["hydra"]
         return settings_from(composed, every_override)
+
+
+def search_path_of(config: DictConfig) -> tuple[str, ...]:
+    """What the sweep's command says of where YAML files lie, as words of a run's own command."""
+    hydra = config.hydra
+    sources = hydra.runtime.config_sources
+    return (
+        *(f"--config-dir={each.path}" for each in sources if each.provider == "command-line"),
+        f"--config-name={hydra.job.config_name}",
+        *(word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")),
+    )
 
 
 def job_return(overrides: Sequence[str], result: RunResult) -> JobReturn:
@@ -104,7 +120,7 @@ class LocalLauncher(SweepLauncher):
 class SlurmSweepLauncher(SweepLauncher):
     """Submits a sweep's runs to SLURM as a job array and returns.
 
-    `scripts/status.py` shows how the runs are, and the same command submits again whatever is
+    `gns-pretrain status` shows how the runs are, and the same command submits again whatever is
     neither finished nor in the queue. conf/hydra/launcher/slurm.yaml explains the settings.
     """
 

@@ -1,1 +1,1 @@
-"""Behind scripts/prepare_data.py: text to token shards."""
+"""Behind `gns-pretrain prepare-data`: text to token shards."""

@@ -1,4 +1,4 @@
-"""The options of scripts/prepare_data.py, checked before anything is read or written."""
+"""The options of `gns-pretrain prepare-data`, checked before anything is read or written."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

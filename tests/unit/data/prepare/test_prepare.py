@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gns_pretrain.commands import run_command
 from gns_pretrain.data.prepare import corpus as corpus_module
 from gns_pretrain.data.prepare import prepare as prepare_module
 from gns_pretrain.data.prepare.corpus import is_held_out
@@ -316,13 +316,14 @@ def test_killed_worker_is_reported_in_one_line_and_what_is_written_stays(
 ):
     with monkeypatch.context() as crowded:
         crowded.setattr(prepare_module, "EncodingPool", PoolWithoutMemory)
-        main = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))["main"]
         words = ["--train", f"{inputs}/train.*.json.gz", "--tokenizer", f"{inputs}/tokenizer.json"]
         words += ["--validation", f"{inputs}/validation.json.gz", "--shard-tokens", "5000"]
         crowded.setattr(
             sys, "argv", ["prepare_data.py", "--out", str(half_done), *words, "--workers", "2"]
         )
-        assert main() == 3
+        with pytest.raises(SystemExit) as ended:
+            run_command("prepare-data")
+        assert ended.value.code == 3
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(error) == 1
     assert error[0].startswith("error: a worker process was killed, as when memory runs out")

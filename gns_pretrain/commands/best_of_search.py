@@ -1,0 +1,25 @@
+"""What searches over settings (the sweeps tune_*) found, the best point of each first.
+
+    gns-pretrain best-of-search outputs
+    gns-pretrain best-of-search outputs --format markdown
+
+Under each search stand the best point's numbers as conf/scale/<scale>.yaml takes them, and which of
+them lie at an end of what was tried, where the search should go on.
+"""
+
+import sys
+from pathlib import Path
+
+from gns_pretrain.fields import script_parser
+from gns_pretrain.results.frame import runs_of_folders
+from gns_pretrain.results.search import FORMATS, searches
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    option = parser.add_argument
+    option("folders", nargs="+", type=Path, help="run directories or folders of them")
+    option("--format", choices=FORMATS, default="text", help="default: text")
+    given = parser.parse_args()
+    found = searches(runs_of_folders(given.folders))
+    sys.stdout.write("\n".join(FORMATS[given.format](search) for search in found))

@@ -1,0 +1,73 @@
+"""Draw runs as the paper's Figures 1 to 3: perplexity, batch size, noise scale, learning rate.
+
+    gns-pretrain plot-runs outputs/table2-signum_* --out signum.png --out signum.pdf
+    gns-pretrain plot-runs 'B = 64=figure2/signum_64.csv' adaptive=figure2/signum_gns.csv \\
+        mine=outputs/table2-signum_adaptive-paper-seed0 --x tokens --out compare.pdf
+
+Run directories, folders of them, and published CSVs or W&B exports. Runs whose names differ in
+the seed alone are one line with a band (sample standard deviation); a label=PATH joins whatever
+has the same label.
+"""
+
+import json
+from pathlib import Path
+
+from gns_pretrain.fields import script_parser
+from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
+from gns_pretrain.results.frame import grouped, named_noise, read_curves
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    option = parser.add_argument
+    option(
+        "runs", nargs="+", metavar="PATH|LABEL=PATH", help="run directory, folder of them, or CSV"
+    )
+    option(
+        "--out", type=Path, action="append", required=True, help="file.png or file.pdf; repeatable"
+    )
+    option("--x", choices=AXIS_LABELS, default="step", help="x-axis (default: step)")
+    option(
+        "--panels", help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)"
+    )
+    option(
+        "--noise",
+        metavar="GEOMETRY/ESTIMATE",
+        help="whose noise scale, as manhattan/plug_in (default: the one that chose the batch)",
+    )
+    option("--each-seed", action="store_true", help="a line for every seed, instead of a band")
+    option(
+        "--focus",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="the y-axis of a loss fits what comes after this share of a run (default: 0.15, "
+        "the paper's warm-up); 0 shows all",
+    )
+    option("--title", help="over the figure")
+    option("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args()
+    groups = grouped(given.runs)
+    noise = given.noise and named_noise(given.noise)
+    panels = draw(
+        {
+            label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
+            for label, paths in groups.items()
+        },
+        given.out,
+        panels=given.panels and given.panels.split(","),
+        axis=given.x,
+        each_seed=given.each_seed,
+        title=given.title,
+        focus=given.focus,
+    )
+    drawn = {
+        "out": [str(path) for path in given.out],
+        "panels": panels,
+        "runs": {label: [str(path) for path in paths] for label, paths in groups.items()},
+    }
+    if given.json:
+        print(json.dumps(drawn))
+    else:
+        seeds = ", ".join(f"{label} ({len(paths)})" for label, paths in groups.items())
+        print(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}")
