@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.checkpoint import Checkpoint
 from benchmarks.cost_model import Roofline
 from benchmarks.data import Data, write_documents
 from benchmarks.harness import Command, Row, provenance, write_random_tokens
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[Command]] = {
     "profile": Profile,
     "speed": Speed,
     "startup": Startup,
+    "checkpoint": Checkpoint,
     "memory": Memory,
     "roofline": Roofline,
     "all": All,
@@ -59,8 +61,12 @@ COMMANDS: dict[str, type[Command]] = {
 GPU_PLAN = (
     "speed --model llama3_160m",
     "speed --model llama3_1b --pairs 3",
+    "noise_scale --model llama3_1b --geometry nuclear --estimate plug_in cross_fitted --samples 2"
+    " --micro-batch-size 1 --sequence-length 2048 --pairs 2",
+    "optimizer",
     "profile --model llama3_160m --batch-size 16",
     "profile --model llama3_160m --batch-size 16 --geometry nuclear",
+    "checkpoint --model llama3_1b --batch-size 2 --micro-batch-size 1 --sequence-length 128",
     "memory --steps 200",
 )
 CPU_PLAN = (
@@ -72,6 +78,7 @@ CPU_PLAN = (
     "profile",
     "data",
     "startup",
+    "checkpoint",
     "memory",
 )
 # That each works, not how fast. {folder} holds what `write_quick_data` wrote.
@@ -87,6 +94,7 @@ QUICK_PLAN = (
     f"speed {QUICK_SAMPLE} --batch-size 2 --no-compile --pairs 2 --product-size 64",
     "startup --starts 1 --warm data=shards data.path={folder}/shards data.sequence_length=8"
     " token_budget=1024 model=demo evaluation.num_sequences=1 compile=never launch.threads=1",
+    f"checkpoint {QUICK_SAMPLE} --batch-size 2 --no-compile",
     f"memory {QUICK_MODEL} --steps 12",
     "roofline --ranks 8",
 )

@@ -8,6 +8,7 @@ import shlex
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -261,6 +262,7 @@ class Timings(NamedTuple):
         """Return the extra time of a measured step in per cent, and its share at F = 100."""
         low, middle, high = (100 * (q - 1) for q in self.quartiles(measured, plain))
         return {
+            "extra_seconds": round(self.median(measured) - self.median(plain), 5),
             "cost_every_step_percent": round(middle, 2),
             "quartiles_percent": [round(low, 2), round(high, 2)],
             "cost_every_100_steps_percent": round(middle / 100, 4),
@@ -299,6 +301,20 @@ def synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     barrier(world)
+
+
+def host_synchronisations(step: Callable[[], Any]) -> int:
+    """Count how often the host waits for the GPU during a step; 0 without one."""
+    if not ON_GPU:
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -16,17 +16,19 @@ from benchmarks.harness import (
     Row,
     StepCommand,
     compute_dtype,
+    host_synchronisations,
     paired,
     this_process,
 )
 from benchmarks.model import Model, flops_per_token
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import About, at_least
+from gns_pretrain.fields import About, at_least, one_of
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.step import accumulate_gradients
 
 GEOMETRIES = ("manhattan", "nuclear")
+PARTS = ("step", "muon", "transformers")
 MATMUL_SECONDS = 0.5
 
 
@@ -37,6 +39,9 @@ class Speed(StepCommand):
     pairs: Pairs = 5 if ON_GPU else 10
     product_size: Annotated[int, at_least(1), About("n of the n x n x n matmul")] = (
         8192 if ON_GPU else 1024
+    )
+    parts: Annotated[list[str], one_of(*PARTS), About("what to time (default: all of it)")] = field(
+        default_factory=lambda: list(PARTS)
     )
 
     def __post_init__(self) -> None:
@@ -57,8 +62,12 @@ class Speed(StepCommand):
             "dtype": str(compute_dtype(world.device)).removeprefix("torch."),
             "teraflops": round(rate / 1e12, 3),
         }
-        yield from self.measure_steps(world, rate)
-        yield self.measure_muon(world)
+        if "step" in self.parts:
+            yield from self.measure_steps(world, rate)
+        if "muon" in self.parts:
+            yield self.measure_muon(world)
+        if "transformers" not in self.parts:
+            return
         if find_spec("transformers") is None:
             yield {"measured": "model", "skipped": "transformers is not installed"}
             return
@@ -76,6 +85,7 @@ class Speed(StepCommand):
             timings = paired(steps, self.pairs, world)
             tokens_per_second = work.tokens / timings.median("plain")
             token_flops = flops_per_token(self.shape(), self.sequence_length)
+            waits = {name: host_synchronisations(step) for name, step in steps.items()}
             described = {**self.described("adamw"), "pairs": self.pairs}
             yield {
                 "measured": "step",
@@ -83,6 +93,7 @@ class Speed(StepCommand):
                 "seconds": round(timings.median("plain"), 5),
                 "tokens_per_second": round(tokens_per_second),
                 "share_of_product_rate": round(tokens_per_second * token_flops / rate, 4),
+                "host_synchronisations": waits["plain"],
             }
             peaks = {name: peak_bytes(step, world) for name, step in steps.items()}
             for geometry, meter in meters.items():
@@ -92,6 +103,7 @@ class Speed(StepCommand):
                     **described,
                     "samples": work.accumulation,
                     **timings.cost(geometry, "plain"),
+                    "host_synchronisations": waits[geometry],
                 }
                 if peaks["plain"]:
                     allowed = statistics_bytes(meter.tap)
