@@ -108,9 +108,15 @@ class ShardLayout:
             InputError: weights on different meshes, or weights that FSDP2 was told to ignore, whose
                 gradients no rank reduces.
         """
-        if (group := replica_group(model)) is not None:
+        if (ddp := replicated(model)) is not None:
+            group = ddp.process_group
             rank, size = dist.get_rank(group), dist.get_world_size(group)
             several = group if size > 1 else None
+            if several and ddp.find_unused_parameters:
+                # Ranks that leave out different weights reach DDP's all-reduces at other moments:
+                # in a group of their own, other collectives cannot be mistaken for those.
+                ranks = dist.get_process_group_ranks(group)
+                several = dist.new_group(ranks, use_local_synchronization=True)
             return cls(rank, size, shard_group=several, data_group=several)
         weights = {clean_name(n): w for n, w in unwrapped(model).named_parameters()}
         sharded = {name: w for name, w in weights.items() if isinstance(w, DTensor)}

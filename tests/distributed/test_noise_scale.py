@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
-from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.sharding import local_shards, parallelize, unsharded_weights
@@ -99,10 +101,7 @@ def model_of(samples: Samples = FEW, **changes: Any) -> Llama:
 
 def values_of(result: StepResult) -> Values:
     """Noise and signal of each geometry and estimate."""
-    return {
-        (r.total.geometry, r.total.estimate): (r.total.noise, r.total.signal)
-        for r in result.readings
-    }
+    return {key(r): (r.total.noise, r.total.signal) for r in result.readings}
 
 
 def measured(place: RankInfo, case: Case, **changes: Any) -> Values:
@@ -310,3 +309,50 @@ def unsharded_objects(place: RankInfo) -> bool:
 
 def test_unsharded_weights_stay_the_same_objects(tmp_path):
     assert run_ranks(2, unsharded_objects, tmp_path) == [True, True]
+
+
+class Either(nn.Module):
+    """Takes one of two layers, by the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even, self.odd, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        return self.head(self.odd(x) if index % 2 else self.even(x)).square().mean()
+
+
+def either(samples: range) -> list[Values]:
+    """Two measured steps, the second in the learned order of blocks."""
+    torch.manual_seed(0)
+    model: nn.Module = Either()
+    inputs = torch.randn(8, 2, 3)
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    meter = NoiseMeter(model, ALL)
+    found = []
+    for _ in range(2):
+        with meter.step(1):
+            for j in samples:
+                with meter.sample():
+                    (model(inputs[j], j) / len(samples)).backward()
+        found.append({key(r): (r.total.noise, r.total.signal) for r in meter.read(batch_size=16)})
+        model.zero_grad()
+    return found
+
+
+def either_on_a_rank(place: RankInfo) -> list[Values]:
+    with joined(place, ParallelSettings(kind="ddp"), torch.device("cpu")):
+        return either(range(place.rank, 8, place.num_ranks))
+
+
+def key(reading: Reading) -> tuple[str, str]:
+    return reading.total.geometry, reading.total.estimate
+
+
+def test_ranks_that_use_different_weights_measure_what_one_process_does(tmp_path):
+    # Rank 0 never uses the odd layer, rank 1 never the even one.
+    expected = either(range(8))[0]
+    for rank, each in enumerate(run_ranks(2, either_on_a_rank, tmp_path)):
+        for found in each:
+            assert_equal(found, expected, f"rank {rank}")
