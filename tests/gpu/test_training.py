@@ -59,7 +59,7 @@ def step_on(
             accumulation=FEW.count,
             gradient_clip=1.0,
             batch_size=FEW.count,
-            meter=NoiseMeter(model, world, settings) if settings else None,
+            meter=NoiseMeter(model, settings) if settings else None,
         )
         return result, [part.detach().clone() for part in local_shards(model.parameters())]
 
