@@ -19,8 +19,8 @@ from benchmarks.harness import (
 )
 from gns_pretrain.fields import About, at_least
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.roles import Role
-from gns_pretrain.optim.base import OptimizerSettings, trainable
+from gns_pretrain.optim.base import OptimizerSettings
+from gns_pretrain.optim.combined import split_parameters
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings
 from gns_pretrain.parallel.mesh import World
@@ -50,7 +50,8 @@ class Optimizer(ModelCommand):
         shape = self.shape()
         with world.device:
             model = Llama(replace(shape, num_layers=self.layers or shape.num_layers))
-        matrices = trainable(model, {Role.MATRIX})
+        groups, _ = split_parameters(model)
+        matrices: list[nn.Parameter] = groups[0]["params"]
         generator = torch.Generator(world.device).manual_seed(0)
         for matrix in matrices:
             nn.init.zeros_(matrix)

@@ -12,18 +12,21 @@ composes against, what the code reads and, through `add_options`, a script's com
 
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from gns_pretrain.errors import InputError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 S = TypeVar("S")
 
 
@@ -101,14 +104,30 @@ def check_bounds(settings: Any, section: str) -> None:
             before its name, value, rule and hint in one line.
     """
     cls: type = type(settings)
-    for name, notes in _notes(cls).items():
-        value = getattr(settings, name)
-        for bound in (note for note in notes if isinstance(note, Bound)):
+    check_values(cls, {name: getattr(settings, name) for name in _notes(cls)}, section)
+
+
+def check_values(annotated: Any, values: Mapping[str, Any], section: str = "") -> None:
+    """Check values against the bounds that a class or function has in its annotations."""
+    notes_of = _notes(annotated)
+    for name, value in values.items():
+        for bound in (note for note in notes_of.get(name, ()) if isinstance(note, Bound)):
             if value is not None and not bound.holds(value):
                 hint = f"; {bound.hint}" if bound.hint else ""
                 shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
                 text = bound.text or f"is not known; use one of {', '.join(bound.choices)}"
                 raise InputError(f"{setting_name(section, name)}={shown} {text}{hint}")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Check a function's arguments against the bounds in their annotations, at each call."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_values(function, inspect.signature(function).bind(*args, **kwargs).arguments)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def setting_name(section: str, name: str) -> str:
@@ -185,9 +204,9 @@ def _each(value: Any) -> Iterable[Any]:
 
 
 @cache
-def _notes(cls: type) -> dict[str, tuple[Any, ...]]:
-    """What `Annotated` says of each field, bases included."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+def _notes(annotated: Any) -> dict[str, tuple[Any, ...]]:
+    """What `Annotated` says of each field, bases included, or argument."""
+    hints = typing.get_type_hints(annotated, include_extras=True)
     return {
         name: hint.__metadata__
         for name, hint in hints.items()

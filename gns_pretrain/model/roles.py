@@ -77,6 +77,21 @@ def matrix_shape(parameter: Tensor) -> tuple[int, int]:
     return rows, parameter.numel() // max(rows, 1)
 
 
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Return the clean names of trainable weights that are stored as [in, out].
+
+    They are those of transposed convolutions and of transformers' Conv1D, found by its name.
+    """
+    found = {
+        id(parameter)
+        for module in unwrapped(model).modules()
+        if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        or any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {name for name, parameter in named_trainable(model) if id(parameter) in found}
+
+
 def parameter_roles(model: nn.Module, matrices: MatrixChoice | None = None) -> dict[str, Role]:
     """Return the role of each trainable parameter by its clean name, in the model's order.
 

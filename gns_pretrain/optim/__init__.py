@@ -1,11 +1,25 @@
-"""Optimizers, one a file: each is a settings class that checks, documents and builds it."""
+"""Optimizers, one a file: a torch.optim.Optimizer, and a settings class that builds it."""
 
 import importlib
 import pkgutil
 
 from gns_pretrain.optim.base import OPTIMIZERS, OptimizerSettings
+from gns_pretrain.optim.combined import CombinedOptimizer, split_parameters
+from gns_pretrain.optim.sgd import SGD
+from gns_pretrain.optim.signum import SignSGD, Signum
+from gns_pretrain.optim.spectral import Muon, SpecSGD
 
 for _module in pkgutil.iter_modules(__path__):  # importing a file registers its optimizers
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OPTIMIZERS", "OptimizerSettings"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "CombinedOptimizer",
+    "Muon",
+    "OptimizerSettings",
+    "SignSGD",
+    "Signum",
+    "SpecSGD",
+    "split_parameters",
+]

@@ -9,22 +9,23 @@ An optimizer is one settings class in a file of this package, and one YAML in co
 
         def build(self, model: nn.Module) -> Lion:
             return Lion(self.parameter_groups(model), lr=self.lr, momentum=self.momentum)
-
-Our own rules update each rank's local shard in place.
 """
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, positive, within
-from gns_pretrain.model.roles import Role, named_trainable, parameter_roles
+from gns_pretrain.fields import Settings, check_values, positive, within
+from gns_pretrain.model.roles import named_trainable
 from gns_pretrain.parallel.sharding import local_shards
 
 Group = dict[str, Any]  # an entry of `param_groups`
@@ -60,49 +61,39 @@ class OptimizerSettings(Settings):
     def parameter_groups(self, model: nn.Module) -> list[Group]:
         """Group all trainable parameters by whether they are decayed."""
         return decay_groups(
-            model, weight_decay=self.weight_decay, matrices_only=self.decay_matrices_only
+            [parameter for _, parameter in named_trainable(model)],
+            weight_decay=self.weight_decay,
+            matrices_only=self.decay_matrices_only,
         )
 
 
-def check_nesterov(nesterov: bool, momentum: float) -> None:
+def check_nesterov(nesterov: bool, momentum: float, section: str = "") -> None:
     """Refuse Nesterov's look-ahead without a momentum."""
     if nesterov and momentum == 0:
+        prefix = f"{section}." if section else ""
         raise InputError(
-            "optimizer.nesterov=true looks ahead along the momentum, and optimizer.momentum=0; "
-            "use a momentum such as 0.9, or optimizer.nesterov=false"
+            f"{prefix}nesterov=true looks ahead along the momentum, and {prefix}momentum=0; use a "
+            f"momentum such as 0.9, or {prefix}nesterov=false"
         )
-
-
-ALL_ROLES = frozenset(Role)
 
 
 def decay_groups(
-    model: nn.Module,
-    *,
-    weight_decay: float,
-    matrices_only: bool,
-    roles: Collection[Role] = ALL_ROLES,
+    parameters: Sequence[nn.Parameter], *, weight_decay: float, matrices_only: bool
 ) -> list[Group]:
-    """Group trainable parameters of some roles, in the model's own order.
+    """Group parameters by whether they are decayed, in their order.
 
     With `matrices_only` what has fewer than two dimensions, such as the norms' weights, goes to a
     second group, without weight decay.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in trainable(model, roles):
+    for parameter in parameters:
         (plain if matrices_only and parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def trainable(model: nn.Module, roles: Collection[Role]) -> list[nn.Parameter]:
-    """Return the trainable parameters of some roles, in the model's order."""
-    role_of = parameter_roles(model)
-    return [parameter for name, parameter in named_trainable(model) if role_of[name] in roles]
 
 
 def remember_peaks(optimizer: torch.optim.Optimizer) -> None:
@@ -118,8 +109,59 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
+class GroupKeys(TypedDict):
+    """What each group of a `Rule` sets for itself; these keys are part of checkpoints."""
+
+    lr: LearningRate
+    weight_decay: WeightDecay
+    momentum: Beta
+
+
 class Rule(torch.optim.Optimizer):
-    """An optimizer whose state is one momentum buffer per parameter, sharded like the parameter."""
+    """An optimizer whose state is one momentum buffer per parameter, sharded like the parameter.
+
+    Parameters are whole tensors or DTensors, of FSDP2, tensor parallelism or both; each rank
+    updates its local shard in place. Those without a gradient are left as they are, without state.
+
+    Args:
+        params: parameters, named ones or groups of them, as torch.optim takes them; all on one
+            device. A group may set `lr`, `weight_decay` and `momentum` for itself.
+        lr: positive.
+        momentum: in [0, 1); 0 keeps no state.
+        weight_decay: decoupled; a step shrinks weights by lr * weight_decay.
+
+    Raises:
+        InputError: a value out of its range, another argument in a group, or several devices.
+    """
+
+    def __init__(self, params: ParamsT, *, lr: float, momentum: float, weight_decay: float) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as torch's optimizers do; on all ranks."""
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: Group) -> None:
+        """Refuse a group with values out of their range, or that this rule cannot update."""
+        check_values(GroupKeys, {name: group[name] for name in GroupKeys.__annotations__})
+        arguments = inspect.signature(type(self)).parameters.keys() - {"params", *self.defaults}
+        if misplaced := sorted(arguments & group.keys()):
+            raise InputError(
+                f"a parameter group sets {misplaced[0]}, which all groups share; give it to "
+                f"{type(self).__name__} itself"
+            )
+        devices = {parameter.device for each in self.param_groups for parameter in each["params"]}
+        if len(devices) > 1:
+            raise InputError(
+                f"parameters are on {' and '.join(sorted(map(str, devices)))}; make one "
+                f"{type(self).__name__} for each device, and join them with CombinedOptimizer"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,7 +189,16 @@ class Rule(torch.optim.Optimizer):
 
 def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Return each parameter's gradient, sharded like the parameter."""
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        placements = getattr(parameter, "placements", None)
+        # Tensor parallelism alone can leave partial sums, of a norm's weight, say.
+        if isinstance(gradient, DTensor) and gradient.placements != placements:
+            gradient = gradient.redistribute(placements=placements)
+        gradients.append(gradient)
+    return gradients
 
 
 def summed_momentum(

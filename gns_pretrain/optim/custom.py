@@ -9,9 +9,9 @@ from torch import nn
 
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.fields import one_of
-from gns_pretrain.model.roles import Role
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
-from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay, trainable
+from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay
+from gns_pretrain.optim.combined import split_parameters
 
 
 @dataclass
@@ -52,10 +52,11 @@ class CustomSettings(OptimizerSettings):
         """Build the named optimizer over all trainable parameters or over the block matrices."""
         if self.parameters == "all":
             return self._instantiate(self.parameter_groups(model))
-        matrices = {"params": trainable(model, {Role.MATRIX}), "weight_decay": self.weight_decay}
+        groups, others = split_parameters(model)
+        matrices = [group | {"weight_decay": self.weight_decay} for group in groups]
         return with_adamw(
-            model,
-            self._instantiate([matrices]),
+            self._instantiate(matrices),
+            others,
             self.adamw,
             decay_matrices_only=self.decay_matrices_only,
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.optim.base import (
     Beta,
@@ -30,7 +31,7 @@ class SGDSettings(OptimizerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_nesterov(self.nesterov, self.momentum)
+        check_nesterov(self.nesterov, self.momentum, self.section)
 
     def build(self, model: nn.Module) -> "SGD":
         """Build SGD over all trainable parameters."""
@@ -52,19 +53,25 @@ class SGD(Rule):
     With half-lives kept, g is multiplied by `momentum_gain`, so that the sum keeps its length.
     ||d||_2 runs over all parameters together, so the normalised step is the geometry's own unit
     direction (arXiv:2602.03001, Eq. 2) and its length is lr; a gradient of zero moves nothing.
-    With beta = 0 no state is kept.
+
+    Args:
+        params, lr, momentum, weight_decay: as in `Rule`.
+        nesterov: step along g + beta m instead of m.
+        normalize: divide the step by its norm over all parameters, which sums over ranks.
     """
 
     def __init__(
         self,
-        groups: list[Group],
+        params: ParamsT,
+        lr: float = 1e-3,
         *,
-        lr: float,
-        momentum: float,
+        momentum: float = 0.0,
         nesterov: bool = False,
+        weight_decay: float = 0.0,
         normalize: bool = False,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum})
+        check_nesterov(nesterov, momentum)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
         self.normalize = normalize
 

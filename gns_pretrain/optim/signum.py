@@ -6,10 +6,13 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from gns_pretrain.fields import one_of
+from gns_pretrain.fields import checked, one_of
 from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, gradients_of
 from gns_pretrain.parallel.sharding import local_shards
+
+Compile = Annotated[str, one_of("auto", "always", "never")]
 
 
 @dataclass
@@ -18,7 +21,7 @@ class SignumSettings(OptimizerSettings):
 
     name: str = "signum"
     momentum: Beta = 0.95  # m = beta m + (1 - beta) g; the paper searches 0.7 to 0.999
-    compile: Annotated[str, one_of("auto", "always", "never")] = "auto"  # one kernel; auto: on GPUs
+    compile: Compile = "auto"  # one kernel; auto: on GPUs
 
     def build(self, model: nn.Module) -> "Signum":
         """Build Signum over all trainable parameters."""
@@ -33,13 +36,25 @@ class Signum(Rule):
         w = (1 - lr * weight_decay) w - lr sign(m)
 
     Coordinates are independent, so each rank updates its local shard without communication. With
-    beta = 0 it is signSGD and keeps no state; compiled, one kernel serves all tensors.
+    beta = 0 it is signSGD and keeps no state.
+
+    Args:
+        params, lr, momentum, weight_decay: as in `Rule`.
+        compile: whether torch.compile makes one kernel for all tensors: "never", "always", or
+            "auto", on GPUs.
     """
 
+    @checked
     def __init__(
-        self, groups: list[Group], *, lr: float, momentum: float, compile: str = "auto"
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        compile: Compile = "never",
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum})
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         on_gpu = self.param_groups[0]["params"][0].device.type == "cuda"
         self.compiled = compile == "always" or (compile == "auto" and on_gpu)
         self._kernel: Callable[..., None] = torch.compile(sign_step) if self.compiled else sign_step
@@ -59,6 +74,20 @@ class Signum(Rule):
                 # As tensors: numbers would be compiled in, and the learning rate changes each step.
                 numbers = [torch.full((), n, device=weights[0].device) for n in numbers]
             self._kernel(weights, gradients, momenta, *numbers)
+
+
+class SignSGD(Signum):
+    """Signum without momentum: w = (1 - lr * weight_decay) w - lr sign(g)."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        compile: Compile = "never",
+    ) -> None:
+        super().__init__(params, lr, momentum=0.0, weight_decay=weight_decay, compile=compile)
 
 
 def sign_step(

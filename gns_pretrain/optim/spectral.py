@@ -1,23 +1,27 @@
 """Muon and specSGD: steepest descent in the nuclear geometry (arXiv:2602.03001, Section 2.1).
 
 Muon takes the matrix sign of a Nesterov momentum, specSGD that of the gradient itself. Both update
-the weights inside the blocks; AdamW takes embedding, output and norms.
+matrices inside the model; AdamW takes embedding, output and norms (`CombinedOptimizer`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import groupby
 from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from gns_pretrain.fields import at_least, one_of
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import at_least, checked, one_of
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
-from gns_pretrain.model.roles import Role
-from gns_pretrain.optim.adamw import AdamWPart, Composite, with_adamw
+from gns_pretrain.model.roles import matrix_shape
+from gns_pretrain.optim.adamw import AdamWPart, with_adamw
 from gns_pretrain.optim.base import (
     Beta,
     Group,
@@ -27,8 +31,8 @@ from gns_pretrain.optim.base import (
     descend,
     gradients_of,
     summed_momentum,
-    trainable,
 )
+from gns_pretrain.optim.combined import CombinedOptimizer, split_parameters
 from gns_pretrain.parallel.matrix_ownership import OwnerCompute
 from gns_pretrain.parallel.sharding import local_shards, replica_group
 
@@ -44,6 +48,13 @@ SCALINGS: dict[str, Callable[[int, int], float]] = {
 }
 
 
+MatrixSign = Annotated[str, one_of("newton_schulz", "exact")]
+Steps = Annotated[int, at_least(1, hint="5 is usual")]
+Coefficients = Annotated[str, one_of("muon", "polar_express")]
+Scaling = Annotated[str, one_of(*SCALINGS)]
+Precision = Annotated[str, one_of("auto", "float32", "bfloat16")]
+
+
 @dataclass
 class SpectralSettings(OptimizerSettings):
     """A matrix rule for the block weights, with AdamW for the rest."""
@@ -51,25 +62,36 @@ class SpectralSettings(OptimizerSettings):
     momentum: Beta = 0.0  # m = beta m + g; 0 keeps no state
     nesterov: bool = False  # orthogonalise g + beta m instead of m
     # newton_schulz | exact, by eigenvectors in float64
-    matrix_sign: Annotated[str, one_of("newton_schulz", "exact")] = "newton_schulz"
-    steps: Annotated[int, at_least(1, hint="5 is usual")] = 5  # of Newton–Schulz; the paper's
+    matrix_sign: MatrixSign = "newton_schulz"
+    steps: Steps = 5  # of Newton–Schulz; the paper's
     # muon, the paper's | polar_express (arXiv:2505.16932)
-    coefficients: Annotated[str, one_of("muon", "polar_express")] = "muon"
+    coefficients: Coefficients = "muon"
     # original, the paper's | match_rms_adamw | spectral | none
-    scaling: Annotated[str, one_of(*SCALINGS)] = "original"
-    # of Newton–Schulz; auto: bfloat16 on GPUs
-    precision: Annotated[str, one_of("auto", "float32", "bfloat16")] = "auto"
+    scaling: Scaling = "original"
+    precision: Precision = "auto"  # of Newton–Schulz; auto: bfloat16 on GPUs
     adamw: AdamWPart = field(default_factory=AdamWPart)  # for embedding, output and norms
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_nesterov(self.nesterov, self.momentum)
+        check_nesterov(self.nesterov, self.momentum, self.section)
 
-    def build(self, model: nn.Module) -> Composite:
+    def build(self, model: nn.Module) -> CombinedOptimizer:
         """Build the rule over the block matrices, and AdamW over the rest."""
-        matrices = trainable(model, {Role.MATRIX})
-        rule = Spectral(matrices, self, replica_group(model))
-        return with_adamw(model, rule, self.adamw, decay_matrices_only=self.decay_matrices_only)
+        matrices, others = split_parameters(model)
+        rule = Muon(
+            matrices,
+            self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            matrix_sign=self.matrix_sign,
+            steps=self.steps,
+            coefficients=self.coefficients,
+            scaling=self.scaling,
+            precision=self.precision,
+            process_group=replica_group(model),
+        )
+        return with_adamw(rule, others, self.adamw, decay_matrices_only=self.decay_matrices_only)
 
 
 @dataclass
@@ -88,74 +110,168 @@ class SpecSGDSettings(SpectralSettings):
     name: str = "specsgd"
 
 
-class Spectral(Rule):
-    """Matrix sign of the momentum, with decoupled weight decay.
+class Muon(Rule):
+    """Matrix sign of the momentum, with decoupled weight decay (arXiv:2602.03001, Section 2.1).
 
         m = beta m + g;  u = g + beta m (Nesterov) or m
         w = (1 - lr * weight_decay) w - lr * scaling(rows, columns) * sign(u)
 
-    sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps. Where the weights are sharded or
-    replicated, each matrix is orthogonalised by the one rank that owns it (`OwnerCompute`), and the
-    momentum stays sharded like the weight. With half-lives kept, g is multiplied by
-    `momentum_gain`, so that old and new gradients weigh alike.
+    sign(U S V^T) = U V^T, nearly so by Newton–Schulz steps, of a weight's matrix view
+    [shape[0], rest]. With half-lives kept, g is multiplied by `momentum_gain`, so that old and new
+    gradients weigh alike.
+
+    Under FSDP2, HSDP, tensor parallelism or FSDP2 with it, each matrix is brought to one of the
+    ranks that share it, orthogonalised there and sent back, while the next ones arrive; the state
+    is one buffer per matrix, sharded like it. All ranks step together. A matrix without a gradient
+    is skipped. Ranks agree on which these are: DDP and FSDP2 reduce a weight's gradient on all
+    ranks or on none, and a gradient set by hand has to be set on all.
 
     Args:
-        matrices: 2-dimensional, all of one layout; the same on every rank.
-        replicas: `replica_group` of the model.
+        params, lr, momentum, weight_decay: as in `Rule`; of at least 2 dimensions each
+            (`split_parameters`). A group with `transposed=True` has weights stored as [in, out],
+            as GPT-2's Conv1D are: rows and columns change places in `scaling`.
+        nesterov: orthogonalise g + beta m instead of m.
+        steps: of Newton–Schulz.
+        coefficients: of Newton–Schulz, "muon" or "polar_express" (arXiv:2505.16932).
+        matrix_sign: "newton_schulz", or "exact": by eigenvectors, in float64.
+        scaling: "original", max(1, rows / columns)^(1/2); "match_rms_adamw",
+            0.2 max(rows, columns)^(1/2); "spectral", (rows / columns)^(1/2); or "none".
+        precision: of Newton–Schulz, "float32", "bfloat16", or "auto": bfloat16 but on CPUs.
+        process_group: under DDP the model's `process_group`, whose ranks then share the work;
+            None: each rank orthogonalises all matrices that it has whole.
+
+    Raises:
+        InputError: as in `Rule`; or a parameter that is no matrix, or is sharded along a dimension
+            that its matrix view merges with another.
+    """
+
+    @checked
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        steps: Steps = 5,
+        coefficients: Coefficients = "muon",
+        matrix_sign: MatrixSign = "newton_schulz",
+        scaling: Scaling = "original",
+        precision: Precision = "auto",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_nesterov(nesterov, momentum)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.nesterov = nesterov
+        self.exact = matrix_sign == "exact"
+        self.precision = precision
+        self._scaling = SCALINGS[scaling]
+        self._orthogonalize = partial(orthogonalize, steps=steps, coefficients=coefficients)
+        # By the matrices that have a gradient, most often all.
+        self._owner_compute = lru_cache(maxsize=16)(
+            lambda *matrices: OwnerCompute(matrices, process_group)
+        )
+        self._owner_compute(*(matrix for group in self.param_groups for matrix in group["params"]))
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        for parameter in group["params"]:
+            if parameter.ndim < 2:
+                raise InputError(
+                    f"{type(self).__name__} takes matrices, and a parameter has the shape "
+                    f"{list(parameter.shape)}; give it to another optimizer (split_parameters "
+                    "finds the matrices)"
+                )
+
+    def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
+        """Step along the signs, shape by shape; all ranks together."""
+        matrices = [matrix for _, chosen in trained for matrix in chosen]
+        groups = [group for group, chosen in trained for _ in chosen]
+        if not matrices:
+            return
+        precision = self._precision_on(matrices[0].device)
+
+        def sign(batch: Tensor) -> Tensor:  # [k, m, n]
+            return matrix_sign(batch) if self.exact else self._orthogonalize(batch, dtype=precision)
+
+        def directions(members: list[int]) -> list[Tensor]:
+            return [
+                direction
+                for group, run in runs_of(groups, members)
+                for direction in self._directions(group, [matrices[i] for i in run])
+            ]
+
+        owner_compute = self._owner_compute(*matrices)
+        for members, signs in owner_compute.map(sign, directions, dtype=precision):
+            sign_of = dict(zip(members, signs, strict=True))
+            for group, run in runs_of(groups, members):
+                chosen = [matrices[i] for i in run]
+                rows, columns = matrix_shape(chosen[0])
+                if group.get("transposed", False):
+                    rows, columns = columns, rows
+                descend(
+                    chosen,
+                    [
+                        sign_of[i].to(weight.dtype).view(weight.shape)
+                        for i, weight in zip(run, local_shards(chosen), strict=True)
+                    ],
+                    lr=group["lr"] * self._scaling(rows, columns),
+                    shrink=1 - group["lr"] * group["weight_decay"],
+                )
+
+    def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
+        """Update the momentum; return the local shards of u, as matrices."""
+        directions = gradients_of(matrices)
+        if group["momentum"] != 0:
+            momenta = self.momenta(matrices)
+            directions = summed_momentum(
+                local_shards(directions), local_shards(momenta), group, nesterov=self.nesterov
+            )
+        return [direction.flatten(1) for direction in local_shards(directions)]
+
+    def _precision_on(self, device: torch.device) -> torch.dtype:
+        """That of the sign, in which results travel."""
+        half = self.precision == "bfloat16" or (self.precision == "auto" and device.type != "cpu")
+        return torch.bfloat16 if half and not self.exact else torch.float32
+
+
+class SpecSGD(Muon):
+    """Stochastic spectral descent: Muon without momentum, w = ... - lr * scaling * sign(g).
+
+    It keeps no state. The arguments are those of `Muon`.
     """
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
-        settings: SpectralSettings,
-        replicas: dist.ProcessGroup | None = None,
+        params: ParamsT,
+        lr: float = 0.02,
+        *,
+        weight_decay: float = 0.0,
+        steps: Steps = 5,
+        coefficients: Coefficients = "muon",
+        matrix_sign: MatrixSign = "newton_schulz",
+        scaling: Scaling = "original",
+        precision: Precision = "auto",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        names = ("lr", "weight_decay", "momentum")
-        super().__init__(matrices, {name: getattr(settings, name) for name in names})
-        self.settings = settings
-        self.compute = OwnerCompute(matrices, replicas)
-        on_cpu = matrices[0].device.type == "cpu"
-        half = settings.precision == "bfloat16" or (settings.precision == "auto" and not on_cpu)
-        exact = settings.matrix_sign == "exact"
-        self.precision = torch.bfloat16 if half and not exact else torch.float32
-
-    def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
-        """Step along the signs, shape by shape; all ranks together."""
-        for group, matrices in trained:
-            self._update_group(group, matrices)
-
-    def _update_group(self, group: Group, matrices: list[nn.Parameter]) -> None:
-        assert len(matrices) == len(group["params"]), "a block matrix has no gradient"
-        scaling = SCALINGS[self.settings.scaling]
-
-        def directions(members: list[int]) -> list[Tensor]:
-            return self._directions(group, [matrices[i] for i in members])
-
-        for members, signs in self.compute.map(self._sign, directions, dtype=self.precision):
-            chosen = [matrices[i] for i in members]
-            rows, columns = chosen[0].shape
-            descend(
-                chosen,
-                [sign.to(chosen[0].dtype) for sign in signs],
-                lr=group["lr"] * scaling(rows, columns),
-                shrink=1 - group["lr"] * group["weight_decay"],
-            )
-
-    def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
-        """Update the momentum; return the local shards of u."""
-        gradients = local_shards(gradients_of(matrices))
-        if group["momentum"] == 0:
-            return gradients
-        momenta = local_shards(self.momenta(matrices))
-        return summed_momentum(gradients, momenta, group, nesterov=self.settings.nesterov)
-
-    def _sign(self, batch: Tensor) -> Tensor:
-        """Matrix sign of each matrix of a batch, [k, m, n]."""
-        if self.settings.matrix_sign == "exact":
-            return matrix_sign(batch)
-        return orthogonalize(
-            batch,
-            steps=self.settings.steps,
-            coefficients=self.settings.coefficients,
-            dtype=self.precision,
+        super().__init__(
+            params,
+            lr,
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=weight_decay,
+            steps=steps,
+            coefficients=coefficients,
+            matrix_sign=matrix_sign,
+            scaling=scaling,
+            precision=precision,
+            process_group=process_group,
         )
+
+
+def runs_of(groups: list[Group], members: list[int]) -> Iterator[tuple[Group, list[int]]]:
+    """Cut indices of matrices where one parameter group follows another."""
+    for _, run in groupby(members, key=lambda i: id(groups[i])):
+        indices = list(run)
+        yield groups[indices[0]], indices

@@ -203,7 +203,6 @@ class OwnerCompute:
 
     def __init__(self, weights: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> None:
         shards = [MatrixShards.of_weight(weight) for weight in weights]
-        self._device = weights[0].device
         self._groups: list[tuple[list[int], MatrixExchange | ReplicaExchange]] = []
         # Of those that the same ranks share, each rank owns about as much.
         owners: dict[int, int] = {}
@@ -242,9 +241,10 @@ class OwnerCompute:
         Yields:
             Indices of one shape, and the local shards of their results, in `dtype`.
         """
-        like = torch.empty(0, dtype=dtype, device=self._device)
         members, exchange = self._groups[0]
-        arriving = exchange.start_to_owners(inputs(members))
+        local = inputs(members)
+        like = torch.empty(0, dtype=dtype, device=local[0].device)
+        arriving = exchange.start_to_owners(local)
         leaving: tuple[list[int], Transfer] | None = None
         for position, (members, exchange) in enumerate(self._groups):
             current = arriving

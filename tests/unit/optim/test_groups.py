@@ -3,8 +3,8 @@
 from torch import nn
 
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.roles import Role
-from gns_pretrain.optim.base import decay_groups, remember_peaks, set_learning_rate, trainable
+from gns_pretrain.optim.base import decay_groups, remember_peaks, set_learning_rate
+from gns_pretrain.optim.combined import split_parameters
 from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
@@ -19,7 +19,8 @@ def test_role_counts_and_not_shape():
     # dim = vocabulary: embedding, output and wq have one shape; only wq is a block matrix.
     model = llama(dim=24, vocab_size=24, num_kv_heads=3)
     assert model.embedding.weight.shape == model.layers[0].attention.wq.weight.shape
-    chosen = {id(weight) for weight in trainable(model, {Role.MATRIX})}
+    (matrices,), _ = split_parameters(model)
+    chosen = {id(weight) for weight in matrices["params"]}
     assert id(model.layers[0].attention.wq.weight) in chosen
     assert id(model.embedding.weight) not in chosen
     assert id(model.output.weight) not in chosen
@@ -28,10 +29,9 @@ def test_role_counts_and_not_shape():
 
 def test_roles_of_the_two_parts_leave_nobody_out():
     model = llama()
-    rest = decay_groups(
-        model, weight_decay=0.1, matrices_only=True, roles=set(Role) - {Role.MATRIX}
-    )
-    parts = [p for group in rest for p in group["params"]] + trainable(model, {Role.MATRIX})
+    (matrices,), others = split_parameters(model)
+    rest = decay_groups(others, weight_decay=0.1, matrices_only=True)
+    parts = [p for group in [matrices, *rest] for p in group["params"]]
     assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
 
 
@@ -53,10 +53,10 @@ def test_frozen_parameters_are_in_no_group():
 def test_parameters_added_to_a_block_find_their_part_by_shape():
     model = llama()
     model.layers[1].gate = nn.Linear(4, 2)
-    matrices = {id(weight) for weight in trainable(model, {Role.MATRIX})}
-    assert id(model.layers[1].gate.weight) in matrices
-    assert id(model.layers[1].gate.bias) not in matrices
-    undecayed = decay_groups(model, weight_decay=0.1, matrices_only=True)[1]["params"]
+    (matrices,), others = split_parameters(model)
+    assert any(parameter is model.layers[1].gate.weight for parameter in matrices["params"])
+    assert any(parameter is model.layers[1].gate.bias for parameter in others)
+    undecayed = decay_groups(others, weight_decay=0.1, matrices_only=True)[1]["params"]
     assert any(parameter is model.layers[1].gate.bias for parameter in undecayed)
 
 

@@ -101,7 +101,7 @@ def test_matrix_rule_weighs_gradients_as_the_tied_sum_does():
     optimizer = muon()
     keep_token_half_life(optimizer, 16)
     update_half_life(optimizer, 32)
-    (matrices, *_), rule = optimizer.param_groups, optimizer.parts[0]
+    (matrices, *_), rule = optimizer.param_groups, optimizer.optimizers[0]
     for matrix in matrices["params"]:
         matrix.grad = torch.ones_like(matrix)
     optimizer.step()

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWPart
-from gns_pretrain.optim.spectral import (
-    SCALINGS,
-    MuonSettings,
-    SpecSGDSettings,
-    Spectral,
-    SpectralSettings,
-)
+from gns_pretrain.optim.spectral import SCALINGS, Muon, MuonSettings, SpecSGD, SpecSGDSettings
 from gns_pretrain.parallel import matrix_ownership
 from tests.settings import odd_model
 
@@ -33,10 +27,6 @@ def parameters() -> list[nn.Parameter]:
 def gradients(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def spectral(weights: list[nn.Parameter], settings: SpectralSettings) -> Spectral:
-    return Spectral(weights, settings)
 
 
 def stepped(
@@ -75,15 +65,15 @@ def reference(*, beta: float, nesterov: bool, sign=five_quintic_steps) -> list[T
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_follows_the_papers_formulas(nesterov):
     weights = parameters()
-    settings = MuonSettings(lr=LR, weight_decay=DECAY, nesterov=nesterov)
-    found = stepped(weights, spectral(weights, settings))
+    optimizer = Muon(weights, LR, weight_decay=DECAY, nesterov=nesterov)
+    found = stepped(weights, optimizer)
     expected = reference(beta=0.95, nesterov=nesterov)
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * LR * 1.5 * ROUNDING)
 
 
 def test_specsgd_is_muon_without_momentum_and_keeps_no_state():
     weights = parameters()
-    optimizer = spectral(weights, SpecSGDSettings(lr=LR, weight_decay=DECAY))
+    optimizer = SpecSGD(weights, LR, weight_decay=DECAY)
     found = stepped(weights, optimizer)
     expected = reference(beta=0.0, nesterov=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * LR * 1.5 * ROUNDING)
@@ -96,8 +86,8 @@ def test_specsgd_with_the_exact_sign_is_an_svd():
         return left @ right
 
     weights = parameters()
-    settings = SpecSGDSettings(lr=LR, weight_decay=DECAY, matrix_sign="exact")
-    found = stepped(weights, spectral(weights, settings))
+    optimizer = SpecSGD(weights, LR, weight_decay=DECAY, matrix_sign="exact")
+    found = stepped(weights, optimizer)
     expected = reference(beta=0.0, nesterov=False, sign=svd_sign)
     # Each of four steps rounds weights of up to 4 three times.
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * 3 * 4 * 2**-24)
@@ -108,16 +98,16 @@ def test_muon_takes_torchs_steps(scaling, monkeypatch):
     # torch's orthogonalises in bfloat16: here it runs in float32, so that only rounding differs.
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     weights, theirs = parameters(), parameters()
-    settings = MuonSettings(lr=LR, weight_decay=DECAY, scaling=scaling)
+    ours = Muon(weights, LR, weight_decay=DECAY, scaling=scaling)
     other = torch.optim.Muon(theirs, lr=LR, weight_decay=DECAY, momentum=0.95, adjust_lr_fn=scaling)
-    found, expected = stepped(weights, spectral(weights, settings)), stepped(theirs, other)
+    found, expected = stepped(weights, ours), stepped(theirs, other)
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * LR * 1.5 * ROUNDING)
 
 
 def test_muon_in_bfloat16_takes_torchs_steps_to_that_precision():
     weights, theirs = parameters(), parameters()
-    settings = MuonSettings(lr=LR, weight_decay=DECAY, precision="bfloat16")
-    found = stepped(weights, spectral(weights, settings), steps=1)
+    optimizer = Muon(weights, LR, weight_decay=DECAY, precision="bfloat16")
+    found = stepped(weights, optimizer, steps=1)
     expected = stepped(theirs, torch.optim.Muon(theirs, lr=LR, weight_decay=DECAY), steps=1)
     start = [weight.detach() for weight in parameters()]
     for mine, other, weight in zip(found, expected, start, strict=True):
@@ -143,7 +133,7 @@ def test_scaling_of_a_four_by_nine_update(scaling, factor):
     assert SCALINGS[scaling](4, 9) == pytest.approx(factor)
 
 
-def test_every_setting_reaches_the_update():
+def test_every_argument_reaches_the_update():
     seen = []
     for changes in (
         {"scaling": "original"},
@@ -154,8 +144,8 @@ def test_every_setting_reaches_the_update():
         {"precision": "bfloat16"},
     ):
         weights = parameters()
-        settings = MuonSettings(lr=LR, weight_decay=DECAY, **changes)
-        tall = stepped(weights, spectral(weights, settings), steps=1)[1]
+        optimizer = Muon(weights, LR, weight_decay=DECAY, **changes)
+        tall = stepped(weights, optimizer, steps=1)[1]
         assert not any(torch.equal(tall, other) for other in seen), changes
         seen.append(tall)
 
@@ -165,14 +155,14 @@ def test_memory_bounded_batches_give_the_same_steps(monkeypatch):
     for entries in (2**26, 40):
         monkeypatch.setattr(matrix_ownership, "_BATCH_ENTRIES", entries)
         weights = parameters()
-        found.append(stepped(weights, spectral(weights, MuonSettings(lr=LR))))
+        found.append(stepped(weights, Muon(weights, LR)))
     torch.testing.assert_close(*found, rtol=0, atol=4 * LR * 1.5 * ROUNDING)
 
 
 def test_zero_gradient_moves_nothing_but_the_decay():
     weights = parameters()
     before = [weight.detach().clone() for weight in weights]
-    optimizer = spectral(weights, MuonSettings(lr=LR, weight_decay=DECAY))
+    optimizer = Muon(weights, LR, weight_decay=DECAY)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()

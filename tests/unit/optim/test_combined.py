@@ -5,15 +5,15 @@ import copy
 import torch
 
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.optim.adamw import Composite
+from gns_pretrain.optim.combined import CombinedOptimizer
 from gns_pretrain.optim.sgd import SGD
 from gns_pretrain.optim.spectral import MuonSettings
 from tests.settings import odd_model
 
 
-def parts() -> tuple[torch.nn.Parameter, torch.nn.Parameter, Composite]:
+def parts() -> tuple[torch.nn.Parameter, torch.nn.Parameter, CombinedOptimizer]:
     first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    composite = Composite(
+    composite = CombinedOptimizer(
         [
             SGD([{"params": [first]}], lr=0.5, momentum=0.0),
             torch.optim.AdamW([{"params": [second]}], lr=0.25),
