@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.data.settings import DataSettings
-from gns_pretrain.data.shards import META_FILE, check_tokenizer, joint_fingerprint, read_meta
+from gns_pretrain.data.shards import META_FILE, checked_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG, read_settings
 from gns_pretrain.runs.history import read_provenance
+from gns_pretrain.system.files import parse
 from gns_pretrain.training.checkpoint import load_model
 
 
@@ -76,7 +77,8 @@ def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedT
             f"{run_directory / CONFIG} is missing or empty; --checkpoint must be inside its run "
             "directory"
         )
-    settings = DataSettings(**run_settings["data"])
+    hint = "restore it"
+    settings = parse(DataSettings, run_settings["data"], source=run_directory / CONFIG, hint=hint)
     scaling = config.rope_scaling
     scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
     max_positions = arguments.max_positions or max(settings.sequence_length, scaled)
@@ -94,7 +96,5 @@ def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedT
                 "--tokenizer"
             )
         return ExportedText(max_positions, tokenizer)
-    if tokenizer is None and meta.tokenizer and (folder / meta.tokenizer).is_file():
-        check_tokenizer(folder, meta)
-        tokenizer = folder / meta.tokenizer
+    tokenizer = tokenizer or checked_tokenizer(folder, meta)
     return ExportedText(max_positions, tokenizer, meta.bos_id, meta.eos_id)

@@ -9,14 +9,21 @@ Readable with numpy alone.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.system.files import read_json, sha256_of, write_json, write_whole
+from gns_pretrain.system.files import (
+    named_file,
+    parse,
+    read_json,
+    sha256_of,
+    write_json,
+    write_whole,
+)
 
 HINT = "restore the file or prepare the folder again"
 META_FILE = "meta.json"
@@ -85,29 +92,27 @@ def read_meta(folder: Path) -> CorpusMeta:
             f"{folder} is not a token-shard folder ({META_FILE} is missing); "
             "make one with gns-pretrain prepare-data"
         )
-    content = read_json(path, hint=HINT)
     again = "prepare the folder again"
-    try:
-        types = {"file": str, "split": str, "tokens": int, "sha256": str}
-        shards = tuple(
-            ShardMeta(**{name: read(shard[name]) for name, read in types.items()})
-            for shard in content["shards"]
-        )
-        required = {"dtype": str(content["dtype"]), "vocab_size": int(content["vocab_size"])}
-        optional = {
-            entry.name: content[entry.name] for entry in fields(CorpusMeta) if entry.name in content
-        }
-        meta = CorpusMeta(**optional | required | {"shards": shards})
-    except KeyError as error:
-        raise InputError(f"{path} lacks the entry {error}; {again}") from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} holds an entry of the wrong type ({error}); {again}") from error
-    for shard in shards:
-        if shard.tokens < 1:
-            raise InputError(f"{path}: {shard.file} is empty; {again}")
+    meta = parse(CorpusMeta, read_json(path, hint=HINT), source=path, hint=again)
+    check_shards(meta.shards, path)
     if meta.dtype not in ("uint16", "uint32"):
         raise InputError(f"{path}: dtype={meta.dtype} must be uint16 or uint32; {again}")
+    if not 1 <= meta.vocab_size <= np.iinfo(meta.dtype).max + 1:
+        raise InputError(
+            f"{path}: vocab_size={meta.vocab_size} is not that of {meta.dtype} ids; {again}"
+        )
+    for name, token_id in (("bos_id", meta.bos_id), ("eos_id", meta.eos_id)):
+        if token_id is not None and not 0 <= token_id < meta.vocab_size:
+            raise InputError(f"{path}: {name}={token_id} is not below vocab_size; {again}")
     return meta
+
+
+def check_shards(shards: Iterable[ShardMeta], source: Path) -> None:
+    """Check what meta.json or progress.json says; InputError for an empty shard, a foreign file."""
+    for shard in shards:
+        named_file(shard.file, source)
+        if shard.tokens < 1:
+            raise InputError(f"{source}: {shard.file} is empty; prepare the folder again")
 
 
 def write_shard(folder: Path, *, split: str, index: int, tokens: np.ndarray) -> ShardMeta:
@@ -117,15 +122,21 @@ def write_shard(folder: Path, *, split: str, index: int, tokens: np.ndarray) -> 
     return ShardMeta(file=path.name, split=split, tokens=tokens.size, sha256=sha256_of(path))
 
 
-def check_tokenizer(folder: Path, meta: CorpusMeta) -> None:
-    """Raise an InputError if the tokenizer beside the shards is not the one that made them."""
-    if meta.tokenizer is None or meta.tokenizer_sha256 is None:
-        return
-    path, back = folder / meta.tokenizer, "put the tokenizer of these shards back"
+def checked_tokenizer(folder: Path, meta: CorpusMeta) -> Path | None:
+    """Return the tokenizer beside the shards, None if there is none; InputError for another one."""
+    if meta.tokenizer is None:
+        return None
+    if meta.tokenizer_sha256 is None and "/" in meta.tokenizer:  # just a name
+        return None
+    path = named_file(meta.tokenizer, folder / META_FILE)
+    back = "put the tokenizer of these shards back"
+    if meta.tokenizer_sha256 is None:
+        return path if path.is_file() else None
     if not path.is_file():
         raise InputError(f"{path} is missing, though meta.json names it; {back}")
     if sha256_of(path) != meta.tokenizer_sha256:
         raise InputError(f"{path} does not match tokenizer_sha256 in meta.json; {back}")
+    return path
 
 
 def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool) -> np.ndarray:
@@ -134,24 +145,39 @@ def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool)
     Existence, dtype, length and size are always checked, without reading a page; with `verify` the
     SHA-256 too.
     """
-    path = folder / shard.file
+    path = named_file(shard.file, folder / META_FILE)
     if not path.is_file():
         raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        shape, found, offset = read_npy_header(path)
+    except (ValueError, TypeError, EOFError, OSError) as error:
         raise InputError(f"{path} is truncated or not a .npy file ({error}); {HINT}") from error
-    if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
+    if found != dtype or shape != (shard.tokens,):
         raise InputError(
-            f"{path} holds {tokens.dtype}{list(tokens.shape)}, but meta.json says "
-            f"{dtype}[{shard.tokens}]; {HINT}"
+            f"{path} holds {found}{list(shape)}, but meta.json says {dtype}[{shard.tokens}]; {HINT}"
         )
-    if path.stat().st_size != tokens.offset + tokens.nbytes:
-        raise InputError(f"{path} is longer than its {shard.tokens} tokens; {HINT}")
+    num_bytes, expected = path.stat().st_size, offset + shard.tokens * dtype.itemsize
+    if num_bytes != expected:
+        cause = "is truncated" if num_bytes < expected else "is longer than its header says"
+        raise InputError(f"{path} {cause}: {num_bytes} bytes, not {expected}; {HINT}")
     if verify and sha256_of(path) != shard.sha256:
         raise InputError(f"{path} was altered: its sha256 is not the one in meta.json; {HINT}")
+    tokens = np.memmap(path, dtype, "r", offset, shape)
     # A plain view: slicing np.memmap itself costs several microseconds.
     return np.asarray(tokens)
+
+
+def read_npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Read shape, dtype and the position of the first element; ValueError if there is no header.
+
+    np.load would also open archives and, asked to, pickles, and map what the header claims.
+    """
+    formats = np.lib.format
+    with path.open("rb") as file:
+        is_first = formats.read_magic(file) == (1, 0)
+        read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return shape, dtype, file.tell()
 
 
 class TokenShards:
@@ -191,7 +217,7 @@ class TokenShards:
                 or altered.
         """
         meta = read_meta(folder)
-        check_tokenizer(folder, meta)
+        checked_tokenizer(folder, meta)
         shards = meta.of_split(split)
         if not shards:
             others = ", ".join(sorted({shard.split for shard in meta.shards})) or "no shards"

@@ -27,6 +27,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import (
     folder_lock,
     make_folder,
+    named_file,
     remove_temporaries,
     sha256_of,
     write_bytes,
@@ -64,9 +65,10 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
         files[meta.tokenizer] = meta.tokenizer_sha256
     sizes: dict[str, int] = {}
     for name in files:
-        if not (source / name).is_file():
-            raise InputError(f"{source / name} is missing, though meta.json names it; {HINT}")
-        sizes[name] = (source / name).stat().st_size
+        path = named_file(name, source / META_FILE)
+        if not path.is_file():
+            raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
+        sizes[name] = path.stat().st_size
 
     def is_whole(name: str, verify: bool) -> bool:
         copy = target / name

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError, needs
-from gns_pretrain.model.config import LlamaConfig, RopeScaling
+from gns_pretrain.model.config import LlamaConfig, RopeScaling, count_parameters
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.system.files import read_json, whole_folder, write_json
+from gns_pretrain.system.files import (
+    named_file,
+    parse,
+    read_json,
+    shortened,
+    whole_folder,
+    write_json,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,6 +65,36 @@ _ROPE_SCALING = {
     "original_max_position_embeddings": "original_sequence_length",
 }
 _FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """What config.json says of rotary positions, in version 5 or before."""
+
+    rope_type: str | None = None
+    type: str = "default"  # the older name of rope_type
+    rope_theta: float | None = None
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What we read of config.json, with transformers' defaults."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -110,36 +147,39 @@ def config_from_hf(values: dict[str, Any], source: Path) -> LlamaConfig:
     Raises:
         InputError: a key is missing, or asks for what Llama 3 does not have.
     """
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    given = parse(_Shape, values, source=source, hint=HINT)
+    rope = given.rope_parameters or given.rope_scaling or _Rope()
+    head_dim = given.hidden_size // given.num_attention_heads if given.num_attention_heads else None
+    for key, only in {**_FIXED, "head_dim": head_dim}.items():
+        if (found := values.get(key)) not in (None, only):
+            raise InputError(f"{source}: {key}={shortened(found)} is not supported; only {only}")
+    rope_type = rope.rope_type or rope.type
+    if rope_type not in ("default", "llama3"):
+        raise InputError(
+            f"{source}: rope_type={rope_type} is not supported; only default and llama3"
+        )
     try:
-        dim, num_heads = values["hidden_size"], values["num_attention_heads"]
-        for key, only in {**_FIXED, "head_dim": dim // num_heads}.items():
-            if (found := values.get(key)) not in (None, only):
-                raise InputError(f"{source}: {key}={found} is not supported; only {only}")
         scaling = RopeScaling()
-        if rope_type not in ("default", "llama3"):
-            raise InputError(
-                f"{source}: rope_type={rope_type} is not supported; only default and llama3"
-            )
         if rope_type == "llama3":
-            factors = {ours: rope[key] for key, ours in _ROPE_SCALING.items()}
+            factors = {ours: getattr(rope, key) for key, ours in _ROPE_SCALING.items()}
+            if None in factors.values():
+                raise InputError(f"rope_type=llama3 needs {', '.join(_ROPE_SCALING)}; {HINT}")
             scaling = RopeScaling(enabled=True, **factors)
         return LlamaConfig(
             name=source.parent.name,
-            dim=dim,
-            num_layers=values["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=values.get("num_key_value_heads") or num_heads,
-            ffn_dim=values["intermediate_size"],
-            vocab_size=values["vocab_size"],
-            rope_theta=rope.get("rope_theta", values.get("rope_theta", 10_000.0)),
+            dim=given.hidden_size,
+            num_layers=given.num_hidden_layers,
+            num_heads=given.num_attention_heads,
+            num_kv_heads=given.num_key_value_heads or given.num_attention_heads,
+            ffn_dim=given.intermediate_size,
+            vocab_size=given.vocab_size,
+            rope_theta=rope.rope_theta or given.rope_theta,
             rope_scaling=scaling,
-            norm_eps=values.get("rms_norm_eps", 1e-6),
-            tie_embeddings=values.get("tie_word_embeddings", False),
+            norm_eps=given.rms_norm_eps,
+            tie_embeddings=given.tie_word_embeddings,
         )
-    except KeyError as error:
-        raise InputError(f"{source} has no {error}; is it a Llama's?") from error
+    except InputError as error:  # a bound of ours: it names our setting
+        raise InputError(f"{source}: {error}") from error
 
 
 def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
@@ -202,10 +242,18 @@ def load_hf_folder(folder: Path) -> Llama:
         InputError: naming the file that is missing, damaged, or describes another architecture.
     """
     config = config_from_hf(read_json(folder / CONFIG_FILE, hint=HINT), folder / CONFIG_FILE)
+    files = _weight_files(folder)
+    # Before modules are made: a number in a file must not decide alone how many.
+    total, stored = count_parameters(config).total, sum(file.stat().st_size for file in files)
+    if total > stored:
+        raise InputError(
+            f"{folder / CONFIG_FILE} describes {total:,} parameters, but the weights take only "
+            f"{stored:,} bytes; {HINT}"
+        )
     names = hf_names(config)
     with torch.device("meta"):
         model = Llama(config)
-    state = _read_state(folder, names)
+    state = _read_state(files, names)
     for name, parameter in model.named_parameters():
         if state[name].shape != parameter.shape:
             raise InputError(
@@ -216,12 +264,31 @@ def load_hf_folder(folder: Path) -> Llama:
     return model
 
 
-def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> list[Path]:
+    """Find the safetensors of a folder, one or those that its index names; InputError if missing.
+
+    Files of torch.save (pytorch_model.bin) are not read: they are pickles, which execute code.
+    """
+    index = folder / INDEX_FILE
+    names = {WEIGHTS_FILE}
+    if index.is_file():
+        weight_map = read_json(index, hint=HINT).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
+        ):
+            raise InputError(f"{index}: weight_map must name .safetensors files; {HINT}")
+        names = set(weight_map.values())
+    # In the cache of Hugging Face's hub the files of a snapshot are links to ../../blobs.
+    root = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else None
+    files = [named_file(name, index, root=root) for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is missing; weights are read from .safetensors alone; {HINT}")
+    return files
+
+
+def _read_state(files: list[Path], names: dict[str, str]) -> dict[str, Tensor]:
     """Read every parameter in float32, keyed by our names; exactly those of `names`."""
-    files = [folder / WEIGHTS_FILE]
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE, hint=HINT).get("weight_map", {})
-        files = [folder / name for name in sorted(set(weight_map.values()))]
     ours = {theirs: name for name, theirs in names.items()}
     library = _safetensors()
     state: dict[str, Tensor] = {}
@@ -232,13 +299,19 @@ def _read_state(folder: Path, names: dict[str, str]) -> dict[str, Tensor]:
             raise InputError(f"{path} cannot be read as safetensors: {error}") from error
         for name, value in tensors.items():
             if name in ours:
+                if not value.is_floating_point():
+                    raise InputError(
+                        f"{path}: tensor {name} is {value.dtype}; only floats are read"
+                    )
                 state[ours[name]] = value.to(torch.float32)
             # Old files also store what follows from the configuration, or a tied matrix twice.
             elif not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
                 raise InputError(f"{path}: tensor {name} is not part of the Llama in {CONFIG_FILE}")
     missing = sorted(names[name] for name in names.keys() - state.keys())
     if missing:
-        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors")
+        raise InputError(
+            f"{files[0].parent}: tensor {missing[0]} is missing from its safetensors; {HINT}"
+        )
     return state
 
 

@@ -84,11 +84,23 @@ def package_versions(*packages: str) -> dict[str, str]:
     return found
 
 
-# Prefixes of what can change a run's speed or its numbers; the rest of the environment is private.
-RECORDED = (
-    "SLURM_", "NCCL_", "TORCH", "PYTORCH_", "GLOO_", "OMP_", "MKL_", "CUDA_", "MASTER_", "FI_",
-)  # fmt: skip
-SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "JWT")
+# What can change a run's speed or its numbers, or says where it ran. By name: SLURM, NCCL and torch
+# also have variables that hold secrets, and the rest of the environment is private.
+RECORDED = {
+    "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING",
+    "CUDA_VISIBLE_DEVICES", "FI_PROVIDER", "GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT",
+    "MKL_NUM_THREADS", "NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_CUMEM_ENABLE", "NCCL_DEBUG",
+    "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_MAX_NCHANNELS", "NCCL_MIN_NCHANNELS", "NCCL_NET",
+    "NCCL_NET_GDR_LEVEL", "NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_PROTO",
+    "NCCL_SHM_DISABLE", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "OMP_PROC_BIND",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
+    "SLURM_CLUSTER_NAME", "SLURM_CPUS_PER_TASK", "SLURM_GPUS", "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_RESTART_COUNT", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "TORCH_COMPILE_DISABLE", "TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",
+}  # fmt: skip
 
 
 def append_start(directory: Path, *, nodes: list[str], gpu: Mapping[str, Any]) -> None:
@@ -145,9 +157,5 @@ def directory_of_requeued_job(directory: Path) -> Path | None:
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are recorded, by name; never a secret."""
-    return {
-        name: environment[name]
-        for name in sorted(environment)
-        if name.startswith(RECORDED) and not any(secret in name for secret in SECRETS)
-    }
+    """The variables that explain a run, by name."""
+    return {name: environment[name] for name in sorted(RECORDED & environment.keys())}

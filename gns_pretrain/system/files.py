@@ -8,10 +8,24 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from gns_pretrain.errors import InputError
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -23,7 +37,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     # Jobs may write the same file at once, on a node each.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process with the same number
+        with temporary.open("xb") as file:  # never through somebody else's link
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -74,11 +89,88 @@ def read_json(path: Path, *, hint: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); {hint}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); {hint}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object; {hint}")
     return content
+
+
+def parse(kind: type[T], content: Any, *, source: Path, hint: str) -> T:
+    """Make a dataclass, and those in its fields, of what JSON has for it; other entries are left.
+
+    Raises:
+        InputError: naming `source`, the file, and the entry that is missing or has another type
+            than its field.
+    """
+    try:
+        made: T = _converted(content, kind)
+    except KeyError as error:
+        raise InputError(f"{source} lacks the entry {error}; {hint}") from error
+    except TypeError as error:
+        raise InputError(f"{source} holds an entry of the wrong type, {error}; {hint}") from error
+    return made
+
+
+def _converted(value: Any, wanted: Any) -> Any:
+    """Convert one value; KeyError for a field without an entry, TypeError for another type."""
+    origin: Any = get_origin(wanted) or wanted
+    inner = get_args(wanted)
+    if origin is Annotated:
+        return _converted(value, inner[0])
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _converted(value, next(one for one in inner if one is not NoneType))
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_converted(each, inner[0]) for each in value)
+    if origin is dict and isinstance(value, dict):
+        return {name: _converted(each, inner[1]) for name, each in value.items()}
+    if is_dataclass(origin) and isinstance(value, dict):
+        types, values = get_type_hints(origin), {}
+        for entry in fields(origin):
+            if entry.name in value:
+                values[entry.name] = _converted(value[entry.name], types[entry.name])
+            elif entry.default is MISSING and entry.default_factory is MISSING:
+                raise KeyError(entry.name)
+        return cast(Any, origin)(**values)
+    kinds = (int, float) if origin is float else (origin,)
+    is_bool = isinstance(value, bool)  # which is an int, too
+    if origin is Any or (isinstance(value, kinds) and is_bool is (origin is bool)):
+        return value
+    raise TypeError(f"{shortened(value)} for {getattr(origin, '__name__', origin)}")
+
+
+def shortened(value: Any) -> str:
+    """The value as an error shows it, however long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def named_file(name: Any, source: Path, *, root: Path | None = None) -> Path:
+    """Return the path of a file that another one names, beside it.
+
+    Args:
+        name: as `source` holds it; not to be trusted.
+        source: the file that holds it.
+        root: the folder that links must not leave; by default that of `source`.
+
+    Raises:
+        InputError: it is anything but the name of a file of that folder, or a link out of it.
+    """
+    folder = source.parent
+    is_name = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+    if not is_name or "\0" in name:
+        raise InputError(
+            f"{source} names the file {shortened(name)}, which is not a name inside its folder; "
+            "use a folder from somebody you trust"
+        )
+    path = folder / name
+    if path.is_symlink() and not path.resolve().is_relative_to((root or folder).resolve()):
+        raise InputError(
+            f"{path} is a link to a file outside of its folder; put the file itself there"
+        )
+    return path
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -55,6 +55,9 @@ class WandbView:
             resume="allow",
             settings=wandb.Settings(
                 quiet=True,
+                # Its metadata would upload every variable that begins with SLURM_, a job's token
+                # among them, the command line, the user's e-mail and the machine's paths.
+                x_disable_meta=True,
                 # The bar's cursor movements would garble the log that W&B takes of the console.
                 console="off" if sys.stdout.isatty() else "auto",
                 init_timeout=_TIMEOUT_SECONDS,

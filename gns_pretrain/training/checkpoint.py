@@ -10,11 +10,13 @@ A checkpoint is a folder `step_00001200/`:
 
 It is written under another name, flushed to disk and renamed, so a folder with that name is
 complete. Loading takes the newest one whose files match the manifest, because
-torch.distributed.checkpoint itself loads a flipped byte without an error.
+torch.distributed.checkpoint itself loads a flipped byte without an error. A manifest does not say
+who wrote it, so nothing that a checkpoint holds is executed (`checkpoint_reader.py`).
 """
 
 import itertools
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -38,12 +40,25 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from gns_pretrain.errors import InputError, TrainingError, one_line
 from gns_pretrain.fields import Settings, at_least
-from gns_pretrain.model.config import LlamaConfig, RopeScaling
+from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.parallel.collectives import from_main, gathered
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.system.files import flush_to_disk, sha256_of, write_json
+from gns_pretrain.system.files import (
+    flush_to_disk,
+    named_file,
+    parse,
+    read_json,
+    sha256_of,
+    write_json,
+)
+from gns_pretrain.training.checkpoint_reader import (
+    METADATA,
+    DataOnlyPlanner,
+    DataOnlyReader,
+    metadata_problem,
+)
 from gns_pretrain.training.state import TrainState
 
 MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
@@ -138,14 +153,13 @@ class Checkpoints:
                 )
             return None, []
         tensors = tensors_of(model, optimizer)
-        with no_dist(self.world) as alone:
-            dcp.load(tensors, checkpoint_id=chosen, no_dist=alone)
+        load_tensors(tensors, chosen, self.world)
         set_model_state_dict(model, tensors["model"])
         # Not strict, because a rule without momentum has no state for its parameters; nothing can
         # be missing, since dcp.load was asked for every tensor of this optimizer.
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-        generators = torch.load(chosen / GENERATORS, weights_only=True)
+        generators = stored_generators(chosen)
         torch.set_rng_state(generators["cpu"])
         # A kind of device that was not saved keeps its own.
         if "cuda" in generators and torch.cuda.is_available():
@@ -188,20 +202,57 @@ def load_model(checkpoint: Path) -> Llama:
     reason = damage(checkpoint)
     if reason:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({reason}); name a step_* folder")
-    values = json.loads((checkpoint / MODEL).read_text())
-    scaling = RopeScaling(**values.pop("rope_scaling"))
-    model = Llama(LlamaConfig(**values, rope_scaling=scaling))
+    model = Llama(stored_model(checkpoint))
     tensors = {"model": model.state_dict()}
-    with no_dist() as alone:
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=alone)
+    load_tensors(tensors, checkpoint)
     model.load_state_dict(tensors["model"])
     return model
+
+
+def stored_model(checkpoint: Path) -> LlamaConfig:
+    """Read model.json; InputError if it is damaged, or describes more weights than are stored."""
+    path = checkpoint / MODEL
+    values = read_json(path, hint="restore it")
+    config = parse(LlamaConfig, values, source=path, hint="restore it")
+    num_bytes = 4 * count_parameters(config).total  # weights are stored in float32
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    if num_bytes > stored:
+        raise InputError(
+            f"{path} describes weights of {num_bytes:,} bytes, but the checkpoint holds "
+            f"{stored:,}; restore it"
+        )
+    return config
+
+
+def stored_generators(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read the states of torch's generators, by kind of device; InputError for anything else."""
+    path = checkpoint / GENERATORS
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} is refused ({one_line(error)[:200]}); use an older checkpoint",
+            on_all_ranks=True,
+        ) from error
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what torch.distributed.checkpoint writes, and reads into."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def load_tensors(tensors: dict[str, Any], checkpoint: Path, world: World | None = None) -> None:
+    """Fill tensors from a checkpoint; InputError, on all ranks, if they are not what it holds."""
+    reader, planner = DataOnlyReader(checkpoint), DataOnlyPlanner()
+    try:
+        with no_dist(world) as alone:
+            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=alone)
+    except CheckpointException as error:
+        raise InputError(
+            f"{checkpoint} cannot be loaded ({root_cause(error)}); use an older checkpoint",
+            on_all_ranks=True,
+        ) from error
 
 
 @contextmanager
@@ -292,18 +343,22 @@ def pick_whole(directory: Path) -> tuple[Path | None, list[str]]:
 def damage(folder: Path) -> str | None:
     """Compare a checkpoint with its manifest; return what is wrong, None if nothing is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or not JSON"
-    for name, (size, sha256) in manifest.items():
-        path = folder / name
+        manifest = read_json(folder / MANIFEST, hint="restore it")
+        entries = {named_file(n, folder / MANIFEST): (s, d) for n, (s, d) in manifest.items()}
+    except (InputError, TypeError, ValueError) as error:
+        return f"{MANIFEST} is missing or damaged: {one_line(error)}"
+    needed = {folder / name for name in (METADATA, TRAIN_STATE, MODEL, GENERATORS)}
+    for path in sorted((needed | set(folder.glob("*.distcp"))) - entries.keys()):
+        return f"{path.name} is not in {MANIFEST}"
+    for path, (size, sha256) in entries.items():
+        name = path.name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         if sha256_of(path) != sha256:
             return f"{name} has changed since it was written: its sha256 differs"
-    return None
+    return metadata_problem(folder)
 
 
 def root_cause(error: BaseException) -> str:

@@ -37,6 +37,7 @@ from gns_pretrain.data.shards import (
     CorpusMeta,
     ShardMeta,
     TokenShards,
+    check_shards,
     open_shard,
     read_meta,
     token_dtype,
@@ -54,6 +55,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.fields import setting_name
 from gns_pretrain.system.files import (
     folder_lock,
+    parse,
     read_json,
     remove_temporaries,
     sha256_of,
@@ -61,6 +63,8 @@ from gns_pretrain.system.files import (
     write_json,
 )
 from gns_pretrain.system.processes import available_cores
+
+SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
 
 
 @dataclass
@@ -98,16 +102,12 @@ class PreparationProgress:
     def load(cls, folder: Path) -> Self:
         """Read progress.json; InputError if it is damaged."""
         path = folder / PROGRESS_FILE
-        content = read_json(path, hint=HINT)
-        try:
-            splits = {name: SplitProgress(**split) for name, split in content["splits"].items()}
-            for split in splits.values():
-                split.shards = [ShardMeta(**shard) for shard in split.shards]  # type: ignore[arg-type]
-            return cls(content["settings"], splits, content["tokenizer_sha256"])
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is damaged ({error}); remove {folder} and start again"
-            ) from error
+        hint = f"remove {folder} and start again"
+        progress = parse(cls, read_json(path, hint=HINT), source=path, hint=hint)
+        if progress.splits.keys() != set(SPLITS):
+            raise InputError(f"{path} is damaged (splits={list(progress.splits)}); {hint}")
+        check_shards(progress.shards, path)
+        return progress
 
 
 def refuse_other_settings(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -206,9 +206,6 @@ def write_split(
     progress.documents, progress.done = documents, True
     save()
     report(plan.name, written, 1.0)
-
-
-SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
 
 
 def prepare(settings: PrepareSettings, *, show_progress: bool = True) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from gns_pretrain.runs.history import (
 
 def test_start_records_the_environment_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    monkeypatch.setenv("SLURM_JWT", "secret")
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    for name in ("SLURM_JWT", "WANDB_API_KEY", "NCCL_PROXY_LOGIN", "TORCH_HUB_AUTH", "slurm_jwt"):
+        monkeypatch.setenv(name, "https://me:secret@host")
     append_start(tmp_path, nodes=["n1", "n1", "n2"], gpu={"gpu": None})
     (start,) = read_starts(tmp_path)
     assert (start["ranks"], start["nodes"]) == (3, ["n1", "n2"])

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -59,7 +60,11 @@ def offline_run(tmp_path_factory):
         pytest.skip("needs wandb")
     directory = tmp_path_factory.mktemp("runs") / "table2-muon-seed3"
     subprocess.run(
-        [sys.executable, "-c", RUN, str(directory)], check=True, capture_output=True, timeout=120
+        [sys.executable, "-c", RUN, str(directory), "--key=known-secret"],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"SLURM_JOB_ID": "12", "SLURM_JWT": "known-secret"},
     )
     (run_file,) = directory.glob("wandb/offline-run-*/run-0123abcd.wandb")
     return run_file
@@ -83,6 +88,12 @@ def test_an_offline_run_reads_back_with_identity_configuration_and_summary(offli
     assert whole["summary"]["val/loss"] == {"min": 3.5}
     assert whole["summary"]["final/validation_loss"] == 4.0
     assert whole["summary"]["final/tokens"] == 300
+
+
+def test_no_variable_and_no_argument_of_the_command_is_uploaded(offline_run):
+    files = [path for path in offline_run.parent.rglob("*") if path.is_file()]
+    assert offline_run in files
+    assert [path for path in files if b"known-secret" in path.read_bytes()] == []
 
 
 def test_every_row_of_an_offline_run_carries_step_tokens_and_samples(offline_run):
