@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from gns_pretrain.errors import InputError
     from gns_pretrain.model import Role, parameter_roles
     from gns_pretrain.noise_scale import Measurement, NoiseMeter, NoiseScaleSettings, Reading
+    from gns_pretrain.optim import (
+        CombinedOptimizer,
+        Muon,
+        SignSGD,
+        Signum,
+        SpecSGD,
+        split_parameters,
+    )
 else:
     from importlib import import_module
 
@@ -28,11 +36,17 @@ else:
 
 __all__ = [
     "BatchSizeSettings",
+    "CombinedOptimizer",
     "InputError",
     "Measurement",
+    "Muon",
     "NoiseMeter",
     "NoiseScaleSettings",
     "Reading",
     "Role",
+    "SignSGD",
+    "Signum",
+    "SpecSGD",
     "parameter_roles",
+    "split_parameters",
 ]
