@@ -13,7 +13,8 @@ from gns_pretrain.parallel.mesh import RankInfo
 
 # A fork of a server that has imported torch once costs a fraction of a second; a spawn costs four.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "gns_pretrain.launch.train"])
+PRELOAD = ["torch", "torch.distributed.fsdp", "gns_pretrain.launch.train"]
+CONTEXT.set_forkserver_preload(PRELOAD)
 PATIENCE_SECONDS = 240
 
 

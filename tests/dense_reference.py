@@ -1,0 +1,102 @@
+"""Noise and signal from every sample's own gradient, whole and in float64: the reference.
+
+The equations of arXiv:2602.03001, Section 4.1, as they stand and on singular values. Nothing here
+calls the package, so that it does not check itself.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Values = dict[tuple[str, str], tuple[float, float]]  # noise and signal by geometry and estimate
+Batch = Mapping[str, Tensor]
+
+
+def sample_gradients(
+    model: nn.Module, samples: list[Batch], loss: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """Every sample's own gradient of every trainable weight by torch.func, [R, ...].
+
+    Args:
+        model: in float64; batch norm by the statistics of a batch.
+        loss: of the model's output.
+    """
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss_of(weights: dict[str, Tensor], sample: Batch) -> Tensor:
+        return loss(functional_call(model, weights, kwargs=dict(sample)))
+
+    stacked = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    with sdpa_kernel(SDPBackend.MATH):  # what vmap can batch
+        return vmap(grad(loss_of), in_dims=(None, 0))(weights, stacked)
+
+
+def looped_sample_gradients(
+    model: nn.Module, samples: list[Batch], loss: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """The same by one autograd.grad a sample, for what vmap cannot take: autocast, say."""
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = [
+        torch.autograd.grad(loss(model(**sample)), list(weights.values()), materialize_grads=True)
+        for sample in samples
+    ]
+    return {n: torch.stack(of) for n, of in zip(weights, zip(*rows, strict=True), strict=True)}
+
+
+def noise_and_signal(
+    gradients: Mapping[str, Tensor], matrices: Collection[str], batch_size: int
+) -> Values:
+    """Noise N and signal M of every geometry and estimate.
+
+    Args:
+        gradients: [R, ...] by weight; one row a sample.
+        matrices: names of the weights that the nuclear geometry takes, as [shape[0], rest].
+        batch_size: B, of all samples together.
+    """
+    gradients = {name: g.double() for name, g in gradients.items()}
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+    count = len(flat)
+    unbiased = batch_size / (count - 1)
+    mean, deviations = flat.mean(0), flat - flat.mean(0)
+    variance = unbiased * deviations.square().mean(0)
+    first, second = flat[0::2].mean(0), flat[1::2].mean(0)
+    euclidean_gain = (first @ second) * (1 / first.norm() + 1 / second.norm()) / 2
+    manhattan_gain = (first @ second.sign() + second @ first.sign()) / 2
+    tr_c, norm_1 = variance.sum(), variance.sqrt().sum() ** 2
+    c4 = math.sqrt(2 / (count - 1)) * math.gamma(count / 2) / math.gamma((count - 1) / 2)
+
+    roots = norms = nuclear_gain = torch.zeros((), dtype=torch.float64)
+    for name in matrices:
+        stack = gradients[name].flatten(2)  # [R, m, n]
+        spread = stack - stack.mean(0)
+        wide = spread if stack.shape[1] <= stack.shape[2] else spread.mT
+        # tr C^(1/2) is the sum of the singular values of all deviations side by side.
+        beside = torch.cat(list(wide), dim=1) * math.sqrt(unbiased / count)
+        roots = roots + torch.linalg.svdvals(beside).sum()
+        norms = norms + torch.linalg.svdvals(stack.mean(0)).sum()
+        a, b = stack[0::2].mean(0), stack[1::2].mean(0)
+        nuclear_gain = nuclear_gain + ((a * polar(b)).sum() + (b * polar(a)).sum()) / 2
+
+    values: dict[tuple[str, str], tuple[Any, Any]] = {
+        ("euclidean", "plug_in"): (tr_c, mean @ mean),
+        ("euclidean", "debiased"): (tr_c, mean @ mean - tr_c / batch_size),
+        ("euclidean", "cross_fitted"): (tr_c, euclidean_gain * euclidean_gain.abs()),
+        ("manhattan", "plug_in"): (norm_1, mean.abs().sum() ** 2),
+        ("manhattan", "debiased"): (norm_1 / c4**2, mean.abs().sum() ** 2),
+        ("manhattan", "cross_fitted"): (norm_1, manhattan_gain * manhattan_gain.abs()),
+        ("nuclear", "plug_in"): (roots**2, norms**2),
+        ("nuclear", "cross_fitted"): (roots**2, nuclear_gain * nuclear_gain.abs()),
+    }
+    return {key: (float(noise), float(signal)) for key, (noise, signal) in values.items()}
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The matrix sign; singular values below 1e-5 of the largest are rounding and have none."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    kept = values > 1e-5 * values[0]
+    return u[:, kept] @ v[kept]
