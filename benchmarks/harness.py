@@ -166,8 +166,8 @@ class Workload:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.accumulation = run.state.accumulation
-        self.tokens = run.state.batch_size * run.sequence_length
+        self.accumulation = run.adaptive.accumulation
+        self.tokens = run.adaptive.batch_size * run.sequence_length
         self._cursor = 0
 
     def meter(self, geometry: str) -> NoiseMeter:
@@ -175,10 +175,10 @@ class Workload:
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Return the next step's micro-batches."""
-        state, cursor = self.run.state, self._cursor
-        self._cursor += state.batch_size
+        adaptive, cursor = self.run.adaptive, self._cursor
+        self._cursor += adaptive.batch_size
         return self.run.batches.micro_batches(
-            cursor, batch_size=state.batch_size, micro_batch_size=state.micro_batch_size
+            cursor, batch_size=adaptive.batch_size, micro_batch_size=adaptive.micro_batch_size
         )
 
     def step(
@@ -191,7 +191,7 @@ class Workload:
             self.micro_batches() if micro_batches is None else micro_batches,
             accumulation=self.accumulation,
             gradient_clip=self.run.gradient_clip,
-            batch_size=self.run.state.batch_size,
+            batch_size=self.run.adaptive.batch_size,
             meter=meter,
         )
 

@@ -64,7 +64,7 @@ class Memory(ModelCommand):
         )
         with Path(os.devnull).open("w") as silence, redirect_stdout(silence), everything as work:
             train(work.run, record_memory)
-            last_batch = work.run.state.batch_size
+            last_batch = work.run.adaptive.batch_size
         yield {
             "measured": "memory",
             "model": shape.name,

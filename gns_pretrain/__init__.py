@@ -6,7 +6,13 @@ For a training loop of your own: `from gns_pretrain import NoiseMeter`, which ne
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gns_pretrain.batch_size import BatchSizeSettings
+    from gns_pretrain.batch_size import (
+        AdaptiveBatchSize,
+        BatchSizeSettings,
+        Decision,
+        PolicySettings,
+        ShadowSettings,
+    )
     from gns_pretrain.errors import InputError
     from gns_pretrain.model import Role, parameter_roles
     from gns_pretrain.noise_scale import Measurement, NoiseMeter, NoiseScaleSettings, Reading
@@ -35,15 +41,19 @@ else:
 
 
 __all__ = [
+    "AdaptiveBatchSize",
     "BatchSizeSettings",
     "CombinedOptimizer",
+    "Decision",
     "InputError",
     "Measurement",
     "Muon",
     "NoiseMeter",
     "NoiseScaleSettings",
+    "PolicySettings",
     "Reading",
     "Role",
+    "ShadowSettings",
     "SignSGD",
     "Signum",
     "SpecSGD",

@@ -7,12 +7,23 @@ that was taken between two checkpoints is taken again after a resumption, from t
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
-from gns_pretrain.batch_size.policies import LR_EXPONENTS, Policy, Position
+from gns_pretrain.batch_size.policies import LR_EXPONENTS, Policy, PolicySettings, Position
+from gns_pretrain.batch_size.settings import check_policies, sizes_for
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import setting_name
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import NoiseTracker, SmoothedNoiseScale, SmoothingSettings
+
+
+class Reading(Protocol):
+    """What a noise meter reads, as far as a batch size depends on it."""
+
+    @property
+    def total(self) -> Measurement:
+        """Of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +31,9 @@ class Decision:
     """A change of the batch size."""
 
     policy: str  # name of the controller that took it
-    previous: int  # sequences of a step before it
+    previous: int  # samples of a step before it
     split: Split  # the new size, as ranks take it
-    target: float | None  # sequences before rounding; None where the ranks alone made it necessary
+    target: float | None  # samples before rounding; None where the ranks alone made it necessary
     lr_multiplier: float  # on the scheduled learning rate, from the new size
     why: str  # how target or ranks became the new size, for the log
 
@@ -56,14 +67,14 @@ class Controller:
         bound as its signal vanishes.
 
         Args:
-            batch_size: B_k, sequences.
+            batch_size: B_k, samples.
             noise: averages of what the policy reads; None before the first measurement.
         """
         target = self.policy.target(position, noise)
         if target is None:
             return None
         cap, rounding = self.policy.settings.cap, self.policy.settings.rounding
-        limit = min(math.inf if cap is None else cap, position.sequences_left)
+        limit = min(math.inf if cap is None else cap, position.samples_left)
         split = self.sizes.at_most(min(target, limit))
         if rounding == "up" and target <= limit:
             above = self.sizes.at_least(target)
@@ -75,7 +86,7 @@ class Controller:
         elif target <= limit and (split.batch_size > target) == (rounding == "up"):
             why = f"rounded {rounding} to {split}"
         elif limit == cap:
-            why = f"limited to batch_size.cap={cap}: {split}"
+            why = f"limited to cap={cap}: {split}"
         else:
             why = f"limited to what the budget has left: {split}"
         return self._decision(batch_size, split, target, why)
@@ -88,7 +99,7 @@ class Controller:
         split, cap = self.sizes.at_least(batch_size), self.policy.settings.cap
         why = f"{batch_size} is not feasible on {self.sizes}: the next larger size, {split}"
         if cap is not None and split.batch_size > cap:
-            why += f", above batch_size.cap={cap}"
+            why += f", above cap={cap}"
         return self._decision(batch_size, split, None, why)
 
     def _decision(self, previous: int, split: Split, target: float | None, why: str) -> Decision:
@@ -98,80 +109,264 @@ class Controller:
         return Decision(self.name, previous, split, target, multiplier, why)
 
 
-class BatchSizer:
-    """Follows one policy, lets shadows decide beside it, and owns the averages that all read.
+class AdaptiveBatchSize:
+    """Chooses the batch size of each optimizer step and the learning rate that goes with it.
 
-    A policy without decays of its own follows the average of its geometry and estimate that is
-    logged; another one has an average of its own.
+    In any training loop, beside a noise meter; every rank has one, and all decide alike, because
+    all have the same readings:
+
+        adaptive = AdaptiveBatchSize(
+            batch_size=64, micro_batch_size=8, num_ranks=world_size, total_samples=1_000_000
+        )
+        while adaptive.samples < 1_000_000:
+            with meter.step(adaptive.steps + 1):
+                for _ in range(adaptive.accumulation):  # micro-batches of adaptive.micro_batch_size
+                    ...
+            readings = meter.read(batch_size=adaptive.batch_size)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule(adaptive.samples) * adaptive.lr_multiplier
+            optimizer.step()
+            adaptive.step(readings)
+
+    A sample is what a batch size counts: a sequence, an image. The batch never shrinks.
+
+    It owns the averages of what was measured (Eq. 23), the counts of steps and samples, the current
+    split and the learning rate's multiplier, and `state_dict` has all of them. A policy without
+    decays of its own follows the average of its geometry and estimate; another one has an average
+    of its own.
 
     Args:
-        controllers: the one that is followed, then the shadows.
-        measured: geometry and estimate of each measurement; the policies' are added.
+        settings: the policy that is followed and its settings; None makes them of `options`.
+        batch_size: B_0, samples of the first step over all ranks, to which learning-rate multiplier
+            and warm-up refer. A run that resumes on other ranks keeps the argument.
+        micro_batch_size: samples of one micro-batch on one rank, at first.
+        num_ranks: data-parallel ones.
+        total_samples: the budget, samples; None where none is known. The warm-up is a share of it,
+            and no batch is larger than what it has left.
+        tokens_per_sample: for a policy that plans in tokens (staged, linear_ramp); None: no tokens.
+        micro_batch_max: the largest micro-batch, to which it grows before steps accumulate more of
+            them; None: it keeps its size.
+        micro_batch_step: samples by which the micro-batch grows.
+        min_samples: micro-batches over all ranks that a step has at least where the batch can
+            change, because the noise scale compares them; 8 keep the bias of the paper's estimate
+            near 7 %.
+        shadows: further policies that decide beside it and are not followed; see `decide`.
+        smoothing: decays of the averages, the paper's by default.
+        options: fields of `PolicySettings`, in place of `settings`: policy ("adaptive" unless
+            given), geometry, estimate, target, theta, cap, rounding, lr_scaling,
+            decide_every_steps, warmup_fraction and others.
+
+    Raises:
+        InputError: an argument that breaks a rule, by its name. That the ranks can take
+            `batch_size` is checked at the first use of `split`: a loaded state may have another.
     """
 
     def __init__(
         self,
-        controllers: Sequence[Controller],
-        smoothing: SmoothingSettings,
+        settings: PolicySettings | None = None,
         *,
-        measured: Iterable[tuple[str, str]] = (),
+        batch_size: int,
+        micro_batch_size: int,
+        num_ranks: int = 1,
+        total_samples: int | None = None,
+        tokens_per_sample: int | None = None,
+        micro_batch_max: int | None = None,
+        micro_batch_step: int = 1,
+        min_samples: int = 8,
+        shadows: Sequence[PolicySettings] = (),
+        smoothing: SmoothingSettings | None = None,
+        **options: Any,
     ) -> None:
+        for name, value in (
+            ("batch_size", batch_size),
+            ("micro_batch_size", micro_batch_size),
+            ("num_ranks", num_ranks),
+            ("total_samples", total_samples),
+            ("tokens_per_sample", tokens_per_sample),
+            ("micro_batch_max", micro_batch_max),
+            ("micro_batch_step", micro_batch_step),
+            ("min_samples", min_samples),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        if settings is None:
+            settings = PolicySettings(**({"policy": "adaptive"} | options))
+        elif options:
+            name, value = next(iter(options.items()))
+            raise InputError(f"{name}={value} is given beside settings; set it in them")
+        policies = [("", settings)]
+        policies += [(f"shadows[{number}]", shadow) for number, shadow in enumerate(shadows)]
+        check_policies(policies, batch_size, "batch_size")
+        total_steps = None if total_samples is None else math.ceil(total_samples / batch_size)
+        controllers = []
+        for prefix, each in policies:
+            policy_name = setting_name(prefix, "policy")
+            if each.kind.plans_in_tokens and tokens_per_sample is None:
+                raise InputError(
+                    f"{policy_name}={each.policy} plans in tokens, and tokens_per_sample is not "
+                    "given; give it, or use 1 for a plan in samples"
+                )
+            if each.reads is not None and total_samples is None and each.cap is None:
+                raise InputError(
+                    f"{policy_name}={each.policy} follows a noise scale, which may grow without "
+                    f"bound; give {setting_name(prefix, 'cap')} or total_samples"
+                )
+            policy = each.kind(each, initial_batch_size=batch_size, total_steps=total_steps)
+            sizes = sizes_for(
+                each,
+                num_ranks=num_ranks,
+                micro_batch_size=micro_batch_size,
+                micro_batch_max=micro_batch_max,
+                micro_batch_step=micro_batch_step,
+                min_samples=min_samples,
+            )
+            controllers.append(Controller(each.label, policy, sizes))
         self.followed, *self.shadows = controllers
-        self._shadow_sizes: dict[str, int] = {}  # sequences, of the shadows that have decided
-        # By geometry/estimate what is logged; by geometry/estimate/policy a policy's own.
-        self.averages = {f"{g}/{e}": NoiseTracker(g, e, smoothing) for g, e in measured}
+        self.initial_batch_size = batch_size
+        self.total_samples = total_samples
+        self.tokens_per_sample = tokens_per_sample or 0
+        self.smoothing = smoothing or SmoothingSettings()
+        self.steps = 0  # optimizer steps done
+        self.samples = 0  # consumed by them: counted, because the batch changes
+        self.lr_multiplier = 1.0  # from the batch size, on top of a schedule
+        self._split: Split | None = None  # of the coming step; None until it is asked for
+        self._shadow_sizes: dict[str, int] = {}  # samples, of the shadows that have decided
+        # By geometry/estimate what is measured; by geometry/estimate/policy a policy's own.
+        self.averages: dict[str, NoiseTracker] = {}
         self._read: dict[str, NoiseTracker] = {}  # by policy
         for controller in controllers:
             policy = controller.policy
             if (source := policy.reads(policy.settings)) is not None:
-                own = policy.own_smoothing(smoothing)
+                own = policy.own_smoothing(self.smoothing)
                 key = "/".join(source if own is None else (*source, controller.name))
-                tracker = NoiseTracker(*source, own or smoothing)
+                tracker = NoiseTracker(*source, own or self.smoothing)
                 self._read[controller.name] = self.averages.setdefault(key, tracker)
+
+    @property
+    def split(self) -> Split:
+        """The coming step over ranks; InputError where they cannot take the first batch size."""
+        if self._split is None:
+            self._split = self.followed.sizes.require(self.initial_batch_size, "batch_size")
+        return self._split
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the coming step, over all ranks."""
+        return self.split.batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of each micro-batch of the coming step."""
+        return self.split.micro_batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each rank in the coming step."""
+        return self.split.accumulation
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples so far; 0 without `tokens_per_sample`."""
+        return self.samples * self.tokens_per_sample
+
+    @property
+    def position(self) -> Position:
+        """Before the coming step."""
+        total = math.inf if self.total_samples is None else self.total_samples
+        return Position(self.steps + 1, self.samples, self.tokens, total - self.samples)
+
+    def step(self, readings: Iterable[Reading] = ()) -> Decision | None:
+        """Count an optimizer step, average what was read in it, and decide on the coming one.
+
+        Args:
+            readings: of the noise meter; none after a step without a measurement.
+
+        Returns:
+            The change of the batch size, None where it stays. It has been made: `batch_size`,
+            `accumulation` and `lr_multiplier` are those of the coming step.
+        """
+        self.observe(reading.total for reading in readings)
+        decision, _ = self.decide()
+        return decision
+
+    def observe(self, measurements: Iterable[Measurement] = ()) -> None:
+        """Count an optimizer step, and average what was measured in it (Eq. 23).
+
+        This and `decide` are the halves of `step`, for a loop that saves its state between them.
+        A measurement that is not finite is left out.
+        """
+        self.samples += self.batch_size
+        self.steps += 1
+        for measurement in measurements:
+            self._tracker(measurement.geometry, measurement.estimate)
+            for tracker in self.averages.values():
+                tracker.include(measurement)
+
+    def decide(self) -> tuple[Decision | None, list[Decision]]:
+        """Decide on the coming step, and make the change.
+
+        Returns:
+            The change, None where the batch stays; and those that shadows would have made.
+        """
+        position = self.position
+        noise = self.noise_for(self.followed)
+        decision = self.followed.decide(position, self.batch_size, noise)
+        if decision:
+            self._split, self.lr_multiplier = decision.split, decision.lr_multiplier
+        of_shadows = []
+        for shadow in self.shadows:
+            previous = self._shadow_sizes.get(shadow.name, self.initial_batch_size)
+            if change := shadow.decide(position, previous, self.noise_for(shadow)):
+                self._shadow_sizes[shadow.name] = change.split.batch_size
+                of_shadows.append(change)
+        return decision, of_shadows
 
     def noise_for(self, controller: Controller) -> SmoothedNoiseScale | None:
         """Return the averages that a policy follows; None before its first measurement."""
         tracker = self._read.get(controller.name)
         return tracker.smoothed if tracker else None
 
-    def decide(self, position: Position, batch_size: int) -> tuple[Decision | None, list[Decision]]:
-        """Return what the run is to do, None to stay as it is; and what shadows would have done.
-
-        Args:
-            position: of the run, before the step.
-            batch_size: sequences of the step before.
-        """
-        decision = self.followed.decide(position, batch_size, self.noise_for(self.followed))
-        of_shadows = []
-        for shadow in self.shadows:
-            previous = self._shadow_sizes.get(shadow.name, shadow.policy.initial_batch_size)
-            if change := shadow.decide(position, previous, self.noise_for(shadow)):
-                self._shadow_sizes[shadow.name] = change.split.batch_size
-                of_shadows.append(change)
-        return decision, of_shadows
-
-    def observe(self, measurements: Iterable[Measurement]) -> None:
-        """Add the measurements of a step to the averages of their geometry and estimate."""
-        for measurement in measurements:
-            for tracker in self.averages.values():
-                tracker.include(measurement)
-
     def state_dict(self) -> dict[str, Any]:
-        """Averages, the noise scales behind their spread, and the shadows' sizes."""
-        states = {key: tracker.state_dict() for key, tracker in self.averages.items()}
+        """Return all that changes, fit for JSON and the same on every rank."""
+        trackers = {key: tracker.state_dict() for key, tracker in self.averages.items()}
+        # These keys are part of checkpoints.
         return {
-            "averages": {key: state["averages"] for key, state in states.items()},
-            "recent_noise_scales": {key: state["recent"] for key, state in states.items()},
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "accumulation": self.accumulation,
+            "step": self.steps,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "lr_multiplier": self.lr_multiplier,
+            "averages": {key: tracker["averages"] for key, tracker in trackers.items()},
+            "recent_noise_scales": {key: tracker["recent"] for key, tracker in trackers.items()},
             "shadow_batch_sizes": dict(self._shadow_sizes),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; averages that no policy of the run follows are ignored.
+    def load_state_dict(self, state: dict[str, Any]) -> Decision | None:
+        """Load what `state_dict` returned, on this or another number of ranks.
 
-        Older checkpoints also hold a copy of the logged average for every policy that follows it.
+        Returns:
+            The change, where these ranks cannot take the saved batch size: the next larger one with
+            its learning rate. None where they can, perhaps in other micro-batches.
         """
-        for key, tracker in self.averages.items():
-            if key in state["averages"]:
+        self.steps, self.samples = state["step"], state["samples"]
+        for key, averages in state["averages"].items():
+            # Older checkpoints also hold a copy of the average for every policy that follows it.
+            if key.count("/") == 1:
+                self._tracker(*key.split("/"))
+            if key in self.averages:
                 recent = state["recent_noise_scales"].get(key, [])
-                tracker.load_state_dict({"averages": state["averages"][key], "recent": recent})
+                self.averages[key].load_state_dict({"averages": averages, "recent": recent})
         self._shadow_sizes = dict(state["shadow_batch_sizes"])
+        fitted = self.followed.fit(state["batch_size"])
+        self._split, self.lr_multiplier = fitted.split, state["lr_multiplier"]
+        if fitted.split.batch_size == state["batch_size"]:
+            return None
+        self.lr_multiplier = fitted.lr_multiplier
+        return fitted
+
+    def _tracker(self, geometry: str, estimate: str) -> NoiseTracker:
+        """Return the average of one geometry and estimate, begun where it is new."""
+        begun = NoiseTracker(geometry, estimate, self.smoothing)
+        return self.averages.setdefault(f"{geometry}/{estimate}", begun)

@@ -6,11 +6,13 @@ Growing, the micro-batch comes first, in set steps up to its maximum, then the a
 
 which are the sizes of the published signSGD runs (arXiv:2602.03001, Figure 3). A step never has
 fewer than `min_samples` micro-batches over all ranks, the samples that the noise scale compares:
-few ranks therefore accumulate from the start. Sizes are in sequences.
+few ranks therefore accumulate from the start. Sizes count what a micro-batch counts: sequences,
+images.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gns_pretrain.errors import InputError, counted
 
@@ -20,19 +22,19 @@ class Split:
     """One optimizer step over ranks."""
 
     num_ranks: int  # data-parallel ones
-    micro_batch_size: int  # sequences per micro-batch and rank
+    micro_batch_size: int  # of one rank
     accumulation: int  # micro-batches of each rank
 
     @property
     def batch_size(self) -> int:
-        """Sequences of the step over all ranks."""
+        """Of the step, over all ranks."""
         return self.num_ranks * self.micro_batch_size * self.accumulation
 
     def __str__(self) -> str:
-        parts = [counted(self.num_ranks, "rank"), counted(self.micro_batch_size, "sequence")]
+        of_rank = f"{self.micro_batch_size}"
         if self.accumulation > 1:
-            parts.append(f"{self.accumulation} micro-batches")
-        return f"{self.batch_size:,} = " + " x ".join(parts)
+            of_rank = f"{self.accumulation} micro-batches of {self.micro_batch_size}"
+        return f"{self.batch_size:,} = {counted(self.num_ranks, 'rank')} x {of_rank}"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,19 @@ class FeasibleSizes:
     num_ranks: int  # data-parallel ones
     micro_batch_size: int  # the smallest micro-batch
     micro_batch_max: int  # the largest; equal to the smallest, the micro-batch keeps its shape
-    micro_batch_step: int = 1  # sequences by which it grows; the last step may be shorter
+    micro_batch_step: int = 1  # by which it grows; the last step may be shorter
     min_samples: int = 1  # micro-batches over all ranks that a step has at least
+    # What the user calls these fields, for errors; where nothing stands, as they are called here.
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check that the micro-batch can grow; InputError."""
+        if self.micro_batch_max < self.micro_batch_size:
+            raise InputError(
+                f"{self._name_of('micro_batch_max')}={self.micro_batch_max} is below "
+                f"micro_batch_size={self.micro_batch_size}, from which it grows; raise it, or "
+                "leave it out to hold the shape"
+            )
 
     def at_most(self, size: float) -> Split | None:
         """The largest feasible size that is not above `size`; None below the smallest one."""
@@ -72,7 +85,7 @@ class FeasibleSizes:
         if self.min_samples <= self.num_ranks and self.micro_batch_max == self.micro_batch_size:
             raise InputError(
                 f"{name}={size} cannot be split over {counted(self.num_ranks, 'rank')} in "
-                f"micro-batches of micro_batch_size={counted(self.micro_batch_size, 'sequence')}; "
+                f"micro-batches of micro_batch_size={self.micro_batch_size}; "
                 f"use a multiple of {self._unit} "
                 f"(nearest: {max(1, round(size / self._unit)) * self._unit}) or "
                 "another micro_batch_size"
@@ -85,21 +98,21 @@ class FeasibleSizes:
         )
 
     def __str__(self) -> str:
-        sequences = counted(self.micro_batch_size, "sequence")
+        text = f"{counted(self.num_ranks, 'rank')} in micro-batches of {self.micro_batch_size}"
         if self.micro_batch_max > self.micro_batch_size:
-            sequences = (
-                f"{self.micro_batch_size} to {self.micro_batch_max} sequences "
-                f"in steps of {self.micro_batch_step}"
-            )
-        text = f"{counted(self.num_ranks, 'rank')} in micro-batches of {sequences}"
+            text += f" to {self.micro_batch_max} in steps of {self.micro_batch_step}"
         if self.min_samples > 1:
-            text += f", at least noise_scale.min_samples={self.min_samples} of them a step"
+            minimum = f"{self._name_of('min_samples')}={self.min_samples}"
+            text += f", at least {minimum} of them a step"
         return text
 
     @property
     def _unit(self) -> int:
-        """Sequences that one more micro-batch on every rank adds, at the largest micro-batch."""
+        """What one more micro-batch on every rank adds, at the largest micro-batch."""
         return self.num_ranks * self.micro_batch_max
+
+    def _name_of(self, field: str) -> str:
+        return self.names.get(field, field)
 
     def _accumulated(self, accumulation: int) -> Split:
         return Split(self.num_ranks, self.micro_batch_max, accumulation)

@@ -13,7 +13,16 @@ from itertools import pairwise
 from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import About, at_least, check_bounds, key_of, one_of, positive, within
+from gns_pretrain.fields import (
+    About,
+    at_least,
+    check_bounds,
+    key_of,
+    one_of,
+    positive,
+    setting_name,
+    within,
+)
 from gns_pretrain.noise_scale.equations import target_batch_size
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
@@ -123,8 +132,8 @@ class PolicySettings:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise InputError(
-                    f"{prefix}.{name}={value} is not known for geometry {self.geometry}; "
-                    f"use one of {', '.join(choices)}"
+                    f"{setting_name(prefix, name)}={value} is not known for geometry "
+                    f"{self.geometry}; use one of {', '.join(choices)}"
                 )
         self.kind.check(self, prefix)
 
@@ -134,16 +143,9 @@ class Position:
     """Where a run stands before a step."""
 
     step: int  # the coming one, from 1
-    samples: int  # sequences consumed before it
-    tokens: int  # consumed before it
-    sequences_left: int  # what the budget has left for it and all later ones, rounded up
-
-    @classmethod
-    def after(
-        cls, steps: int, *, samples: int, tokens: int, token_budget: int, sequence_length: int
-    ) -> "Position":
-        """The position after some steps, sequences and tokens of a budget in tokens."""
-        return cls(steps + 1, samples, tokens, -((tokens - token_budget) // sequence_length))
+    samples: int  # consumed before it: sequences, images
+    tokens: int  # consumed before it; 0 where samples have none
+    samples_left: float  # what the budget has left for it and all later ones; inf without a budget
 
 
 class Policy(ABC):
@@ -153,12 +155,13 @@ class Policy(ABC):
 
     Args:
         settings: checked.
-        initial_batch_size: B_0, sequences.
-        total_steps: S, steps that the token budget takes at B_0.
+        initial_batch_size: B_0, samples.
+        total_steps: S, steps that the budget takes at B_0; None without a budget.
     """
 
     name: ClassVar[str]
     changes: ClassVar[bool] = True  # whether the batch can ever change
+    plans_in_tokens: ClassVar[bool] = False  # whether its settings count tokens
     sizes: ClassVar[tuple[str, ...]] = ()  # settings that are batch sizes of its plan
     named_by: ClassVar[tuple[str, ...]] = ()  # settings in the name of a shadow that has none
     # Where a setting is null: those of the published runs.
@@ -174,7 +177,7 @@ class Policy(ABC):
             POLICIES[cls.name] = cls
 
     def __init__(
-        self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int
+        self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int | None
     ) -> None:
         assert settings.theta is not None
         self.settings = settings
@@ -184,7 +187,7 @@ class Policy(ABC):
 
     @abstractmethod
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
-        """Return the batch size that it wants for the coming step, in sequences; None to keep it.
+        """Return the batch size that it wants for the coming step, in samples; None to keep it.
 
         Args:
             noise: averages of what it reads; None before the first measurement.
@@ -232,13 +235,24 @@ class Adaptive(Policy):
     name = "adaptive"
     named_by = ("geometry", "estimate", "target")
 
+    def __init__(
+        self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int | None
+    ) -> None:
+        super().__init__(settings, initial_batch_size=initial_batch_size, total_steps=total_steps)
+        fraction = settings.warmup_fraction
+        if total_steps is None and fraction > 0:
+            raise InputError(
+                f"warmup_fraction={fraction:g} is a share of the budget, and total_samples is not "
+                "given; give it, or use warmup_fraction=0"
+            )
+        self.warmup_samples = math.floor(fraction * (total_steps or 0)) * initial_batch_size
+
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """What the noise scale asks for (Eq. 7, or a target of Appendix B)."""
         settings = self.settings
-        warmup_steps = math.floor(settings.warmup_fraction * self.total_steps)
         if noise is None or position.step % settings.decide_every_steps:
             return None
-        if position.samples < warmup_steps * self.initial_batch_size:
+        if position.samples < self.warmup_samples:
             return None
         if settings.target == "theta":
             return target_batch_size(noise.noise, noise.signal, theta=self.theta)
@@ -290,6 +304,7 @@ class Staged(Policy):
     """Batch sizes by plan, each from the first step at or after its tokens: a baseline."""
 
     name = "staged"
+    plans_in_tokens = True
     sizes = ("stage_sizes",)
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
@@ -305,8 +320,9 @@ class Staged(Policy):
         rising = all(a < b for values in ([0, *tokens], sizes) for a, b in pairwise(values))
         if not tokens or len(tokens) != len(sizes) or not rising:
             raise InputError(
-                f"{prefix}.stage_tokens={tokens} and {prefix}.stage_sizes={sizes} must both rise "
-                "and be of one length, as in stage_tokens=[500000,1000000] stage_sizes=[32,64]"
+                f"{setting_name(prefix, 'stage_tokens')}={tokens} and "
+                f"{setting_name(prefix, 'stage_sizes')}={sizes} must both rise and be of one "
+                "length, as in stage_tokens=[500000,1000000] stage_sizes=[32,64]"
             )
 
 
@@ -314,6 +330,7 @@ class LinearRamp(Policy):
     """From the initial size to the last one in proportion to the tokens seen: a baseline."""
 
     name = "linear_ramp"
+    plans_in_tokens = True
     sizes = ("ramp_size",)
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
@@ -331,8 +348,9 @@ class LinearRamp(Policy):
             value = getattr(settings, name)
             if value is None or value < 1:
                 raise InputError(
-                    f"{prefix}.{name}={'null' if value is None else value} must be at least 1 for "
-                    f"{prefix}.policy=linear_ramp; name the ramp's last size and its tokens"
+                    f"{setting_name(prefix, name)}={'null' if value is None else value} must be at "
+                    f"least 1 for {setting_name(prefix, 'policy')}=linear_ramp; name the ramp's "
+                    "last size and its tokens"
                 )
 
 

@@ -1,12 +1,13 @@
 """Settings of the batch size: the policy that is followed, and those that are only logged."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import POLICIES, PolicySettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import at_least, key_of
+from gns_pretrain.fields import at_least, key_of, setting_name
 
 
 @dataclass
@@ -44,22 +45,7 @@ class BatchSizeSettings(PolicySettings):
     def __post_init__(self) -> None:
         """Check the policy and its shadows, and that their sizes and names fit one another."""
         super().__post_init__()
-        for prefix, policy in self.policies:
-            policy.check(prefix)
-            for name, size in policy.whole_sizes:
-                if size < self.initial:
-                    hint = "raise the cap, or use null for none" if name == "cap" else "raise it"
-                    raise InputError(
-                        f"{prefix}.{name}={size} is below batch_size.initial={self.initial}; a "
-                        f"batch never shrinks: {hint}"
-                    )
-        labels = [policy.label for _, policy in self.policies]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise InputError(
-                    f"batch_size has the policy {label} more than once; give a shadow another "
-                    "name, as in {policy: adaptive, theta: 0.5, name: patient}"
-                )
+        check_policies(self.policies, self.initial, "batch_size.initial")
 
     @property
     def policies(self) -> list[tuple[str, PolicySettings]]:
@@ -70,27 +56,62 @@ class BatchSizeSettings(PolicySettings):
             *((f"batch_size.shadows[{number}]", shadow) for number, shadow in shadows),
         ]
 
-    def sizes_for(
-        self, policy: PolicySettings, *, num_ranks: int, micro_batch_size: int, min_samples: int
-    ) -> FeasibleSizes:
-        """Return the batch sizes that ranks can take under a policy, this one or a shadow.
 
-        A constant batch has constant micro-batches, and needs no samples.
+def sizes_for(
+    policy: PolicySettings,
+    *,
+    num_ranks: int,
+    micro_batch_size: int,
+    micro_batch_max: int | None,
+    micro_batch_step: int,
+    min_samples: int,
+    names: Mapping[str, str] | None = None,
+) -> FeasibleSizes:
+    """Return the batch sizes that ranks can take under a policy.
 
-        Raises:
-            InputError: the largest micro-batch is below the smallest.
-        """
-        if not policy.kind.changes:
-            return FeasibleSizes(num_ranks, micro_batch_size, micro_batch_size)
-        if self.micro_batch_max is not None and self.micro_batch_max < micro_batch_size:
+    A batch that never changes has constant micro-batches, and needs no samples. The arguments are
+    the fields of `FeasibleSizes`; micro_batch_max None holds the micro-batch.
+
+    Raises:
+        InputError: the largest micro-batch is below the smallest.
+    """
+    if not policy.kind.changes:
+        return FeasibleSizes(num_ranks, micro_batch_size, micro_batch_size)
+    return FeasibleSizes(
+        num_ranks=num_ranks,
+        micro_batch_size=micro_batch_size,
+        micro_batch_max=micro_batch_max or micro_batch_size,
+        micro_batch_step=micro_batch_step,
+        min_samples=min_samples,
+        names=names or {},
+    )
+
+
+def check_policies(
+    policies: Sequence[tuple[str, PolicySettings]], initial: int, initial_name: str
+) -> None:
+    """Check the policies of a run, and that their sizes and labels fit one another.
+
+    Args:
+        policies: each after the prefix of its settings, as the user writes them.
+        initial: the first batch size, which the user calls `initial_name`.
+
+    Raises:
+        InputError: the first rule that is broken.
+    """
+    for prefix, policy in policies:
+        policy.check(prefix)
+        for name, size in policy.whole_sizes:
+            if size < initial:
+                hint = "raise the cap, or use null for none" if name == "cap" else "raise it"
+                raise InputError(
+                    f"{setting_name(prefix, name)}={size} is below {initial_name}={initial}; a "
+                    f"batch never shrinks: {hint}"
+                )
+    labels = [policy.label for _, policy in policies]
+    for label in labels:
+        if labels.count(label) > 1:
             raise InputError(
-                f"batch_size.micro_batch_max={self.micro_batch_max} is below micro_batch_size="
-                f"{micro_batch_size}, from which it grows; raise it, or use null to hold the shape"
+                f"there is the policy {label} more than once; give a shadow another name, as in "
+                "{policy: adaptive, theta: 0.5, name: patient}"
             )
-        return FeasibleSizes(
-            num_ranks=num_ranks,
-            micro_batch_size=micro_batch_size,
-            micro_batch_max=self.micro_batch_max or micro_batch_size,
-            micro_batch_step=self.micro_batch_step,
-            min_samples=min_samples,
-        )

@@ -6,12 +6,12 @@ the rules between groups, ranks and data.
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import II, MISSING
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
-from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings
+from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings, sizes_for
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, one_of, positive
@@ -134,11 +134,25 @@ class Config(Settings):
             sequence_length=self.data.sequence_length,
         )
 
+    @property
+    def total_samples(self) -> int:
+        """Sequences that reach the token budget."""
+        return -(-self.token_budget // self.data.sequence_length)
+
+    @property
+    def micro_batches(self) -> dict[str, Any]:
+        """How micro-batches begin and grow, and how many a step has; arguments by their names."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_max": self.batch_size.micro_batch_max,
+            "micro_batch_step": self.batch_size.micro_batch_step,
+            "min_samples": self.noise_scale.min_samples if self.noise_scale.geometries else 1,
+        }
+
     def feasible_sizes(self, policy: PolicySettings, *, num_ranks: int) -> FeasibleSizes:
         """Return the batch sizes that ranks can take under one of the run's policies."""
-        return self.batch_size.sizes_for(
-            policy,
-            num_ranks=num_ranks,
-            micro_batch_size=self.micro_batch_size,
-            min_samples=self.noise_scale.min_samples if self.noise_scale.geometries else 1,
-        )
+        names = {
+            "micro_batch_max": "batch_size.micro_batch_max",
+            "min_samples": "noise_scale.min_samples",
+        }
+        return sizes_for(policy, num_ranks=num_ranks, names=names, **self.micro_batches)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gns_pretrain.batch_size.controller import BatchSizer, Controller
+from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
@@ -20,18 +20,14 @@ from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints
-from gns_pretrain.training.loop import Run, fit_to_ranks
+from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
-from gns_pretrain.training.state import TrainState
 
 
 def build_run(config: Config, world: World, directory: Path, *, run_id: str = "") -> Run:
     """Build what a run needs, on every rank, at its first step or from its last checkpoint.
 
     `run_id` is its id at a tracking service, needed on the main rank where one is used.
-
-    Raises:
-        InputError: the ranks cannot take the initial batch.
     """
     torch.manual_seed(config.seed)
     training, validation = open_splits(staged(config.data))
@@ -40,26 +36,25 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
-    sizer = build_batch_sizer(config, num_ranks=world.num_ranks)
+    adaptive = build_adaptive_batch_size(config, num_ranks=world.num_ranks)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, world=world)
-    resumed, damaged = checkpoints.load_latest(model, optimizer, sizer)
-    state = resumed or TrainState.before_first_step(
-        sizer.followed.sizes.require(config.batch_size.initial, "batch_size.initial")
-    )
+    saved, damaged = checkpoints.load_latest(model, optimizer)
+    forced = adaptive.load_state_dict(saved) if saved else None
     record = Record(
         directory,
         shown_as(config),
         is_main=world.is_main,
-        resume_step=state.step,
+        resume_step=adaptive.steps,
         config=dataclasses.asdict(config),
         token_budget=config.token_budget,
         run_id=run_id,
     )
     for line in damaged:
         record.message(f"{line}; the one before it is used")
-    if resumed:
-        record.message(f"resumed from step {state.step:,}, {state.tokens:,} tokens")
-    fit_to_ranks(state, sizer, optimizer, record)
+    if saved:
+        record.message(f"resumed from step {adaptive.steps:,}, {adaptive.tokens:,} tokens")
+    if forced:
+        apply_decision(forced, adaptive.steps + 1, optimizer, record)
     for prefix, policy in config.batch_size.policies:
         if (note := policy.kind.note(policy)) is not None:
             record.message(f"{prefix}.{note}")
@@ -90,10 +85,9 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         schedule=schedule,
         batches=batches,
         validation_sequences=validation_sequences.to(world.device),
-        state=state,
+        adaptive=adaptive,
         checkpoints=checkpoints,
         record=record,
-        batch_sizer=sizer,
         meter=meter,
         token_budget=config.token_budget,
         sequence_length=sequence_length,
@@ -122,22 +116,18 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
     return parallelize(model, world, compute_dtype=getattr(torch, precision))
 
 
-def build_batch_sizer(config: Config, *, num_ranks: int) -> BatchSizer:
-    """Build the policy that is followed and the shadows, with the averages that they read."""
-    controllers = [
-        Controller(
-            policy.label,
-            policy.kind(
-                policy,
-                initial_batch_size=config.batch_size.initial,
-                total_steps=config.initial_total_steps,
-            ),
-            config.feasible_sizes(policy, num_ranks=num_ranks),
-        )
-        for _, policy in config.batch_size.policies
-    ]
-    noise_scale = config.noise_scale
-    return BatchSizer(controllers, noise_scale.smoothing, measured=noise_scale.measured)
+def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatchSize:
+    """Build what chooses the batch size: the policy that is followed, and the shadows."""
+    return AdaptiveBatchSize(
+        config.batch_size,
+        batch_size=config.batch_size.initial,
+        num_ranks=num_ranks,
+        total_samples=config.total_samples,
+        tokens_per_sample=config.data.sequence_length,
+        shadows=config.batch_size.shadows,
+        smoothing=config.noise_scale.smoothing,
+        **config.micro_batches,
+    )
 
 
 def shown_as(config: Config) -> MetricsSettings:

@@ -186,7 +186,7 @@ def train_in(
         if finished:
             run.record.finish({"parameters": sum(p.numel() for p in run.model.parameters())})
             return EXIT_FINISHED
-        run.record.message(f"asked to stop: saved at step {run.state.step:,}; {hint}")
+        run.record.message(f"asked to stop: saved at step {run.adaptive.steps:,}; {hint}")
         return EXIT_STOPPED
 
 

@@ -27,10 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from gns_pretrain import fields
-from gns_pretrain.batch_size.controller import BatchSizer, Controller
-from gns_pretrain.batch_size.feasible import FeasibleSizes
-from gns_pretrain.batch_size.policies import Policy, Position
-from gns_pretrain.batch_size.settings import BatchSizeSettings
+from gns_pretrain.batch_size import AdaptiveBatchSize, BatchSizeSettings
+from gns_pretrain.batch_size.policies import Policy
 from gns_pretrain.errors import InputError, counted, print_error
 from gns_pretrain.fields import About, positive
 from gns_pretrain.noise_scale.geometries import Measurement
@@ -163,7 +161,6 @@ class ReplaySettings:
     """Everything that a replay follows beside the recorded noise scale."""
 
     batch_size: BatchSizeSettings
-    sizes: FeasibleSizes
     smoothing: SmoothingSettings
     schedule: ScheduleSettings
     run: RunSettings
@@ -180,7 +177,27 @@ class ReplaySettings:
             decides += f" after {policy.warmup_fraction:.0%} of {self.run.token_budget:,} tokens"
         return (
             f"{policy.policy}{noise}, rounded {policy.rounding}, from {policy.initial} on "
-            f"{self.sizes}{decides}"
+            f"{self.adaptive(self.smoothing).followed.sizes}{decides}"
+        )
+
+    def adaptive(self, smoothing: SmoothingSettings) -> AdaptiveBatchSize:
+        """What chooses the batch size, before the first step.
+
+        Raises:
+            InputError: settings that do not fit one another.
+        """
+        run, policy = self.run, self.batch_size
+        return AdaptiveBatchSize(
+            policy,
+            batch_size=policy.initial,
+            micro_batch_size=run.micro_batch_size,
+            num_ranks=run.num_ranks,
+            total_samples=-(-run.token_budget // run.sequence_length),
+            tokens_per_sample=run.sequence_length,
+            micro_batch_max=policy.micro_batch_max,
+            micro_batch_step=policy.micro_batch_step,
+            min_samples=run.min_samples,
+            smoothing=smoothing,
         )
 
 
@@ -236,20 +253,14 @@ def replay_settings(
         known["num_ranks"] = int(initial // (first["micro_batch_size"] * first["accumulation"]))
     known = {name: value for name, value in known.items() if value is not None}
     run = fields.from_options(RunSettings, argparse.Namespace(**(known | options)))
-    sizes = policy.sizes_for(
-        policy,
-        num_ranks=run.num_ranks,
-        micro_batch_size=run.micro_batch_size,
-        min_samples=run.min_samples,
-    )
-    sizes.require(policy.initial, "--initial")
-    return ReplaySettings(
+    settings = ReplaySettings(
         batch_size=policy,
-        sizes=sizes,
         smoothing=SmoothingSettings(**noise_scale.get("smoothing", {})),
         schedule=ScheduleSettings(**config.get("schedule", {})),
         run=run,
     )
+    settings.adaptive(settings.smoothing).followed.sizes.require(policy.initial, "--initial")
+    return settings
 
 
 # ---- the replay
@@ -266,37 +277,23 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
     run, initial = settings.run, settings.batch_size.initial
     length, budget = run.sequence_length, run.token_budget
     total_steps = steps_in_budget(budget, batch_size=initial, sequence_length=length)
-    policy = settings.batch_size.kind(
-        settings.batch_size, initial_batch_size=initial, total_steps=total_steps
-    )
-    sizer = BatchSizer(
-        [Controller("replay", policy, settings.sizes)],
-        AS_RECORDED if recorded.averaged else settings.smoothing,
-    )
+    adaptive = settings.adaptive(AS_RECORDED if recorded.averaged else settings.smoothing)
+    policy = adaptive.followed.policy
     schedule = Schedule(settings.schedule, initial, total_steps)
-    batch_size, multiplier, samples, target = initial, 1.0, 0, math.nan
+    target = math.nan
     replayed = dict.fromkeys(recorded.steps.index, (math.nan,) * 4)
     for step in range(1, recorded.steps.index[-1] + 1):
-        if samples * length >= budget:
+        if adaptive.tokens >= budget:
             break
-        position = Position.after(
-            step - 1,
-            samples=samples,
-            tokens=samples * length,
-            token_budget=budget,
-            sequence_length=length,
-        )
-        wanted = policy.target(position, sizer.noise_for(sizer.followed))
+        wanted = policy.target(adaptive.position, adaptive.noise_for(adaptive.followed))
         target = target if wanted is None else wanted
-        decision, _ = sizer.decide(position, batch_size)
-        if decision:
-            batch_size, multiplier = decision.split.batch_size, decision.lr_multiplier
-        lr = run.peak_lr * (schedule.factor(samples) * multiplier)
-        samples += batch_size
+        adaptive.decide()
+        lr = run.peak_lr * (schedule.factor(adaptive.samples) * adaptive.lr_multiplier)
+        batch_size = adaptive.batch_size
+        measured = recorded.measurements.get(step)
+        adaptive.observe([measured] if measured else [])
         if step in replayed:
-            replayed[step] = (batch_size, samples * length, lr, target)
-        if step in recorded.measurements:
-            sizer.observe([recorded.measurements[step]])
+            replayed[step] = (batch_size, adaptive.tokens, lr, target)
     path = recorded.steps.copy()
     path[[f"replayed_{name}" for name in PATH] + ["target"]] = list(replayed.values())
     scale = path["lr"].abs().replace(0.0, 1.0)

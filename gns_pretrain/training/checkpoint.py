@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.stateful import Stateful
 
 from gns_pretrain.errors import InputError, TrainingError, one_line
 from gns_pretrain.fields import Settings, at_least
@@ -59,7 +58,6 @@ from gns_pretrain.training.checkpoint_reader import (
     DataOnlyReader,
     metadata_problem,
 )
-from gns_pretrain.training.state import TrainState
 
 MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
 MODEL, GENERATORS = "model.json", "generators.pt"
@@ -90,19 +88,17 @@ class Checkpoints:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        state: TrainState,
-        *others: Stateful,
+        state: dict[str, Any],
     ) -> Path:
         """Write a checkpoint of this step, then delete older ones beyond `keep`.
 
         Args:
-            others: further parts of the run, whose `state_dict` is fit for JSON and written beside
-                the state's own entries.
+            state: what else changes, fit for JSON; its `step` names the checkpoint.
 
         Raises:
             TrainingError: it could not be written; earlier checkpoints are untouched.
         """
-        target = self.directory / f"step_{state.step:08d}"
+        target = self.directory / f"step_{state['step']:08d}"
         if from_main(self.world.is_main and damage(target) is None, self.world):
             return target
         unfinished = self.directory / f".unfinished_{target.name}"
@@ -110,7 +106,7 @@ class Checkpoints:
             self._on_main(lambda: make_empty(unfinished))
             with no_dist(self.world) as alone:
                 dcp.save(tensors_of(model, optimizer), checkpoint_id=unfinished, no_dist=alone)
-            self._on_main(lambda: write_state(unfinished, model, state, *others))
+            self._on_main(lambda: write_state(unfinished, model, state))
             # Each rank reads back its own files: the hash covers what the disk holds.
             digests = self._on_each(lambda: digests_of(unfinished, self.world.rank))
             self._on_main(lambda: seal(unfinished, digests))
@@ -122,7 +118,7 @@ class Checkpoints:
             whole, _ = pick_whole(self.directory)
             older = f"{whole} is whole, the run resumes from it" if whole else "none is older"
             raise TrainingError(
-                f"step {state.step}: the checkpoint {target} could not be written "
+                f"step {state['step']}: the checkpoint {target} could not be written "
                 f"({root_cause(error)}); {older}; make room or mend the path, and start the same "
                 "command again",
                 on_all_ranks=True,
@@ -132,12 +128,13 @@ class Checkpoints:
         return target
 
     def load_latest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Stateful
-    ) -> tuple[TrainState | None, list[str]]:
-        """Load the newest whole checkpoint into model, optimizer, others and random generators.
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint into model, optimizer and random generators.
 
         Returns:
-            Its state, None where there is no checkpoint; a line for each damaged one skipped.
+            Its further state, None where there is no checkpoint; a line for each damaged one that
+            was skipped.
 
         Raises:
             TrainingError: there are checkpoints and every one is damaged.
@@ -164,10 +161,7 @@ class Checkpoints:
         # A kind of device that was not saved keeps its own.
         if "cuda" in generators and torch.cuda.is_available():
             torch.cuda.set_rng_state(generators["cuda"])
-        values = json.loads((chosen / TRAIN_STATE).read_text())
-        for other in others:
-            other.load_state_dict(values)
-        return TrainState.from_dict(values), damaged
+        return json.loads((chosen / TRAIN_STATE).read_text()), damaged
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run something on the main rank; raise its failure on every rank."""
@@ -265,12 +259,9 @@ def no_dist(world: World | None = None) -> Iterator[bool]:
         yield alone
 
 
-def write_state(folder: Path, model: nn.Module, state: TrainState, *others: Stateful) -> None:
+def write_state(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     """Write what is not a sharded tensor: the run's position, the model's shape, the generators."""
-    values = asdict(state)
-    for other in others:
-        values |= other.state_dict()
-    write_json(folder / TRAIN_STATE, values)
+    write_json(folder / TRAIN_STATE, state)
     llama = unwrapped(model)
     assert isinstance(llama, Llama)
     write_json(folder / MODEL, asdict(llama.config))

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gns_pretrain.batch_size.controller import BatchSizer, Decision
-from gns_pretrain.batch_size.policies import Position
+from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
@@ -20,14 +19,13 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings, evaluate
 from gns_pretrain.training.schedule import Schedule
-from gns_pretrain.training.state import TrainState, crossed
 from gns_pretrain.training.step import train_step
 from gns_pretrain.training.step_log import StepLog, raise_unless_finite, record_noise
 
 
 @dataclass
 class Run:
-    """All objects of a run, built; what changes is in model, optimizer, state and batch_sizer."""
+    """All objects of a run, built; what changes is in model, optimizer and adaptive."""
 
     world: World
     model: nn.Module
@@ -35,10 +33,9 @@ class Run:
     schedule: Schedule
     batches: Batches
     validation_sequences: Tensor  # int64 [n, L + 1]
-    state: TrainState
+    adaptive: AdaptiveBatchSize  # counts steps and samples, which are the data cursor
     checkpoints: Checkpoints
     record: Record
-    batch_sizer: BatchSizer
     meter: NoiseMeter | None  # None where no geometry is measured
     # Settings that the loop itself reads, under their names in the configuration.
     token_budget: int  # the run ends with the first whole step that reaches it
@@ -65,99 +62,76 @@ def train(
     Returns:
         Whether the run is finished; False after a stop, when it is saved and can be resumed.
     """
-    state, sizer = run.state, run.batch_sizer
+    adaptive = run.adaptive
     log = StepLog(run.record, run.world)
     take_step = step or one_step
     stopping = False
-    while state.tokens < run.token_budget and not stopping:
-        tokens_before = state.tokens
+    while adaptive.tokens < run.token_budget and not stopping:
+        tokens_before = adaptive.tokens
         choose_batch_size(run, log)
         readings = take_step(run, log)
-        sizer.observe(reading.total for reading in readings)
-        done = state.tokens >= run.token_budget
+        done = adaptive.tokens >= run.token_budget
         stopping = any_rank(should_stop(), run.world)
         evaluating = (
-            state.step == 1
+            adaptive.steps == 1
             or done
-            or crossed(run.evaluation.every_tokens, before=tokens_before, after=state.tokens)
+            or crossed(run.evaluation.every_tokens, before=tokens_before, after=adaptive.tokens)
         )
-        saving = done or stopping or state.step % run.checkpoint.every_steps == 0
-        if readings or evaluating or saving or state.step % run.metrics.log_every == 0:
+        saving = done or stopping or adaptive.steps % run.checkpoint.every_steps == 0
+        if readings or evaluating or saving or adaptive.steps % run.metrics.log_every == 0:
             log.flush()
-        record_noise(run.record, state.step, readings, sizer.averages)
+        record_noise(run.record, adaptive.steps, readings, adaptive.averages)
         if evaluating:
             validate(run)
         if saving:
-            run.checkpoints.save(run.model, run.optimizer, state, sizer)
+            run.checkpoints.save(run.model, run.optimizer, adaptive.state_dict())
         if evaluating or saving:
             log.restart_clock()
-    return state.tokens >= run.token_budget
+    return adaptive.tokens >= run.token_budget
 
 
 def choose_batch_size(run: Run, log: StepLog) -> None:
-    """Let the policies decide on the coming step; apply what is followed, record all."""
-    state = run.state
-    position = Position.after(
-        state.step,
-        samples=state.samples,
-        tokens=state.tokens,
-        token_budget=run.token_budget,
-        sequence_length=run.sequence_length,
-    )
-    decision, of_shadows = run.batch_sizer.decide(position, state.batch_size)
+    """Let the policies decide on the coming step; follow one of them, record all."""
+    decision, of_shadows = run.adaptive.decide()
     if decision or of_shadows:
         log.flush()  # so that the record's steps stay in order
     if decision:
-        apply_decision(decision, state, run.optimizer, run.record)
+        apply_decision(decision, run.adaptive.steps + 1, run.optimizer, run.record)
     for shadow in of_shadows:
-        fields = shadow.record_fields(position.step)
+        fields = shadow.record_fields(run.adaptive.steps + 1)
         run.record.write(ShadowLine(policy=shadow.policy, **fields))
 
 
-def apply_decision(
-    decision: Decision, state: TrainState, optimizer: Optimizer, record: Record
-) -> None:
-    """Give the coming step another batch size: state, optimizer and record change together."""
-    state.take(decision.split, lr_multiplier=decision.lr_multiplier)
-    update_half_life(optimizer, state.batch_size, lr_multiplier=state.lr_multiplier)
-    record.write(BatchSizeLine(**decision.record_fields(state.step + 1)), why=decision.why)
-
-
-def fit_to_ranks(
-    state: TrainState, sizer: BatchSizer, optimizer: Optimizer, record: Record
-) -> None:
-    """Split the batch over these ranks, which may be others than those that saved it."""
-    decision = sizer.followed.fit(state.batch_size)
-    if decision.split.batch_size == state.batch_size:
-        state.take(decision.split, lr_multiplier=state.lr_multiplier)
-    else:
-        apply_decision(decision, state, optimizer, record)
+def apply_decision(decision: Decision, step: int, optimizer: Optimizer, record: Record) -> None:
+    """Let optimizer and record follow the batch size, which changes with `step`."""
+    update_half_life(optimizer, decision.split.batch_size, lr_multiplier=decision.lr_multiplier)
+    record.write(BatchSizeLine(**decision.record_fields(step)), why=decision.why)
 
 
 def one_step(run: Run, log: StepLog) -> list[Reading]:
-    """Take the next sequences, update the weights, count; return what the meter read."""
-    state = run.state
-    factor = run.schedule.factor(state.samples) * state.lr_multiplier
+    """Take the next sequences, update the weights, count and average; return the readings."""
+    adaptive = run.adaptive
+    factor = run.schedule.factor(adaptive.samples) * adaptive.lr_multiplier
     lr = set_learning_rate(run.optimizer, factor)
     result = train_step(
         run.model,
         run.optimizer,
         run.batches.micro_batches(
-            state.samples,
-            batch_size=state.batch_size,
-            micro_batch_size=state.micro_batch_size,
+            adaptive.samples,
+            batch_size=adaptive.batch_size,
+            micro_batch_size=adaptive.micro_batch_size,
         ),
-        accumulation=state.accumulation,
+        accumulation=adaptive.accumulation,
         gradient_clip=run.gradient_clip,
-        batch_size=state.batch_size,
+        batch_size=adaptive.batch_size,
         meter=meter_of_step(run),
     )
-    epoch, tokens_before = run.batches.epoch(state.samples), state.tokens
-    state.advance(sequence_length=run.sequence_length)
-    log.add(state, result, lr=lr, tokens_before=tokens_before)
-    if epoch == 0 and run.batches.epoch(state.samples) > 0:
+    epoch, tokens_before = run.batches.epoch(adaptive.samples), adaptive.tokens
+    adaptive.observe(reading.total for reading in result.readings)
+    log.add(adaptive, result, lr=lr, tokens_before=tokens_before)
+    if epoch == 0 and run.batches.epoch(adaptive.samples) > 0:
         run.record.message(
-            f"step {state.step:,}: every sequence of the training data has been used; "
+            f"step {adaptive.steps:,}: every sequence of the training data has been used; "
             "from here on they repeat, in another order each epoch"
         )
     return result.readings
@@ -165,10 +139,10 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
 
 def meter_of_step(run: Run) -> NoiseMeter | None:
     """Return the noise meter if the coming step is to be measured and can be."""
-    step = run.state.step + 1
+    step = run.adaptive.steps + 1
     if run.meter is None or not run.noise_scale.measures_at(step):
         return None
-    if run.state.accumulation * run.world.num_ranks < 2:
+    if run.adaptive.accumulation * run.world.num_ranks < 2:
         run.record.message(
             f"step {step:,}: the noise scale is not measured: it compares at least 2 micro-batches "
             "and this step has 1; use a smaller micro_batch_size"
@@ -179,9 +153,14 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 
 def validate(run: Run) -> None:
     """Take the validation loss and record it; TrainingError if it is not finite."""
-    state = run.state
+    adaptive = run.adaptive
     loss = evaluate(
-        run.model, run.validation_sequences, chunk=state.micro_batch_size, world=run.world
+        run.model, run.validation_sequences, chunk=adaptive.micro_batch_size, world=run.world
     )
-    raise_unless_finite(state.step, "validation loss", loss)
-    run.record.write(ValidationLine(step=state.step, tokens=state.tokens, loss=loss))
+    raise_unless_finite(adaptive.steps, "validation loss", loss)
+    run.record.write(ValidationLine(step=adaptive.steps, tokens=adaptive.tokens, loss=loss))
+
+
+def crossed(every: int, *, before: int, after: int) -> bool:
+    """Whether a counter that went from `before` to `after` passed a multiple of `every`."""
+    return before // every != after // every

@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.errors import TrainingError
 from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
@@ -15,7 +15,6 @@ from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
-from gns_pretrain.training.state import TrainState
 from gns_pretrain.training.step import StepResult
 
 
@@ -70,10 +69,19 @@ class StepLog:
         """Exclude what was done since the last flush from the steps' time."""
         self._since = time.perf_counter()
 
-    def add(self, state: TrainState, result: StepResult, *, lr: float, tokens_before: int) -> None:
-        """Keep one step, counted in `state` but not in `tokens_before`, for the next flush."""
-        counters = asdict(state) | {"lr": lr}
-        del counters["lr_multiplier"]  # part of lr
+    def add(
+        self, adaptive: AdaptiveBatchSize, result: StepResult, *, lr: float, tokens_before: int
+    ) -> None:
+        """Keep one step, counted in `adaptive` but not in `tokens_before`, for the next flush."""
+        counters = {
+            "step": adaptive.steps,
+            "samples": adaptive.samples,
+            "tokens": adaptive.tokens,
+            "batch_size": adaptive.batch_size,
+            "micro_batch_size": adaptive.micro_batch_size,
+            "accumulation": adaptive.accumulation,
+            "lr": lr,
+        }
         self._pending.append((counters, result))
         if self._tokens_at_last_flush is None:
             self._tokens_at_last_flush = tokens_before

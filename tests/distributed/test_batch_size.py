@@ -40,7 +40,7 @@ def train(place: RankInfo, config: Config, stop_after: int | None) -> int:
 
         def take_and_stop(run, log):
             readings = take(run, log)
-            if run.state.step == stop_after:
+            if run.adaptive.steps == stop_after:
                 signal.raise_signal(signal.SIGTERM)
             return readings
 

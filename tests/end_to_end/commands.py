@@ -95,7 +95,7 @@ def hold_steps(step: int, gate: Path) -> None:
 
     def held_step(run: loop.Run, log: loop.StepLog) -> list[loop.Reading]:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while run.state.step == step and not gate.exists():
+        while run.adaptive.steps == step and not gate.exists():
             assert time.monotonic() < deadline, f"nobody has opened {gate}"
             time.sleep(0.01)
         return one_step(run, log)

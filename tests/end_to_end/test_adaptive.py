@@ -131,7 +131,7 @@ def die_in_the_first_step_of_the_new_size() -> None:
     take = loop.one_step
 
     def take_unless_grown(run, log):
-        if run.state.batch_size > 8:
+        if run.adaptive.batch_size > 8:
             die()
         return take(run, log)
 

@@ -188,7 +188,7 @@ def lose_the_fourth_step() -> None:
     take = loop.one_step
 
     def one_step(run, log):
-        if run.state.step == 3:
+        if run.adaptive.steps == 3:
             run.model.register_forward_hook(lambda model, inputs, loss: loss * math.nan)
         return take(run, log)
 

@@ -126,11 +126,11 @@ def test_resumed_run_takes_the_same_steps_bit_for_bit(gpu, kind, optimizer, tmp_
         log = StepLog(run.record, run.world)
         for step in range(4):
             if step == 2:
-                run.checkpoints.save(run.model, run.optimizer, run.state, run.batch_sizer)
+                run.checkpoints.save(run.model, run.optimizer, run.adaptive.state_dict())
             one_step(run, log)
         expected = [part.detach().clone() for part in local_shards(run.model.parameters())]
     with run_on(gpu, tmp_path, shards, kind, optimizer=optimizer) as run:
-        assert run.state.step == 2
+        assert run.adaptive.steps == 2
         log = StepLog(run.record, run.world)
         for _ in range(2):
             one_step(run, log)

@@ -16,7 +16,7 @@ from gns_pretrain.config.checks import check_batch_size, check_layout
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.register import register_configs
 from gns_pretrain.errors import InputError
-from gns_pretrain.launch.build import build_batch_sizer
+from gns_pretrain.launch.build import build_adaptive_batch_size
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
@@ -79,8 +79,8 @@ def test_more_ranks_have_more_samples():
 def test_constant_batch_needs_no_samples_and_keeps_its_micro_batch():
     run = config(policy="constant", initial=4, micro_batch_max=4)
     check_batch_size(run, num_ranks=1)
-    sizer = build_batch_sizer(run, num_ranks=1)
-    assert sizer.followed.sizes.at_least(4).micro_batch_size == 2
+    adaptive = build_adaptive_batch_size(run, num_ranks=1)
+    assert adaptive.followed.sizes.at_least(4).micro_batch_size == 2
 
 
 @pytest.mark.parametrize("setting", [{"every_steps": 0}, {"min_samples": 1}])
@@ -105,7 +105,7 @@ def test_every_policy_composes_into_a_run_that_may_start(policy):
     check_layout(run, num_ranks=1, ranks_per_node=1)
     check_batch_size(run, num_ranks=1)
     assert run.batch_size.policy == policy
-    assert build_batch_sizer(run, num_ranks=1).followed.policy.name == policy
+    assert build_adaptive_batch_size(run, num_ranks=1).followed.policy.name == policy
 
 
 def test_initial_size_of_the_default_run_stands_whatever_the_policy():

@@ -8,7 +8,12 @@ from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.errors import InputError
 
 PUBLISHED = FeasibleSizes(
-    num_ranks=8, micro_batch_size=8, micro_batch_max=16, micro_batch_step=4, min_samples=8
+    num_ranks=8,
+    micro_batch_size=8,
+    micro_batch_max=16,
+    micro_batch_step=4,
+    min_samples=8,
+    names={"min_samples": "noise_scale.min_samples"},
 )
 
 
@@ -38,8 +43,8 @@ def test_batch_that_ranks_cannot_split_names_the_unit_and_the_nearest_size():
 def test_sizes_of_the_published_runs_grow_by_micro_batch_and_then_by_accumulation():
     assert ladder(PUBLISHED, up_to=700) == [64, 96, 128, 256, 384, 512, 640]
     assert [str(PUBLISHED.at_most(size)) for size in (96, 384)] == [
-        "96 = 8 ranks x 12 sequences",
-        "384 = 8 ranks x 16 sequences x 3 micro-batches",
+        "96 = 8 ranks x 12",
+        "384 = 8 ranks x 3 micro-batches of 16",
     ]
 
 

@@ -16,7 +16,6 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.checkpoint import Checkpoints
-from gns_pretrain.training.state import TrainState
 from tests.settings import SEQUENCE_LENGTH, odd_model
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +33,7 @@ def model() -> Llama:
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    state = TrainState(batch_size=8, micro_batch_size=2, step=1)
+    state = {"step": 1}
     return Checkpoints(folder, keep=1, world=ALONE).save(model, AdamWSettings().build(model), state)
 
 
@@ -147,7 +146,7 @@ def test_weight_that_is_not_finite_gives_no_report(geometry, shards, tmp_path):
     ruined = Llama(odd_model())
     ruined.init_weights(seed=4)
     ruined.layers[0].attention.wq.weight.data[0, 0] = torch.nan
-    state = TrainState(batch_size=8, micro_batch_size=2, step=1)
+    state = {"step": 1}
     folder = Checkpoints(tmp_path, keep=1, world=ALONE).save(
         ruined, AdamWSettings().build(ruined), state
     )

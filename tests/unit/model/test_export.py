@@ -18,7 +18,6 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.training.checkpoint import Checkpoints
-from gns_pretrain.training.state import TrainState
 from tests.settings import VOCABULARY, odd_model, small_run
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "export_hf.py"
@@ -52,7 +51,7 @@ def saved(tmp_path, data) -> Path:
     model = Llama(odd_model())
     model.init_weights(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
-    state = TrainState(batch_size=8, micro_batch_size=2, step=1)
+    state = {"step": 1}
     return checkpoints.save(model, config.optimizer.build(model), state)
 
 

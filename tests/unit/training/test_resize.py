@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor
 
-from gns_pretrain.batch_size import BatchSizeSettings
-from gns_pretrain.launch.build import build_batch_sizer, build_run
+from gns_pretrain.batch_size import AdaptiveBatchSize, BatchSizeSettings
+from gns_pretrain.launch.build import build_adaptive_batch_size, build_run
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.base import keep_token_half_life
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.training.loop import fit_to_ranks, one_step, train
-from gns_pretrain.training.state import TrainState
+from gns_pretrain.training.loop import apply_decision, one_step, train
 from tests.settings import SEQUENCE_LENGTH, small_run
 
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
@@ -53,7 +52,7 @@ def test_memory_stays_what_it_was_after_the_first_measurement(geometry, tmp_path
         readings = one_step(run, log)
         log.flush()
         gc.collect()
-        seen[run.state.step] = live_bytes()
+        seen[run.adaptive.steps] = live_bytes()
         return readings
 
     config = small_run(
@@ -89,8 +88,8 @@ class Recorded:
 
 def moved(
     batch_size: int, *, num_ranks: int, cap: int | None = None
-) -> tuple[TrainState, list[dict], float]:
-    """A state of 8 sequences at first, taken over by other ranks in the middle of its run.
+) -> tuple[AdaptiveBatchSize, list[dict], float]:
+    """A batch of 8 sequences at first, taken over by other ranks in the middle of its run.
 
     Its optimizer is tied to tokens with a momentum of 0.9, whose new value comes last.
     """
@@ -101,28 +100,41 @@ def moved(
         batch_size=BatchSizeSettings(initial=8, policy="adaptive", micro_batch_max=4, cap=cap),
         noise_scale=NoiseScaleSettings(geometries=["manhattan"], min_samples=4),
     )
-    state = TrainState(batch_size, micro_batch_size=99, step=7, lr_multiplier=7.0)
     record = Recorded()
     optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
     keep_token_half_life(optimizer, 8)
-    fit_to_ranks(state, build_batch_sizer(config, num_ranks=num_ranks), optimizer, record)
-    return state, record.changes, optimizer.param_groups[0]["momentum"]
+    adaptive = build_adaptive_batch_size(config, num_ranks=num_ranks)
+    state = {
+        "batch_size": batch_size,
+        "micro_batch_size": 99,
+        "accumulation": 1,
+        "step": 7,
+        "samples": 56,
+        "tokens": 56 * SEQUENCE_LENGTH,
+        "lr_multiplier": 7.0,
+        "averages": {},
+        "recent_noise_scales": {},
+        "shadow_batch_sizes": {},
+    }
+    if forced := adaptive.load_state_dict(state):
+        apply_decision(forced, adaptive.steps + 1, optimizer, record)
+    return adaptive, record.changes, optimizer.param_groups[0]["momentum"]
 
 
 @pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(1, 4), (2, 4), (4, 4), (8, 2)])
 def test_batch_that_the_ranks_can_take_is_kept(num_ranks, micro_batch_size):
-    state, changes, momentum = moved(16, num_ranks=num_ranks)
-    assert (state.batch_size, state.micro_batch_size) == (16, micro_batch_size)
-    assert state.lr_multiplier == 7.0
+    adaptive, changes, momentum = moved(16, num_ranks=num_ranks)
+    assert (adaptive.batch_size, adaptive.micro_batch_size) == (16, micro_batch_size)
+    assert adaptive.lr_multiplier == 7.0
     assert changes == []
     assert momentum == 0.9  # as the checkpoint had it
 
 
 def test_batch_that_the_ranks_cannot_take_becomes_the_next_larger_with_its_learning_rate():
     # 3 ranks take 2 micro-batches each, of 2 to 4 sequences: 12, 18, 24, then 36.
-    state, changes, momentum = moved(26, num_ranks=3)
-    assert (state.batch_size, state.micro_batch_size) == (36, 4)
-    assert state.lr_multiplier == 4.5**0.5
+    adaptive, changes, momentum = moved(26, num_ranks=3)
+    assert (adaptive.batch_size, adaptive.micro_batch_size) == (36, 4)
+    assert adaptive.lr_multiplier == 4.5**0.5
     assert momentum == 0.9**4.5
     (change,) = changes
     assert (change["step"], change["from"], change["to"], change["target"]) == (8, 26, 36, None)
@@ -130,12 +142,12 @@ def test_batch_that_the_ranks_cannot_take_becomes_the_next_larger_with_its_learn
     assert "cap" not in change["why"]
 
 
-@pytest.mark.parametrize(("cap", "told"), [(32, ", above batch_size.cap=32"), (36, "")])
+@pytest.mark.parametrize(("cap", "told"), [(32, ", above cap=32"), (36, "")])
 def test_batch_that_other_ranks_take_past_its_cap_says_so(cap, told):
-    state, (change,), _ = moved(26, num_ranks=3, cap=cap)
-    assert state.batch_size == 36
+    adaptive, (change,), _ = moved(26, num_ranks=3, cap=cap)
+    assert adaptive.batch_size == 36
     assert change["why"].endswith(
-        f"the next larger size, 36 = 3 ranks x 4 sequences x 3 micro-batches{told}"
+        f"the next larger size, 36 = 3 ranks x 3 micro-batches of 4{told}"
     )
 
 
@@ -143,7 +155,7 @@ def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
     betas = {}
 
     def take_and_look(run, log):
-        betas[run.state.batch_size] = run.optimizer.param_groups[0]["momentum"]
+        betas[run.adaptive.batch_size] = run.optimizer.param_groups[0]["momentum"]
         return one_step(run, log)
 
     config = small_run(
