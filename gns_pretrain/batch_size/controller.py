@@ -284,8 +284,20 @@ class AdaptiveBatchSize:
         Returns:
             The change of the batch size, None where it stays. It has been made: `batch_size`,
             `accumulation` and `lr_multiplier` are those of the coming step.
+
+        Raises:
+            InputError: there are readings, and none of the geometry and estimate that is followed.
         """
-        self.observe(reading.total for reading in readings)
+        measurements = [reading.total for reading in readings]
+        found = {f"{m.geometry}/{m.estimate}" for m in measurements}
+        followed = self._read.get(self.followed.name)
+        if found and followed and f"{followed.geometry}/{followed.estimate}" not in found:
+            raise InputError(
+                f"policy {self.followed.name} follows the noise scale {followed.geometry}/"
+                f"{followed.estimate}, and the readings have {', '.join(sorted(found))}; give the "
+                "meter and AdaptiveBatchSize one geometry and estimate"
+            )
+        self.observe(measurements)
         decision, _ = self.decide()
         return decision
 

@@ -67,6 +67,13 @@ def test_loop_grows_its_batch_and_learning_rate_with_the_noise_scale():
     assert (it.steps, it.samples) == (7, 3 * 64 + 2 * 96 + 2 * 256)
 
 
+def test_readings_of_another_geometry_than_the_followed_one_are_an_error():
+    it = adaptive(geometry="nuclear")
+    with pytest.raises(InputError, match=r"follows the noise scale nuclear/plug_in, .* manhattan"):
+        it.step([Read(measured(100.0)), Read(measured(100.0, estimate="debiased"))])
+    assert (it.steps, it.samples) == (0, 0)
+
+
 def test_warm_up_is_a_share_of_the_budget():
     # floor(0.15 x 64,000 / 64) = 150 steps of 64 samples.
     it = adaptive(warmup_fraction=0.15, theta=0.5)
