@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 EXIT_FINISHED = 0
+EXIT_CRASHED = 1  # a traceback, or a process that was killed
 EXIT_BAD_INPUT = 2  # a setting or a file that the user can mend
 EXIT_TRAINING = 3  # the run cannot continue: a loss that is not finite, a full disk
 EXIT_STOPPED = 75  # the shell's EX_TEMPFAIL: saved after a signal, start the same command again

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from gns_pretrain.data.staging import staged
 from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks
+from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CHECKPOINTS
+from gns_pretrain.runs.history import note_checkpoint
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints
@@ -37,18 +40,24 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
     adaptive = build_adaptive_batch_size(config, num_ranks=world.num_ranks)
-    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep, world=world)
+    checkpoints = Checkpoints(
+        directory / CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        world=world,
+        on_save=partial(note_checkpoint, directory),
+    )
     saved, damaged = checkpoints.load_latest(model, optimizer)
     forced = adaptive.load_state_dict(saved) if saved else None
-    record = Record(
-        directory,
-        shown_as(config),
-        is_main=world.is_main,
-        resume_step=adaptive.steps,
-        config=dataclasses.asdict(config),
-        token_budget=config.token_budget,
-        run_id=run_id,
-    )
+    with errors_of_main(world):
+        record = Record(
+            directory,
+            shown_as(config),
+            is_main=world.is_main,
+            resume_step=adaptive.steps,
+            config=dataclasses.asdict(config),
+            token_budget=config.token_budget,
+            run_id=run_id,
+        )
     for line in damaged:
         record.message(f"{line}; the one before it is used")
     if saved:

@@ -29,6 +29,7 @@ from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest
 from gns_pretrain.system.slurm import first_host
 
 AGENT_LOG = "torch.distributed.elastic.multiprocessing.api"
+SPAWN_LOG = "torch.multiprocessing.spawn"  # warns of each rank that is ended after another failed
 
 
 def rank_info_from(environment: Mapping[str, str]) -> RankInfo | None:
@@ -88,6 +89,7 @@ def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...
         signals_to_handle="SIGHUP",
     )
     logging.getLogger(AGENT_LOG).addFilter(is_not_an_exit_code)
+    logging.getLogger(SPAWN_LOG).setLevel(logging.ERROR)
     multiprocessing.set_forkserver_preload([entrypoint.__module__])
     pipe, our_end = multiprocessing.Pipe(duplex=False)
     with our_end, StopRequest(RawValue(c_bool, False)).listening() as stop:

@@ -21,7 +21,7 @@ from gns_pretrain.runs.directory import (
     run_directories,
 )
 from gns_pretrain.runs.history import read_starts
-from gns_pretrain.runs.lock import DEAD_AFTER_SECONDS
+from gns_pretrain.runs.lock import DEAD_AFTER_SECONDS, holder_in
 from gns_pretrain.system.slurm import LOG_FOLDER, read_submitted
 from gns_pretrain.tracking.console import duration, short_number
 from gns_pretrain.tracking.jsonl import last_record
@@ -82,7 +82,7 @@ def run_status(
     starts = [event for event in events if event["event"] == "start"]
     ending: dict[str, Any] = events[-1] if events else {}
     lock = directory / LOCK
-    held = lock.exists() and bool(lock.read_text().strip())
+    held = bool(holder_in(lock))
     alive = held and now - lock.stat().st_mtime < DEAD_AFTER_SECONDS
     signs_of_life = [directory / METRICS, directory / STARTS, *([lock] if held else [])]
 

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -20,21 +21,28 @@ from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.data.staging import compile_cache
 from gns_pretrain.errors import (
     EXIT_BAD_INPUT,
+    EXIT_CRASHED,
     EXIT_FINISHED,
     EXIT_STOPPED,
     EXIT_TRAINING,
     InputError,
     OneLineError,
-    TrainingError,
     print_error,
 )
 from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.crash_report import CrashReporter
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
-from gns_pretrain.parallel.collectives import barrier, from_main, gathered
+from gns_pretrain.parallel.collectives import barrier, errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
-from gns_pretrain.runs.directory import CHECKPOINTS, fresh_directory, is_finished
+from gns_pretrain.runs.directory import (
+    CHECKPOINTS,
+    PROVENANCE,
+    STARTS,
+    fresh_directory,
+    is_finished,
+)
 from gns_pretrain.runs.history import (
+    FIRST_CHECKPOINT,
     append_end,
     append_start,
     directory_of_requeued_job,
@@ -43,7 +51,7 @@ from gns_pretrain.runs.history import (
 )
 from gns_pretrain.runs.identity import identifying_settings, refuse_another_run
 from gns_pretrain.runs.lock import locked
-from gns_pretrain.system.files import make_folder, remove_temporaries
+from gns_pretrain.system.files import make_folder, must_write, remove_temporaries
 from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.training.checkpoint import checkpoint_folders
@@ -71,7 +79,16 @@ def launch(config: Config) -> int:
         for known in (EXIT_TRAINING, EXIT_BAD_INPUT, EXIT_STOPPED):
             if known in codes:
                 return known
-        raise
+        rank, failure = error.get_first_failure()
+        how = f"exit code {failure.exitcode}"  # after the traceback that it has printed
+        if failure.exitcode < 0:
+            how = f"{failure.signal_name()}, as when memory runs out"
+        print(
+            f"error: rank {rank} (process {failure.pid}) ended by {how}; the same command resumes "
+            "the run",
+            file=sys.stderr,
+        )
+        return EXIT_CRASHED
     return EXIT_FINISHED
 
 
@@ -181,8 +198,9 @@ def train_in(
         resources.callback(run.record.close)
         resources.callback(run.batches.close)
         finished = train(run, lambda: stop.requested)
-        if world.is_main:
-            append_end(directory, "finished" if finished else "stopped")
+        with errors_of_main(world), must_write(directory / STARTS):
+            if world.is_main:
+                append_end(directory, "finished" if finished else "stopped")
         if finished:
             run.record.finish({"parameters": sum(p.numel() for p in run.model.parameters())})
             return EXIT_FINISHED
@@ -193,29 +211,30 @@ def train_in(
 @contextmanager
 def taken(directory: Path, config: Config, fingerprint: str, world: World) -> Iterator[None]:
     """Lock the run directory on rank 0 and write what the run is; all ranks raise a refusal."""
-    problem: OneLineError | None = None
     nodes = gathered(node_name(), world)
+    settings = identifying_settings(dataclasses.asdict(config), fingerprint)
     with ExitStack() as lock:
-        if world.is_main:
-            try:
+        with errors_of_main(world), must_write(directory):
+            if world.is_main:
                 make_folder(directory, "output_directory")
                 lock.enter_context(locked(directory))
+                # Again, since another command may have used the directory after the first look.
+                refuse_another_run(directory, settings)
+                refuse_lost_checkpoints(directory)
                 remove_temporaries(directory)
                 write_provenance(directory, as_yaml(config), fingerprint)
                 append_start(directory, nodes=nodes, gpu=gpu_versions())
-            except InputError as error:
-                problem = error
-            except OSError as error:
-                problem = TrainingError(
-                    f"{error.filename or directory} could not be written "
-                    f"({error.strerror or error}); make room or mend the path, and start the same "
-                    "command again"
-                )
-        problem = from_main(problem, world)
-        if problem is not None:
-            problem.on_all_ranks = True
-            raise problem
         yield
+
+
+def refuse_lost_checkpoints(directory: Path) -> None:
+    """Refuse to restart from nothing, over its record, a run that has saved itself before."""
+    saved = (directory / PROVENANCE).is_file() and FIRST_CHECKPOINT in read_provenance(directory)
+    if saved and not checkpoint_folders(directory / CHECKPOINTS):
+        raise InputError(
+            f"{directory / CHECKPOINTS} holds no checkpoint, but the run has saved some; restore "
+            "one, or restart with resume=never"
+        )
 
 
 def gpu_versions() -> dict[str, Any]:

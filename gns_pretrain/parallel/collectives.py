@@ -1,5 +1,7 @@
 """Collectives beside the gradient's own reduction; on one process they do nothing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gns_pretrain.errors import OneLineError
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import ShardLayout
 
@@ -44,6 +47,20 @@ def from_main(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+@contextmanager
+def errors_of_main(world: World) -> Iterator[None]:
+    """Raise, on every rank, the OneLineError of the main rank's block; no other rank's may fail."""
+    problem: OneLineError | None = None
+    try:
+        yield
+    except OneLineError as error:
+        problem = error
+    problem = from_main(problem, world)
+    if problem is not None:
+        problem.on_all_ranks = True
+        raise problem
 
 
 def gathered(value: Any, world: World) -> list[Any]:

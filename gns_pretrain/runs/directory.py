@@ -53,7 +53,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         return {}
     try:
         settings = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path} is damaged ({reason}); restore it, or use another run_name"

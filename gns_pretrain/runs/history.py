@@ -25,6 +25,7 @@ from gns_pretrain.runs.directory import CONFIG, PROVENANCE, STARTS
 from gns_pretrain.system.files import write_bytes, write_json
 from gns_pretrain.system.slurm import SlurmJob, node_name
 
+FIRST_CHECKPOINT = "first_checkpoint"  # entry of run.json: the step of the first one saved
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,13 +47,20 @@ def new_run_id(directory: Path) -> str:
     return run_id
 
 
+def note_checkpoint(directory: Path, step: int) -> None:
+    """Note in run.json that the run has saved itself, and must not restart from nothing."""
+    values = read_provenance(directory)
+    if FIRST_CHECKPOINT not in values:
+        write_json(directory / PROVENANCE, values | {FIRST_CHECKPOINT: step})
+
+
 def read_provenance(directory: Path) -> dict[str, Any]:
     """Read run.json, with its `data_fingerprint`; InputError if missing or damaged."""
     path = directory / PROVENANCE
     try:
         values = json.loads(path.read_text())
         return {"data_fingerprint": values["data_fingerprint"], **values}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is missing or damaged; restore it, or use another run_name"
         ) from error

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
+from gns_pretrain.runs.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PROVENANCE,
+    STARTS,
+    SUMMARY,
+    read_settings,
+)
 from gns_pretrain.runs.history import read_provenance
 
 FINGERPRINT = "data_fingerprint"  # of run.json, among the settings
@@ -123,7 +131,15 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InputError if a directory holds a run with other settings or data."""
+    """Raise InputError if a directory holds a run with other settings or data, or part of one."""
+    written_later = (STARTS, METRICS, SUMMARY, CHECKPOINTS)
+    present = [name for name in written_later if (directory / name).exists()]
+    for name in (CONFIG, PROVENANCE) if present else ():
+        if not (directory / name).exists():
+            raise InputError(
+                f"{directory / name} is missing, so the run whose {present[0]} is there may be "
+                "another one; restore it, or use another run_name"
+            )
     if not (directory / CONFIG).exists():
         return
     known = settings_of_run(directory)

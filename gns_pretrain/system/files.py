@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from typing import (
     get_type_hints,
 )
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, TrainingError
 
 T = TypeVar("T")
 
@@ -54,6 +55,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
+@contextlib.contextmanager
+def must_write(path: Path) -> Iterator[None]:
+    """Around writing what a run cannot do without: an OSError becomes a TrainingError, one line."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or path} could not be written ({error.strerror or error}); make room "
+            "or mend the path, and start the same command again"
+        ) from error
+
+
 def make_folder(folder: Path, setting: str) -> None:
     """Make a folder that a setting names, and those above it; InputError if that cannot be."""
     try:
@@ -68,7 +81,12 @@ def make_folder(folder: Path, setting: str) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to write in; it takes the name `folder` at the end, or vanishes on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{socket.gethostname()}-{os.getpid()}")
+    prefix = f".{folder.name}.unfinished-{socket.gethostname()}-"
+    for stale in folder.parent.glob(glob.escape(prefix) + "*"):
+        process = stale.name.removeprefix(prefix)
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(stale, ignore_errors=True)
+    unfinished = folder.with_name(f"{prefix}{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with the same number
     unfinished.mkdir()
     try:
@@ -76,6 +94,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine is there, whoever's it is."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

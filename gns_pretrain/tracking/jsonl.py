@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, ClassVar
 
 from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.system.files import write_bytes
+from gns_pretrain.system.files import flush_to_disk, write_bytes
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
 TAIL_BYTES = 2**16  # hold many lines
@@ -122,6 +122,7 @@ class JsonLines:
         self._path = path
         try:
             self._file = path.open("ab", buffering=0)
+            flush_to_disk(path.parent)  # which holds the name of a new file
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}); choose another run_name or fix "
@@ -132,8 +133,10 @@ class JsonLines:
         """Append one record. Floats keep every bit: Python's shortest exact decimal form.
 
         Raises:
-            TrainingError: the disk is full or gone. A torn line may remain; resuming drops it.
+            TrainingError: the disk is full or gone, when a torn line may remain, which resuming
+                drops; or the file has been moved or deleted, and nobody would find the line.
         """
+        self._require_in_place()
         text = json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"
         remaining = memoryview(text.encode())
         try:
@@ -147,8 +150,23 @@ class JsonLines:
                 "command"
             ) from error
 
+    def sync(self) -> None:
+        """Wait until every record is on disk; OSError if it cannot be."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
+
+    def _require_in_place(self) -> None:
+        try:
+            in_place = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            in_place = False
+        if not in_place:
+            raise TrainingError(
+                f"{self._path} or its folder has been moved or deleted, so the run stops; put it "
+                "back and start the same command again, or restart with resume=never"
+            )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -181,15 +199,23 @@ def truncate_after_step(path: Path, step: int) -> None:
     new file is written beside and renamed, so that a kill leaves one of the two.
 
     Args:
-        path: the record; nothing happens where there is none.
-        step: the checkpoint's step; -1 keeps nothing.
+        path: the record.
+        step: the checkpoint's step, whose lines were on disk before it; -1 keeps nothing.
 
     Raises:
-        InputError: a whole line is not a JSON object with an integer "step".
+        InputError: the record ends before that step, or a whole line is not a JSON object with an
+            integer "step".
     """
-    kept = b"".join(line for line, record in _whole_lines(path) if record["step"] <= step)
-    if path.exists() and len(kept) != path.stat().st_size:
-        write_bytes(path, kept)
+    kept = [(line, record["step"]) for line, record in _whole_lines(path) if record["step"] <= step]
+    last = max((step_of_line for _, step_of_line in kept), default=0)
+    if last < step:
+        raise InputError(
+            f"{path} ends at step {last:,}, but the checkpoint is of step {step:,}, so lines are "
+            "lost; restore the file, or restart with resume=never"
+        )
+    content = b"".join(line for line, _ in kept)
+    if path.exists() and len(content) != path.stat().st_size:
+        write_bytes(path, content)
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -203,7 +229,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise InputError(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gns_pretrain.system.files import must_write
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
     METRICS,
@@ -93,6 +94,16 @@ class Record:
         if self._console is not None:
             self._console.message(text)
 
+    def sync(self) -> None:
+        """Put every line on disk: a checkpoint must not outlive the lines that lead to it.
+
+        Raises:
+            TrainingError: the disk is full or gone.
+        """
+        if self._lines is not None:
+            with must_write(self._path):
+                self._lines.sync()
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, send it to the views and print the closing table.
 
@@ -102,7 +113,8 @@ class Record:
         if self._lines is None:
             return
         full = {"state": "finished", **summarize(read_records(self._path)), **summary}
-        write_summary(self._run_directory / SUMMARY, full)
+        with must_write(self._run_directory / SUMMARY):
+            write_summary(self._run_directory / SUMMARY, full)
         # The console was opened first and comes last: the run ends with its closing table.
         for view in reversed(self._views):
             view.finish(full)

@@ -61,6 +61,7 @@ from gns_pretrain.training.checkpoint_reader import (
 
 MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
 MODEL, GENERATORS = "model.json", "generators.pt"
+CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
@@ -79,10 +80,18 @@ class CheckpointSettings(Settings):
 class Checkpoints:
     """The checkpoints of one run directory; all ranks call `save` and `load_latest` together."""
 
-    def __init__(self, directory: Path, *, keep: int, world: World) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        world: World,
+        on_save: Callable[[int], None] = lambda step: None,
+    ) -> None:
         self.directory = directory
         self.keep = keep
         self.world = world
+        self.on_save = on_save  # called with the step of each one saved, on the main rank
 
     def save(
         self,
@@ -111,6 +120,7 @@ class Checkpoints:
             digests = self._on_each(lambda: digests_of(unfinished, self.world.rank))
             self._on_main(lambda: seal(unfinished, digests))
             self._on_main(lambda: publish(unfinished, target))
+            self._on_main(lambda: self.on_save(state["step"]))
         # torch's exception is a BaseException that holds each rank's error.
         except (OSError, RuntimeError, CheckpointException) as error:
             if self.world.is_main:
@@ -276,7 +286,8 @@ def make_empty(folder: Path) -> None:
     """Make the folder to write in; delete what interrupted saves left."""
     for stale in folder.parent.glob(".unfinished_*"):
         shutil.rmtree(stale)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)  # not its parents: a run directory may have been moved
+    folder.mkdir()
 
 
 def digests_of(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
@@ -315,7 +326,7 @@ def checkpoint_folders(directory: Path) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in directory.iterdir()
-        if path.is_dir() and (match := re.fullmatch(r"step_(\d{8,})", path.name))
+        if path.is_dir() and (match := CHECKPOINT_NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -349,7 +360,19 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         if sha256_of(path) != sha256:
             return f"{name} has changed since it was written: its sha256 differs"
-    return metadata_problem(folder)
+    return metadata_problem(folder) or misnamed(folder)
+
+
+def misnamed(folder: Path) -> str | None:
+    """Return what a checkpoint holds if its folder is called by another step, else None."""
+    try:
+        step = read_json(folder / TRAIN_STATE, hint="restore it").get("step")
+    except InputError as error:
+        return str(error)
+    match = CHECKPOINT_NAME.fullmatch(folder.name)
+    if match and int(match[1]) != step:
+        return f"it holds step {step}, so its folder was renamed"
+    return None
 
 
 def root_cause(error: BaseException) -> str:

@@ -84,6 +84,7 @@ def train(
         if evaluating:
             validate(run)
         if saving:
+            run.record.sync()
             run.checkpoints.save(run.model, run.optimizer, adaptive.state_dict())
         if evaluating or saving:
             log.restart_clock()

@@ -215,3 +215,16 @@ def test_failure_without_a_checkpoint_speaks_of_none(tmp_path, shards):
     assert commands.run(words, tmp_path / "log") == 3
     assert "checkpoint" not in (tmp_path / "log").read_text()
     assert not checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")
+
+
+def test_a_rank_that_is_killed_is_named_in_one_line(tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO, "metrics.log_every=1")
+    process = commands.start_and_hold(words, tmp_path, after_step=2)
+    start = read_starts(tmp_path / "small")[0]
+    os.kill(start["process"], signal.SIGKILL)
+    commands.let_go(tmp_path)
+    assert commands.finish(process) == 1
+    log = (tmp_path / "log").read_text().splitlines()
+    line = f"error: rank 0 (process {start['process']}) ended by SIGKILL"
+    assert [text for text in log if not text.startswith("step ")][-1].startswith(line)
+    assert len([text for text in log if not text.startswith("step ")]) <= 2  # of the rank left

@@ -3,6 +3,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,20 @@ def test_holder_on_another_machine_that_is_silent_is_gone(tmp_path):
     (tmp_path / ".lock").write_text("process 5 on elsewhere\n")
     with locked(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_file_that_was_removed_by_hand_still_lets_no_second_start_in(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(InputError, match="in use by"), locked(tmp_path):
+            pass
+
+
+def test_holder_restores_a_lock_file_that_was_removed_for_other_machines_to_see(tmp_path):
+    with locked(tmp_path):
+        name = (tmp_path / ".lock").read_text()
+        (tmp_path / ".lock").unlink()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".lock").exists() or (tmp_path / ".lock").read_text() != name:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

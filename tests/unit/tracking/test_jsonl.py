@@ -115,9 +115,19 @@ def test_truncating_goes_by_the_step_not_by_the_position(tmp_path):
     assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
 
 
+def test_a_record_that_ends_before_its_checkpoint_is_refused_and_left_as_it_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(InputError, match="ends at step 0, but the checkpoint is of step 5"):
+        truncate_after_step(path, 5)
+    path.write_bytes(b'{"step":4}\n{"step":5}')  # the last one is torn
+    with pytest.raises(InputError, match="ends at step 4, but the checkpoint is of step 5"):
+        truncate_after_step(path, 5)
+    assert path.read_bytes() == b'{"step":4}\n{"step":5}'
+
+
 def test_truncating_below_zero_empties_and_a_missing_record_is_no_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    truncate_after_step(path, 5)
+    truncate_after_step(path, -1)
     assert not path.exists()
     assert read_records(path) == []
     path.write_bytes(b'{"step":0}\n')
