@@ -190,7 +190,7 @@ class Muon(Rule):
         groups = [group for group, chosen in trained for _ in chosen]
         if not matrices:
             return
-        precision = self._precision_on(matrices[0].device)
+        precision = self._precision_for(matrices[0])
 
         def sign(batch: Tensor) -> Tensor:  # [k, m, n]
             return matrix_sign(batch) if self.exact else self._orthogonalize(batch, dtype=precision)
@@ -230,10 +230,13 @@ class Muon(Rule):
             )
         return [direction.flatten(1) for direction in local_shards(directions)]
 
-    def _precision_on(self, device: torch.device) -> torch.dtype:
+    def _precision_for(self, matrix: Tensor) -> torch.dtype:
         """That of the sign, in which results travel."""
-        half = self.precision == "bfloat16" or (self.precision == "auto" and device.type != "cpu")
-        return torch.bfloat16 if half and not self.exact else torch.float32
+        if self.exact:
+            return torch.promote_types(matrix.dtype, torch.float32)
+        on_cpu = matrix.device.type == "cpu"
+        half = self.precision == "bfloat16" or (self.precision == "auto" and not on_cpu)
+        return torch.bfloat16 if half else torch.float32
 
 
 class SpecSGD(Muon):
