@@ -203,7 +203,7 @@ NET_LAYOUTS = {
     2: ("ddp", "ddp_alone", "nested", "root", "columns", "tensor"),
     4: ("hsdp", "root", "fsdp_tensor"),
 }
-NET_RULES = ("muon", "exact")
+NET_RULES = ("net_muon", "net_exact")
 NET_LR, NET_DECAY, NET_STEPS, NET_BATCH = 0.05, 0.1, 4, 16
 
 
@@ -220,7 +220,7 @@ def net_optimizer(
         matrices,
         NET_LR,
         weight_decay=NET_DECAY,
-        matrix_sign="exact" if rule == "exact" else "newton_schulz",
+        matrix_sign="exact" if rule == "net_exact" else "newton_schulz",
         process_group=group,
     )
     return CombinedOptimizer([spectral, Signum(others, NET_LR, momentum=0.9)])
@@ -295,7 +295,7 @@ def net_reference(rule: str) -> dict[str, Tensor]:
     """Weights after all steps of one process, by the rules' formulas."""
 
     def sign(matrix: Tensor) -> Tensor:
-        if rule == "exact":
+        if rule == "net_exact":
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)
             return left @ right
         x = matrix / matrix.norm()
@@ -407,7 +407,7 @@ def test_any_model_on_any_layout_follows_the_formulas(rule, num_ranks, layout, r
     found = request.getfixturevalue({2: "on_two", 4: "on_four"}[num_ranks])
     # Newton–Schulz runs in float32. The eigenvectors of a float64 Gram lose the square of a
     # gradient's condition, which is below 1e4 here.
-    allowed = TOLERANCE if rule == "muon" else 2**-53 * 1e8
+    allowed = TOLERANCE if rule == "net_muon" else 2**-53 * 1e8
     moved = {name for name, weight in Net().named_parameters() if weight.requires_grad}
     for name in moved - {"unused.weight", "unused.bias"}:
         assert found[layout, rule, name] <= allowed, name
