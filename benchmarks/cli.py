@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checkpoint import Checkpoint
@@ -34,6 +33,7 @@ from benchmarks.speed import Speed
 from benchmarks.startup import Startup
 from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import About, add_options, from_options
+from gns_pretrain.system.terminal import Console, write
 
 
 @dataclass
@@ -195,7 +195,7 @@ def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:
 def show(row: Row) -> None:
     """Print a row as a table, and each list of rows within it as a table of its own."""
     if "markdown" in row:
-        sys.stdout.write(row["markdown"])
+        write(row["markdown"].removesuffix("\n"))
         return
     plain = Table(show_header=False)
     tables = [plain]

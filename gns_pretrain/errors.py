@@ -48,11 +48,22 @@ class TrainingError(OneLineError, RuntimeError):
 
 def print_error(error: OneLineError, *, rank: int = 0, num_ranks: int = 1) -> int:
     """Print the line to stderr, once for an error of all ranks; return the exit code."""
+    line = printable(str(error)).replace("\n", "\\n")  # one line, whatever it quotes
     if num_ranks > 1 and not error.on_all_ranks:
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        print(f"error: rank {rank}: {line}", file=sys.stderr)
     elif rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
     return error.exit_code
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey or hide, such as \\x1b; line breaks stay."""
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def counted(number: int, noun: str) -> str:

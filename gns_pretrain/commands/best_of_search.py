@@ -7,12 +7,12 @@ Under each search stand the best point's numbers as conf/scale/<scale>.yaml take
 them lie at an end of what was tried, where the search should go on.
 """
 
-import sys
 from pathlib import Path
 
 from gns_pretrain.fields import script_parser
 from gns_pretrain.results.frame import runs_of_folders
 from gns_pretrain.results.search import FORMATS, searches
+from gns_pretrain.system.terminal import write
 
 
 def main() -> None:
@@ -22,4 +22,4 @@ def main() -> None:
     option("--format", choices=FORMATS, default="text", help="default: text")
     given = parser.parse_args()
     found = searches(runs_of_folders(given.folders))
-    sys.stdout.write("\n".join(FORMATS[given.format](search) for search in found))
+    write("\n".join(FORMATS[given.format](search) for search in found).removesuffix("\n"))

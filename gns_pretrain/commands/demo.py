@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from gns_pretrain.errors import InputError
@@ -18,6 +17,7 @@ from gns_pretrain.results.figures import draw
 from gns_pretrain.results.frame import read_curves
 from gns_pretrain.runs.directory import read_summary
 from gns_pretrain.system.processes import python_command, python_environment
+from gns_pretrain.system.terminal import Console
 
 RUNS = {"adaptive batch": "adaptive", "constant batch": "constant"}
 

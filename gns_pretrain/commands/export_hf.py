@@ -6,7 +6,6 @@ python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG, read_settings
 from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.system.files import parse
+from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import load_model
 
 
@@ -37,12 +37,12 @@ def main() -> None:
     arguments = parser.parse_args()
     row = export(arguments)
     if arguments.json:
-        sys.stdout.write(json.dumps(row) + "\n")
+        write(json.dumps(row))
         return
     tokenizer = row["tokenizer"] or "without a tokenizer: name one with --tokenizer"
-    sys.stdout.write(
+    write(
         f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} "
-        f"positions, {tokenizer}\n"
+        f"positions, {tokenizer}"
     )
 
 

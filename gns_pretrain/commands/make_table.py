@@ -16,6 +16,7 @@ from gns_pretrain.fields import script_parser
 from gns_pretrain.results.layouts import LAYOUTS
 from gns_pretrain.results.render import FORMATS
 from gns_pretrain.results.tables import make_table
+from gns_pretrain.system.terminal import write
 
 
 def main() -> None:
@@ -46,6 +47,6 @@ def main() -> None:
     table = make_table(
         given.table, given.sources, scale=given.scale, where=given.where, project=given.wandb
     )
-    sys.stdout.write(FORMATS[given.format](table))
+    write(FORMATS[given.format](table).removesuffix("\n"))
     if given.format == "csv" and table.notes:  # has no place for them
-        print(*table.notes, sep="\n", file=sys.stderr)
+        write(*table.notes, file=sys.stderr)

@@ -10,11 +10,11 @@ The first N sequences of the validation split, in file order, are one batch, cut
 import json
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from gns_pretrain.fields import add_options, from_options, script_parser
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
+from gns_pretrain.system.terminal import Console, write
 
 
 def main() -> None:
@@ -26,9 +26,9 @@ def main() -> None:
     if report is None:
         return
     for note in report.notes:
-        sys.stderr.write(f"note: {note}\n")
+        write(f"note: {note}", file=sys.stderr)
     if options.json:
-        sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
+        write(json.dumps(report.as_dict(), allow_nan=False))
     else:
         Console(soft_wrap=True).print(table_of(report))
 

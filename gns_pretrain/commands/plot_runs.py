@@ -15,6 +15,7 @@ from pathlib import Path
 from gns_pretrain.fields import script_parser
 from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
 from gns_pretrain.results.frame import grouped, named_noise, read_curves
+from gns_pretrain.system.terminal import write
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
         "runs": {label: [str(path) for path in paths] for label, paths in groups.items()},
     }
     if given.json:
-        print(json.dumps(drawn))
+        write(json.dumps(drawn))
     else:
         seeds = ", ".join(f"{label} ({len(paths)})" for label, paths in groups.items())
-        print(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}")
+        write(f"{', '.join(drawn['out'])}: {', '.join(panels)} of {seeds}")

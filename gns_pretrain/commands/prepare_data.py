@@ -18,6 +18,7 @@ from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.errors import counted
 from gns_pretrain.fields import add_options, from_options, script_parser
+from gns_pretrain.system.terminal import write
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command resumes from the last whole shard\n")
         sys.exit(130)
-    sys.stdout.write((json.dumps(row) if options.json else _summary(row)) + "\n")
+    write(json.dumps(row) if options.json else _summary(row))
 
 
 def _summary(row: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 
 from gns_pretrain.fields import script_parser
 from gns_pretrain.launch.status import status_view, statuses
 from gns_pretrain.system.slurm import job_states
+from gns_pretrain.system.terminal import Console, write
 
 WIDTH = 160  # of a table that is not shown on a terminal
 
@@ -33,13 +34,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON array instead")
     arguments = parser.parse_args()
     if arguments.watch:
-        with Live(view(arguments.folder), auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        with (
+            Live(view(arguments.folder), console=Console(), auto_refresh=False) as live,
+            suppress(KeyboardInterrupt),
+        ):
             while True:
                 time.sleep(arguments.every)
                 live.update(view(arguments.folder), refresh=True)
     elif arguments.json:
         runs = [asdict(run) for run in statuses(arguments.folder, job_states())]
-        sys.stdout.write(json.dumps(runs, indent=1) + "\n")
+        write(json.dumps(runs, indent=1))
     else:
         width = None if sys.stdout.isatty() else WIDTH
         Console(width=width).print(view(arguments.folder))

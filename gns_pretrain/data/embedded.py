@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from gns_pretrain.data.docstrings import PACKAGES, extract, source_files
 from gns_pretrain.data.prepare.corpus import is_held_out
@@ -30,6 +29,7 @@ from gns_pretrain.data.tokenization import (
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import folder_lock, sha256_of, whole_folder, write_bytes
 from gns_pretrain.system.processes import available_cores
+from gns_pretrain.system.terminal import Console
 
 FORMAT = 1  # raise it when the code below makes other tokens from the same packages
 MAX_BYTES = 16_000_000  # of text
@@ -85,7 +85,7 @@ def _settings(vocab_size: int) -> dict[str, Any]:
 
 def _build(folder: Path, settings: dict[str, Any]) -> None:
     """Make the shards, unless another process is faster."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     console.print("making the embedded text from the docstrings of installed packages, once ...")
     documents = gather_documents()
     if not documents:

@@ -25,6 +25,7 @@ from gns_pretrain.errors import OneLineError
 from gns_pretrain.runs.history import append_end
 from gns_pretrain.system.files import write_json
 from gns_pretrain.system.slurm import node_name
+from gns_pretrain.system.terminal import write
 
 # What gloo, NCCL and torch's store report when another rank is gone or silent (torch 2.11 to 2.13).
 SIGNS_OF_ANOTHER_RANK = (
@@ -92,7 +93,7 @@ class CrashReporter:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
         if follows:
             line = f"another rank is gone or silent ({line})"
-            print(f"rank {self._values['rank']}: {line}", flush=True)
+            write(f"rank {self._values['rank']}: {line}")
         if self._run_directory and self._values["rank"] == 0 and not (follows and self._path):
             with contextlib.suppress(OSError):  # of a full disk, which is the failure itself
                 append_end(self._run_directory, "failed", line)

@@ -13,6 +13,7 @@ from gns_pretrain.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, EXI
 from gns_pretrain.launch.crash_report import read_crash_reports
 from gns_pretrain.runs.history import append_end, read_starts
 from gns_pretrain.system.slurm import SlurmJob, job_state, requeue
+from gns_pretrain.system.terminal import write
 
 FAILURES = "failures.log"  # in the job's folder, one line a failed start
 # Of a rank that got a signal while it was still starting, as the shell has it.
@@ -64,7 +65,7 @@ def main() -> int:
         code = EXIT_STOPPED
     if code != EXIT_STOPPED:
         header = f"==== job {job.id}, start {job.starts}: failed with code {code} ===="
-        print(f"\n{header}\n{summary.text}\n", flush=True)
+        write(f"\n{header}\n{summary.text}\n")
         log = job.folder.parent / FAILURES
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
@@ -75,9 +76,9 @@ def main() -> int:
             if not events or events[-1]["event"] != "end":
                 append_end(directory, "failed", summary.cause)
     again, why = decide(code, state=job_state(job.id), failures=failures, at_most=arguments.at_most)
-    print(f"job {job.id}: {why}", flush=True)
+    write(f"job {job.id}: {why}")
     if again and not requeue(job.id):
-        print(f"job {job.id}: SLURM refused to requeue it; start the same command again")
+        write(f"job {job.id}: SLURM refused to requeue it; start the same command again")
     return 0
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from gns_pretrain.runs.directory import (
     LOCK,
@@ -154,4 +153,4 @@ def status_view(runs: list[RunStatus], *, now: float | None = None) -> Group:
     lines = [f"{run.name}: {run.error}" for run in runs if run.error]
     if "unknown" in counts:
         lines.append("unknown: squeue does not answer; look again")
-    return Group(table, *(Text(line) for line in lines))
+    return Group(table, *lines)

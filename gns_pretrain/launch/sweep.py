@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -52,6 +51,7 @@ from gns_pretrain.system.processes import (
     python_environment,
     threads_per_process,
 )
+from gns_pretrain.system.terminal import Console
 from gns_pretrain.tracking.jsonl import last_record, read_records, write_summary
 from gns_pretrain.tracking.views import MayFail
 from gns_pretrain.tracking.wandb import WandbView
@@ -262,7 +262,7 @@ def report_results(results: Sequence[RunResult], console: Console) -> None:
 
 def print_line(console: Console, line: str) -> None:
     """Print a line as it is, however long."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(line, soft_wrap=True)
 
 
 UPDATE_SECONDS = 0.25  # between updates of the progress bar, and looks at a request to stop

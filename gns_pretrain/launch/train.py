@@ -54,6 +54,7 @@ from gns_pretrain.runs.lock import locked
 from gns_pretrain.system.files import make_folder, must_write, remove_temporaries
 from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
+from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import checkpoint_folders
 from gns_pretrain.training.loop import train
 
@@ -157,7 +158,7 @@ def run_rank(
             directory = from_main(directory, world)
             if from_main(world.is_main and is_finished(directory), world):
                 if world.is_main:
-                    print(f"{directory} is finished; resume=never restarts it in a fresh directory")
+                    write(f"{directory} is finished; resume=never restarts it in a fresh directory")
                 return EXIT_FINISHED
             code = train_in(directory, config, fingerprint, world, reporter=reporter, stop=stop)
             # srun ends the others as soon as one has exited with a code; rank 0 may be busy with

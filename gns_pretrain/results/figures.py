@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gns_pretrain.errors import InputError, needs
+from gns_pretrain.errors import InputError, needs, printable
 from gns_pretrain.results.frame import Curve, pd
 from gns_pretrain.tracking.console import short_number
 
@@ -158,7 +158,7 @@ def draw(
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4)
     looks = {
         label: {
-            "label": label,
+            "label": printable(label).replace("$", r"\$"),  # a name is no formula
             "color": COLORS[number % len(COLORS)],
             "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
         }

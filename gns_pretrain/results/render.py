@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as TextTable
 
 from gns_pretrain.results.frame import pd
 from gns_pretrain.results.layouts import Quantity, Statistic
 from gns_pretrain.results.tables import FilledEntry, FilledTable
+from gns_pretrain.system.terminal import Console
 
 NO_RUN, NEVER, MARK = "no run", "-", "*"
 HEADER_WIDTH = 15  # characters; about what a loss takes
@@ -199,7 +199,7 @@ def as_json(table: FilledTable) -> str:
         "notes": table.notes,
         "explanations": table.explanations,
     }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=1) + "\n"
 
 
 FORMATS: dict[str, Callable[[FilledTable], str]] = {

@@ -34,6 +34,7 @@ from gns_pretrain.fields import About, positive
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 from gns_pretrain.runs.directory import read_settings
+from gns_pretrain.system.terminal import write
 from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_budget
 
 if TYPE_CHECKING:
@@ -409,10 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return print_error(error)
     if given.json:
-        print(json.dumps(as_json(path)))
+        write(json.dumps(as_json(path)))
     else:
-        print(*recorded.notes, settings, sep="\n")
-        print(*side_by_side(path, every_row=given.every_row), verdict(path), sep="\n")
+        write(*recorded.notes, settings)
+        write(*side_by_side(path, every_row=given.every_row), verdict(path))
     return 0 if first_difference(path) is None else 1
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rich import console as rich_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gns_pretrain.errors import counted
+from gns_pretrain.errors import counted, printable
+from gns_pretrain.system import terminal
 from gns_pretrain.tracking.jsonl import METRICS, SUMMARY
 from gns_pretrain.tracking.settings import MetricsSettings
 
@@ -31,10 +31,10 @@ class ConsoleView:
         *,
         token_budget: int,
         run_directory: Path,
-        console: rich_console.Console | None = None,
+        console: terminal.Console | None = None,
     ) -> None:
         always = settings.progress == "always"
-        self._console = console or rich_console.Console(
+        self._console = console or terminal.Console(
             force_terminal=True if always else None, force_interactive=True if always else None
         )
         # rich alone takes FORCE_COLOR, which build servers set, for a terminal.
@@ -70,7 +70,7 @@ class ConsoleView:
 
     def message(self, text: str) -> None:
         """Print one line above the bar, as it is: no markup, no wrapping."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """End the bar and print the closing table."""

@@ -11,7 +11,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.schema import Config
@@ -28,6 +27,7 @@ from gns_pretrain.launch.sweep import (
 )
 from gns_pretrain.launch.train import check_run
 from gns_pretrain.parallel.mesh import RankInfo
+from gns_pretrain.system.terminal import Console
 
 
 class SweepLauncher(Launcher):

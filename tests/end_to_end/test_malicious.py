@@ -1,5 +1,6 @@
 """A stranger's files: nothing in them is executed, no name in them leads out of its folder."""
 
+import io
 import json
 import os
 import pickle
@@ -10,22 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console as RichConsole
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from gns_pretrain.commands import run_command
 from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import TokenShards, checked_tokenizer, read_meta
 from gns_pretrain.data.staging import staged
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.launch.measure_noise import MeasurementRequest, measure
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder, load_hf_folder
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.runs.history import append_event
+from gns_pretrain.tracking.console import ConsoleView
+from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints, damage, load_model, tensors_of
 from tests.settings import SEQUENCE_LENGTH, odd_model
 from tests.unit.data_samples import make_texts, write_gzip, write_tokenizer
+from tests.unit.run_records import write_run
 
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 
@@ -401,3 +408,78 @@ def test_numbers_of_a_config_are_checked_before_they_are_believed(exported, chan
     change_config(exported, **change)
     with pytest.raises(InputError, match=r"config\.json"):
         load_hf_folder(exported)
+
+
+# Title, cleared screen, markup, right-to-left order, and a sequence that begins with one character.
+HOSTILE = "\x1b]0;title\x07\x1b[2J[red]x[bold]\u202e\x9b31m"
+SHOWN = r"\x1b]0;title\x07\x1b[2J[red]x[bold]\u202e\x9b31m"
+
+
+def controls_in(text: str) -> list[str]:
+    return [character for character in text if not character.isprintable() and character != "\n"]
+
+
+def run_in_process(monkeypatch, *words: object) -> object:
+    """Run a command as `gns-pretrain` does; return its exit code."""
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as ended:
+        run_command(str(words[0]))
+    return ended.value.code
+
+
+def test_error_is_one_line_whatever_it_quotes(capsys):
+    print_error(InputError(f"{HOSTILE}\nerror: forged"))
+    assert capsys.readouterr().err == f"error: {SHOWN}\\nerror: forged\n"
+
+
+def test_name_that_is_not_utf8_is_shown(capsys):
+    print_error(InputError(os.fsdecode(b"run-\xff")))
+    assert capsys.readouterr().err == "error: run-\\udcff\n"
+
+
+def test_message_of_the_log_is_shown_as_it_is(tmp_path):
+    text = io.StringIO()
+    console = RichConsole(file=text, force_terminal=True, color_system=None)
+    settings = MetricsSettings(progress="never")
+    view = ConsoleView(settings, token_budget=1, run_directory=tmp_path, console=console)
+    view.message(HOSTILE)
+    assert text.getvalue() == f"{SHOWN}\n"
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    """Two finished runs of a table, of which one hides the other, and a failed one."""
+    folder = tmp_path / "outputs"
+    for name in (HOSTILE, f"{HOSTILE}-later"):
+        write_run(folder, "table2", "signum_small", [(1, 5.0), (2, 4.0)], name=name)
+    failed = write_run(folder, "table2", "signum_large", [(1, 5.0)], name="f", finished=False)
+    append_event(failed, "start")
+    append_event(failed, "end", outcome="failed", error=HOSTILE)
+    return folder
+
+
+def test_status_shows_names_and_errors_as_they_are(outputs, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, "status", outputs) == 0
+    shown = capsys.readouterr().out
+    assert controls_in(shown) == []
+    assert f"f: {SHOWN}" in shown
+    rows = [line.split("│") for line in shown.splitlines() if line.startswith("│")]
+    assert "".join(row[1].strip() for row in rows).count(SHOWN) == 2  # names, folded
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "latex", "csv", "json"])
+def test_table_shows_names_as_they_are(outputs, monkeypatch, capsys, form):
+    pytest.importorskip("pandas")
+    assert run_in_process(monkeypatch, "make-table", "table2", outputs, "--format", form) == 0
+    printed = capsys.readouterr()
+    assert controls_in(printed.out + printed.err) == []
+    assert "x1b" in printed.out + printed.err or "u001b" in printed.out
+
+
+def test_folder_whose_name_is_a_formula_is_drawn_as_a_name(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path, "table2", "signum_small", [(1, 5.0), (2, 4.0)], name=r"a$\frac{$b")
+    out = tmp_path / "plot.png"
+    assert run_in_process(monkeypatch, "plot-runs", run, "--out", out, "--panels", "losses") == 0
+    assert out.stat().st_size > 0
+    assert controls_in(capsys.readouterr().out) == []

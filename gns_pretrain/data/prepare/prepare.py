@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
@@ -63,6 +62,7 @@ from gns_pretrain.system.files import (
     write_json,
 )
 from gns_pretrain.system.processes import available_cores
+from gns_pretrain.system.terminal import Console
 
 SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
 
@@ -291,7 +291,9 @@ def _write_folder(
             else:
                 paths = list(map(str, files[part]))
                 corpora[split] = HubDataset(settings.dataset, settings.dataset_config, part, paths)
-        tokenizer = _place_tokenizer(folder, settings, corpora["train"], progress, bars.console)
+        tokenizer = _place_tokenizer(
+            folder, settings, corpora["train"], progress, bars.console.print
+        )
         job = EncodingJob(
             tokenizer_file=str(folder / TOKENIZER_FILE),
             dtype=token_dtype(vocabulary_size(tokenizer)).name,
@@ -339,7 +341,7 @@ def _place_tokenizer(
     settings: PrepareSettings,
     corpus: Corpus,
     progress: PreparationProgress,
-    console: Console,
+    log: Callable[[str], object],
 ) -> Tokenizer:
     """Read or train the tokenizer and put it beside the shards; resumed, check that it is there."""
     path = folder / TOKENIZER_FILE
@@ -349,10 +351,9 @@ def _place_tokenizer(
         else:
             assert settings.train_bpe is not None
             documents = settings.train_bpe_documents
-            console.print(
+            log(
                 f"training a byte-level BPE of {settings.train_bpe:,} entries "
-                f"on the first {documents:,} documents",
-                highlight=False,
+                f"on the first {documents:,} documents"
             )
             texts = (text for batch in corpus.batches(None) for text in parse_texts(batch))
             kept = (text for text in texts if not is_held_out(text, settings.validation_fraction))
