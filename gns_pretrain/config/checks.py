@@ -3,6 +3,8 @@
 Each function raises an InputError at the first rule that is broken.
 """
 
+import math
+
 import torch
 
 from gns_pretrain.config.schema import Config
@@ -18,6 +20,7 @@ def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None
             f"parallel.kind=single is one process, but {num_ranks} were asked for; "
             "use parallel=fsdp, ddp or hsdp, or launch.nproc_per_node=1"
         )
+    check_tensor_size(config, num_ranks=num_ranks)
     if kind == "hsdp":
         shard_group_size(config.parallel, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
     if config.launch.device == "cuda" and not torch.cuda.is_available():
@@ -31,8 +34,38 @@ def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None
         )
 
 
+def check_tensor_size(config: Config, *, num_ranks: int) -> None:
+    """Check that tensor parallelism splits the ranks, and heads and hidden units evenly."""
+    size, model = config.parallel.tensor_size, config.model
+    config.parallel.num_data_ranks(num_ranks)
+    widths = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "ffn_dim")}
+    for name, width in widths.items():
+        if width % size:
+            raise InputError(
+                f"parallel.tensor_size={size} does not divide model.{name}={width}; use a divisor "
+                f"of {math.gcd(*widths.values())}, which divides heads and hidden units"
+            )
+
+
 def check_batch_size(config: Config, *, num_ranks: int) -> None:
-    """Check the batch size's policies against the ranks and what is measured."""
+    """Check the batch size's policies against the ranks and what is measured.
+
+    Args:
+        num_ranks: all ranks, tensor-parallel ones included.
+    """
+    try:
+        check_policies(config, num_ranks=config.parallel.num_data_ranks(num_ranks))
+    except InputError as error:
+        if config.parallel.tensor_size == 1:
+            raise
+        raise InputError(
+            f"{error}; counted are data-parallel ranks, {num_ranks} ranks by parallel.tensor_size="
+            f"{config.parallel.tensor_size}"
+        ) from None
+
+
+def check_policies(config: Config, *, num_ranks: int) -> None:
+    """Check the policies against the data-parallel ranks and what is measured."""
     measured = config.noise_scale
     for prefix, policy in config.batch_size.policies:
         if policy.reads is not None:

@@ -39,7 +39,7 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
-    adaptive = build_adaptive_batch_size(config, num_ranks=world.num_ranks)
+    adaptive = build_adaptive_batch_size(config, num_ranks=world.num_data_ranks)
     checkpoints = Checkpoints(
         directory / CHECKPOINTS,
         keep=config.checkpoint.keep,
@@ -74,8 +74,8 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         sequence_length=sequence_length,
         seed=config.seed,
         device=world.device,
-        rank=world.rank,
-        num_ranks=world.num_ranks,
+        rank=world.data_rank,
+        num_ranks=world.num_data_ranks,
     )
     validation_sequences = read_in_order(
         validation, sequence_length, 0, config.evaluation.num_sequences

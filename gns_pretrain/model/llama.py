@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -217,6 +218,8 @@ class Llama(nn.Module):
         x = self.norm(x)
         makes_logits = self.embedding if self.output is None else self.output
         weight = makes_logits.weight.to(x.dtype)  # [V, D]
+        if isinstance(weight, DTensor):
+            weight = weight.to_local()  # tensor-parallel ranks have all of it
         if targets is None:
             return F.linear(x, weight)
         return next_token_loss(x.flatten(0, 1), weight, targets.flatten())

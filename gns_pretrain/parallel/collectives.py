@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gns_pretrain.errors import OneLineError
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.parallel.sharding import ShardLayout
+from gns_pretrain.parallel.sharding import ShardLayout, local_shards, shard_groups
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
@@ -93,6 +92,14 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     # A CPU adds up in the order of memory: of 16 M coordinates float32 loses 2e-4, and each layout
     # another share. GPUs add in trees.
     dtype = torch.float64 if all(t.device.type == "cpu" for t in tensors) else torch.float32
-    norms = torch._foreach_norm(tensors, 2.0, dtype=dtype) if tensors else [torch.zeros(())]
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        by_groups.setdefault(shard_groups(tensor), []).append(tensor)
+    squares = []
+    for groups, members in by_groups.items():
+        norms = torch._foreach_norm(local_shards(members), 2.0, dtype=dtype)
+        square = torch.stack(list(norms)).square().sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares or [torch.zeros(())]).sum().sqrt().float()

@@ -26,6 +26,9 @@ class ParallelSettings(Settings):
     kind: Annotated[str, one_of("auto", "single", "ddp", "fsdp", "hsdp")] = "auto"
     # hsdp: ranks in a shard group; null: the ranks of a node
     shard_size: int | None = None
+    # fsdp, hsdp: ranks that compute each block together on the same sequences (tensor parallelism);
+    # neighbours, so that they are of one node
+    tensor_size: Annotated[int, at_least(1, hint="1 is no tensor parallelism")] = 1
     # a collective that waits longer ends the run with an error
     timeout_seconds: Annotated[int, at_least(1, hint="600 is usual")] = 600
 
@@ -36,6 +39,24 @@ class ParallelSettings(Settings):
                 f"parallel.shard_size={self.shard_size} is for parallel=hsdp alone, this is "
                 f"parallel={self.kind}; leave it out or use parallel=hsdp"
             )
+        if self.tensor_size > 1 and self.kind in ("single", "ddp"):
+            raise InputError(
+                f"parallel.tensor_size={self.tensor_size} is for parallel=fsdp and hsdp, this is "
+                f"parallel={self.kind}; use one of them, or parallel.tensor_size=1"
+            )
+
+    def num_data_ranks(self, num_ranks: int) -> int:
+        """Return how many ranks, or groups of tensor-parallel ranks, see different sequences.
+
+        Raises:
+            InputError: the ranks cannot be split into tensor-parallel groups.
+        """
+        if num_ranks % self.tensor_size:
+            raise InputError(
+                f"parallel.tensor_size={self.tensor_size} does not divide the number of ranks, "
+                f"{num_ranks}; use a divisor of it, or another number of ranks"
+            )
+        return num_ranks // self.tensor_size
 
     def resolved_kind(self, num_ranks: int) -> str:
         """Return the layout on `num_ranks` ranks, where `auto` is decided."""
@@ -63,30 +84,60 @@ class World:
     num_ranks: int
     device: torch.device
     kind: str  # single | ddp | fsdp | hsdp
-    mesh: DeviceMesh | None = None  # None for a single process; 2-D (replicas, shards) for hsdp
+    # (replica,) shard (, tensor), the first for hsdp; None for a single process
+    mesh: DeviceMesh | None = None
+    tensor_size: int = 1  # neighbouring ranks that see the same sequences
 
     @property
     def is_main(self) -> bool:
         """Whether this rank logs and writes files for all."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that see different sequences."""
+        return self.rank // self.tensor_size
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.num_ranks // self.tensor_size
+
+    @property
+    def data_mesh(self) -> DeviceMesh | None:
+        """The ranks that have the same part of the weights, over which they are sharded."""
+        if self.mesh is None or self.tensor_size == 1:
+            return self.mesh
+        assert self.mesh.mesh_dim_names is not None
+        return self.mesh[self.mesh.mesh_dim_names[:-1]]
+
 
 def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_node: int) -> int:
-    """Return how many ranks share one replica of the weights under hsdp.
+    """Return how many data-parallel ranks share one replica of the weights under hsdp.
 
-    By default the ranks of a node, which has the fastest interconnect; on a single node half of
-    its ranks, so that there is something to replicate.
+    By default those of a node, which has the fastest interconnect; on a single node half of them,
+    so that there is something to replicate.
+
+    Args:
+        num_ranks: all ranks, tensor-parallel ones included.
+        ranks_per_node: likewise.
 
     Raises:
         InputError: the ranks cannot be split into groups of that size.
     """
+    data_ranks = settings.num_data_ranks(num_ranks)
     size = settings.shard_size
     if size is None:
-        size = ranks_per_node if num_ranks > ranks_per_node else max(num_ranks // 2, 1)
-    if size < 1 or num_ranks % size:
+        per_node = max(ranks_per_node // settings.tensor_size, 1)
+        size = per_node if data_ranks > per_node else max(data_ranks // 2, 1)
+    if size < 1 or data_ranks % size:
+        ranks = f"the {num_ranks} ranks of this run"
+        if settings.tensor_size > 1:
+            ranks = (
+                f"the {data_ranks} data-parallel ranks of this run ({num_ranks} ranks, "
+                f"parallel.tensor_size={settings.tensor_size})"
+            )
         raise InputError(
-            f"parallel.shard_size={size} does not divide the {num_ranks} ranks of this run; "
-            f"use a divisor of {num_ranks}"
+            f"parallel.shard_size={size} does not divide {ranks}; use a divisor of {data_ranks}"
         )
     return size
 
@@ -124,16 +175,17 @@ def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) ->
     start_process_group(place, device, timedelta(seconds=settings.timeout_seconds))
     groups: list[dist.ProcessGroup | None] = [dist.group.WORLD]
     try:
+        sizes = {"shard": settings.num_data_ranks(place.num_ranks)}
         if kind == "hsdp":
             shards = shard_group_size(
                 settings, num_ranks=place.num_ranks, ranks_per_node=place.ranks_per_node
             )
-            shape = (place.num_ranks // shards, shards)
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
-        else:
-            mesh = init_device_mesh(device.type, (place.num_ranks,), mesh_dim_names=("shard",))
+            sizes = {"replica": sizes["shard"] // shards, "shard": shards}
+        if settings.tensor_size > 1:
+            sizes["tensor"] = settings.tensor_size
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         groups += mesh.get_all_groups()
-        yield World(place.rank, place.num_ranks, device, kind, mesh)
+        yield World(place.rank, place.num_ranks, device, kind, mesh, settings.tensor_size)
     finally:
         if device.type == "cpu":
             _LEFT.extend(groups)

@@ -24,6 +24,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.parallel.tensor import split_over_tensor_ranks
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,17 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
+def shard_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """Return the groups over which a tensor is sharded, one for each dimension of its mesh."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh = tensor.device_mesh
+    sharded = [
+        dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()
+    ]
+    return tuple(mesh.get_group(dim) for dim in sharded if mesh.size(dim) > 1)
+
+
 def rows_per_shard(num_rows: int, num_shards: int) -> int:
     """Return the number of rows of every shard but the last ones."""
     return -(-num_rows // num_shards)
@@ -354,10 +366,13 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
         # The rotary tables travel as inputs of each block and must stay float32.
         cast_forward_inputs=False,
     )
+    if world.tensor_size > 1:
+        assert world.mesh is not None
+        split_over_tensor_ranks(model, world.mesh["tensor"])
     for block in model.layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=precision)
+        fully_shard(block, mesh=world.data_mesh, mp_policy=precision)
     # Embedding, last norm and output stay in the root's group: a tied weight has two uses.
-    fully_shard(model, mesh=world.mesh, mp_policy=precision)
+    fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
     return model
 
 

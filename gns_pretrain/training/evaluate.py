@@ -23,7 +23,7 @@ class EvaluationSettings(Settings):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -> float:
-    """Mean negative log-likelihood per token, in nats; each rank takes every num_ranks-th chunk.
+    """Mean negative log-likelihood per token, in nats; data-parallel ranks take chunks in turn.
 
     Args:
         sequences: int64 [n, L + 1] on the device, the same on every rank.
@@ -31,8 +31,8 @@ def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -
     """
     chunks = list(sequences.split(chunk))
     total = torch.zeros(2, dtype=torch.float64, device=sequences.device)
-    for start in range(0, len(chunks), world.num_ranks):
-        index = start + world.rank
+    for start in range(0, len(chunks), world.num_data_ranks):
+        index = start + world.data_rank
         # A rank without a chunk of its own repeats another: sharded weights need all ranks.
         local = chunks[index] if index < len(chunks) else chunks[start]
         loss = model(local[:, :-1], local[:, 1:])

@@ -143,7 +143,7 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
     step = run.adaptive.steps + 1
     if run.meter is None or not run.noise_scale.measures_at(step):
         return None
-    if run.adaptive.accumulation * run.world.num_ranks < 2:
+    if run.adaptive.accumulation * run.world.num_data_ranks < 2:
         run.record.message(
             f"step {step:,}: the noise scale is not measured: it compares at least 2 micro-batches "
             "and this step has 1; use a smaller micro_batch_size"

@@ -30,6 +30,10 @@ from tests.end_to_end import commands
             ["batch_size.initial=8", "8 ranks", "micro_batch_size=2", "multiple of 16"],
         ),
         (["parallel=single", "launch.nproc_per_node=2"], ["parallel.kind=single", "parallel=fsdp"]),
+        (
+            ["parallel.tensor_size=2", "launch.nproc_per_node=2"],
+            ["parallel.tensor_size=2", "model.num_heads=3"],
+        ),
         (["model.dim=19"], ["model.dim=19", "model.num_heads=3"]),
         (["model.num_kv_heads=2"], ["model.num_kv_heads=2"]),
         (["model.vocab_size=60"], ["model.vocab_size=60", "61"]),

@@ -18,13 +18,14 @@ STEPS = 20
 FSDP_ON_TWO = ("launch.nproc_per_node=2", "parallel=fsdp")
 
 
-def lines(folder: Path) -> list[dict]:
-    return [without_times(record) for record in read_records(folder / "small" / "metrics.jsonl")]
+def lines(folder: Path, name: str = "small") -> list[dict]:
+    return [without_times(record) for record in read_records(folder / name / "metrics.jsonl")]
 
 
-def uninterrupted(folder: Path, data: Path, *more: str) -> list[dict]:
-    assert commands.run(commands.arguments(folder, data, *more), folder / "log") == 0
-    return lines(folder)
+def uninterrupted(folder: Path, data: Path, *more: str, name: str = "small") -> list[dict]:
+    words = commands.arguments(folder, data, f"run_name={name}", *more)
+    assert commands.run(words, folder / "log") == 0
+    return lines(folder, name)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,20 @@ def test_one_process_takes_over_from_two_ranks_with_the_same_sequences(expected,
             theirs["tokens"],
         )
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_run_resumes_with_and_without_tensor_parallelism(tmp_path, shards):
+    model = ("model.dim=24", "model.num_heads=4", "model.num_kv_heads=2")
+    expected = uninterrupted(tmp_path, shards, *model, name="whole")
+    words = commands.arguments(tmp_path, shards, *model)
+    tensor = [*words, "launch.nproc_per_node=2", "parallel=fsdp", "parallel.tensor_size=2"]
+    commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=7))
+    commands.kill_group(commands.start_and_hold(tensor, tmp_path, after_step=12))
+    assert "resumed from step 5" in (tmp_path / "log").read_text()
+    assert commands.run(words, tmp_path / "log") == 0
+    assert "resumed from step 10" in (tmp_path / "log").read_text()
+    for found, wanted in zip(lines(tmp_path), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -2,11 +2,13 @@ import errno
 import os
 import signal
 from ctypes import c_bool
+from dataclasses import replace
 from multiprocessing.sharedctypes import RawValue
 
 import pytest
 import torch
 
+from gns_pretrain.config.checks import check_batch_size, check_layout
 from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.launch import train as launch
 from gns_pretrain.launch.ranks import rank_info_from
@@ -15,7 +17,7 @@ from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, shard_
 from gns_pretrain.system import processes as cores
 from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_per_process
 from gns_pretrain.system.slurm import first_host
-from tests.settings import small_run
+from tests.settings import odd_model, small_run
 
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 
@@ -79,6 +81,52 @@ def test_hsdp_group_that_does_not_divide_the_ranks_is_refused():
     settings = ParallelSettings(kind="hsdp", shard_size=3)
     with pytest.raises(InputError, match=r"parallel.shard_size=3 .* divisor of 4"):
         shard_group_size(settings, num_ranks=4, ranks_per_node=4)
+
+
+def test_hsdp_shards_within_a_node_beside_tensor_parallelism():
+    hsdp = ParallelSettings(kind="hsdp", tensor_size=2)
+    assert shard_group_size(hsdp, num_ranks=16, ranks_per_node=8) == 4
+    assert shard_group_size(hsdp, num_ranks=8, ranks_per_node=8) == 2
+    with pytest.raises(InputError, match=r"shard_size=4 .* the 2 data-parallel ranks .*4 ranks"):
+        shard_group_size(replace(hsdp, shard_size=4), num_ranks=4, ranks_per_node=4)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "rule"),
+    [
+        ({"tensor_size": 3}, {}, "tensor_size=3 does not divide the number of ranks, 4"),
+        (
+            {"tensor_size": 2},
+            {},
+            "tensor_size=2 does not divide model.num_heads=3; .* divisor of 1",
+        ),
+        ({"tensor_size": 4}, {"num_heads": 4, "dim": 24}, "tensor_size=4 .* model.num_kv_heads=1"),
+        (
+            {"tensor_size": 4},
+            {"num_heads": 4, "num_kv_heads": 4, "dim": 24},
+            "tensor_size=4 does not divide model.ffn_dim=26; use a divisor of 2",
+        ),
+    ],
+)
+def test_tensor_parallelism_that_does_not_fit_is_refused(parallel, model, rule, tmp_path, shards):
+    config = small_run(
+        tmp_path, shards, parallel=ParallelSettings(**parallel), model=odd_model(**model)
+    )
+    with pytest.raises(InputError, match=f"parallel.{rule}"):
+        check_layout(config, num_ranks=4, ranks_per_node=4)
+
+
+def test_tensor_parallelism_is_for_sharded_layouts():
+    with pytest.raises(InputError, match=r"tensor_size=2 is for parallel=fsdp and hsdp"):
+        ParallelSettings(kind="ddp", tensor_size=2)
+
+
+def test_batch_is_split_over_data_parallel_ranks_alone(tmp_path, shards):
+    config = small_run(tmp_path, shards, parallel=ParallelSettings(tensor_size=2))
+    check_batch_size(config, num_ranks=8)  # 8 sequences: 4 ranks of 2
+    message = r"over 8 ranks in micro-batches .*; counted are data-parallel ranks, 16 ranks by"
+    with pytest.raises(InputError, match=message):
+        check_batch_size(config, num_ranks=16)
 
 
 def test_auto_layout_is_single_alone_and_fsdp_in_company():
