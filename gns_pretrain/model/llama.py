@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gns_pretrain.model.config import LlamaConfig
-from gns_pretrain.model.loss import next_token_loss
+from gns_pretrain.model.loss import Softmax, compiled_softmax_, next_token_loss, softmax_
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
@@ -194,6 +194,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.known_vocab_size)
         self._blocks_compiled = False
+        self._softmax: Softmax = softmax_
         self._frequencies = inverse_frequencies(config)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -222,16 +223,18 @@ class Llama(nn.Module):
             weight = weight.to_local()  # tensor-parallel ranks have all of it
         if targets is None:
             return F.linear(x, weight)
-        return next_token_loss(x.flatten(0, 1), weight, targets.flatten())
+        return next_token_loss(x.flatten(0, 1), weight, targets.flatten(), self._softmax)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks: one graph for all of them and every batch of two or more sequences.
 
         A batch of a single sequence, another sequence length and evaluation without gradients
-        take one more graph each. Call it before sharding.
+        take one more graph each, and so does the loss's softmax where it is ours.
+        Call it before sharding.
         """
         for block in self.layers:
             block.compile(backend=backend)
+        self._softmax = compiled_softmax_(backend)
         self._blocks_compiled = True
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

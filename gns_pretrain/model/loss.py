@@ -8,9 +8,12 @@ below compute a slice's logits, its loss and its share of the gradients, and reu
 - torch's linear_cross_entropy (2.13), for float32 and float64. Its own choice of S is one token
   where V / D is 1000, fifty times slower than slices of 512 on a CPU; so S is given.
 - `_SlicedCrossEntropy` for older versions of torch, and for bfloat16, where torch returns the loss
-  itself in bfloat16: 8.81 instead of 8.77 in a trial.
+  itself in bfloat16: 8.81 instead of 8.77 in a trial. A slice's logits stay in the inputs' dtype
+  and become their own gradient in place. Compiled, that moves 8 bytes for each bfloat16 logit
+  beside the matmuls: on an H100, the loss of llama3_160m then takes 0.4 of the time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +28,48 @@ GPU_SLICE_TOKENS = 2048
 _HAS_LINEAR_CROSS_ENTROPY = hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+# `softmax_`, or the same compiled.
+Softmax = Callable[[Tensor, Tensor], Tensor]
+
+
+def softmax_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turn a slice's logits into probabilities, in place.
+
+    Args:
+        logits: [S, V]; the softmax is taken in float32 at least.
+        targets: [S, 1], int64.
+
+    Returns:
+        [S, 1], float32 at least; the targets' log-probabilities.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide -= wide.amax(dim=1, keepdim=True)
+    target_logits = wide.gather(1, targets)
+    normalizer = wide.exp_().sum(dim=1, keepdim=True)
+    wide /= normalizer
+    if wide.dtype != logits.dtype:
+        logits.copy_(wide)
+    return target_logits - normalizer.log()
+
+
+def compiled_softmax_(backend: str = "inductor") -> Softmax:
+    """Compile `softmax_`: one graph for slices of any number of tokens, evaluation's too."""
+    compiled: Softmax = torch.compile(softmax_, backend=backend)
+
+    def softmax(logits: Tensor, targets: Tensor) -> Tensor:
+        for tensor in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, targets)
+
+    return softmax
+
+
+def next_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softmax: Softmax = softmax_,
+) -> Tensor:
     """Mean negative log-likelihood of the targets under softmax(hidden @ weight.T).
 
         loss = 1/N * sum_n (log sum_v exp(h_n . w_v) - h_n . w_(t_n))
@@ -38,6 +82,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden: [N, D], any float dtype.
         weight: [V, D], hidden's dtype.
         targets: [N], int64, each in [0, V).
+        softmax: `softmax_`, or `compiled_softmax_()`.
 
     Returns:
         [], float32 (float64 for float64 inputs); nats per token.
@@ -46,8 +91,9 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if _HAS_LINEAR_CROSS_ENTROPY and hidden.dtype in (torch.float32, torch.float64):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=slice_tokens)
         return F.linear_cross_entropy(hidden, weight, targets, options=options)
-    with_gradients = torch.is_grad_enabled()
-    loss: Tensor = _SlicedCrossEntropy.apply(hidden, weight, targets, slice_tokens, with_gradients)
+    loss: Tensor = _SlicedCrossEntropy.apply(
+        hidden, weight, targets, slice_tokens, softmax, torch.is_grad_enabled()
+    )
     return loss
 
 
@@ -61,33 +107,28 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         slice_tokens: int,
+        softmax: Softmax,
         with_gradients: bool,
     ) -> Tensor:
         """Sum the loss over slices, and the gradients of that sum if they will be needed."""
         num_tokens = hidden.shape[0]
-        softmax_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        buffer = hidden.new_empty(
-            (min(slice_tokens, num_tokens), weight.shape[0]), dtype=softmax_dtype
-        )
-        loss = hidden.new_zeros((), dtype=softmax_dtype)
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        buffer = hidden.new_empty(min(slice_tokens, num_tokens), weight.shape[0])
+        loss = hidden.new_zeros((), dtype=sum_dtype)
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
-        grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if with_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if with_gradients else None
         for start in range(0, num_tokens, slice_tokens):
             rows = slice(start, min(start + slice_tokens, num_tokens))
             logits = buffer[: rows.stop - start]  # [S, V]
-            if hidden.dtype == softmax_dtype:
-                torch.mm(hidden[rows], weight.T, out=logits)
-            else:
-                logits.copy_(hidden[rows] @ weight.T)
-            slice_loss = _loss_and_logit_gradient_(logits, targets[rows, None])
-            loss += slice_loss
+            torch.mm(hidden[rows], weight.T, out=logits)
+            log_probabilities = softmax(logits, targets[rows, None])
+            loss -= log_probabilities.sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = logits.to(weight.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                if grad_weight.dtype == weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows])
-                else:
-                    grad_weight += grad_logits.T @ hidden[rows]
+                # softmax - one_hot = d loss / d logits. Compiled, this would be one more pass.
+                target_gradients = torch.expm1(log_probabilities).to(logits.dtype)
+                logits.scatter_(1, targets[rows, None], target_gradients)
+                torch.mm(logits, weight, out=grad_hidden[rows])
+                add_matmul_(grad_weight, logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.num_tokens = num_tokens
@@ -98,14 +139,14 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         """Scale the gradients of the sum to those of the mean."""
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0] / ctx.num_tokens
-        return grad_hidden * scale, grad_weight * scale, None, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None
 
 
-def _loss_and_logit_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of a slice; leaves d loss / d logits = softmax - one_hot in the logits [S, V]."""
-    logits -= logits.amax(dim=1, keepdim=True)
-    target_logits = logits.gather(1, targets)
-    normalizer = logits.exp_().sum(dim=1, keepdim=True)
-    logits /= normalizer
-    logits.scatter_add_(1, targets, torch.full_like(target_logits, -1.0))
-    return (normalizer.log() - target_logits).sum()
+def add_matmul_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a total that may be of a wider dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:  # nothing is rounded to the factors' dtype on the way
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right

@@ -1,6 +1,7 @@
 """Functions whose GPU path is another one than the CPU's."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from gns_pretrain.geometry.square_root import TOLERANCE, trace_square_root
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.loss import next_token_loss
+from gns_pretrain.model.loss import compiled_softmax_, next_token_loss, softmax_
 from gns_pretrain.optim.adamw import AdamWPart
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.signum import SignumSettings
@@ -31,13 +32,17 @@ def loss_and_gradients(
     return [t.detach().cpu().double() for t in (value, *torch.autograd.grad(value, leaves))]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(gpu, dtype, rel):
+def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(gpu, dtype, rel, compiled):
+    softmax = compiled_softmax_() if compiled else softmax_
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, DIM, generator=generator).to(dtype)
     weight = (torch.randn(VOCABULARY, DIM, generator=generator) * DIM**-0.5).to(dtype)
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    found = loss_and_gradients(next_token_loss, hidden.to(gpu), weight.to(gpu), targets.to(gpu))
+    found = loss_and_gradients(
+        partial(next_token_loss, softmax=softmax), hidden.to(gpu), weight.to(gpu), targets.to(gpu)
+    )
     expected = loss_and_gradients(
         lambda h, w, t: F.cross_entropy(F.linear(h, w), t),
         hidden.double(),
@@ -105,7 +110,9 @@ def test_bfloat16_blocks_give_the_loss_and_gradients_of_float32(gpu, compiled):
         model.zero_grad()
         loss = model(text[:, :-1].to(device), text[:, 1:].to(device))
         loss.backward()
-        return loss.detach().cpu(), [w.grad.cpu() for w in model.parameters() if w.grad is not None]
+        gradients = [w.grad for w in model.parameters() if w.grad is not None]
+        # Clones: moving the model moves its gradients along.
+        return loss.detach().cpu(), [gradient.cpu().clone() for gradient in gradients]
 
     loss, gradients = step(torch.device("cpu"))
     model.compute_dtype = torch.bfloat16

@@ -1,14 +1,17 @@
 """Both ways of `next_token_loss`, whichever of them this version of torch picks."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from torch._inductor import metrics
+from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from gns_pretrain.model import loss as loss_module
-from gns_pretrain.model.loss import next_token_loss
+from gns_pretrain.model.loss import next_token_loss, softmax_
 
 SLICE = 16  # of 50 tokens: three whole slices and a rest of two
 
@@ -118,3 +121,20 @@ def test_no_tensor_as_large_as_all_logits_is_allocated(dtype):
     one_slice, all_logits = 4 * SLICE * vocabulary, 4 * tokens * vocabulary
     assert largest_allocation(plain_loss) >= all_logits * hidden.element_size() / 4
     assert largest_allocation(next_token_loss) <= one_slice
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
+def test_compiled_softmax_reads_bfloat16_logits_and_writes_in_place():
+    tokens, vocabulary = 128, 4096
+    logits = torch.randn(tokens, vocabulary).bfloat16()
+    targets = torch.zeros(tokens, 1, dtype=torch.int64)
+    expected = logits.float().softmax(dim=1)
+    torch._dynamo.reset()
+    metrics.reset()
+    with fresh_cache():  # only code that is generated is counted
+        log_probabilities = torch.compile(softmax_, dynamic=False)(logits, targets)
+    torch.testing.assert_close(log_probabilities, expected[:, :1].log())
+    torch.testing.assert_close(logits, expected.bfloat16())
+    # For the maximum, the sum and the result. Eager it is 38: to float32, maximum, minus it, exp,
+    # sum, divided, back.
+    assert metrics.num_bytes_accessed / logits.numel() <= 8.1
