@@ -34,12 +34,12 @@ ASSUMED = (
     ("network", NETWORK_BYTES / 1e9, "GB/s a GPU", "400 Gb/s card, x 0.8"),
 )
 
-# Bytes read and written for a float32 or bfloat16 logit in `model/loss.py`: matmul's output 2, to
-# float32 6, maximum 4, minus it 8, exp 8, sum 4, divided 8, to bfloat16 6, read by two matmuls 4.
-LOGIT_BYTES = 50
+# Bytes read and written for a bfloat16 logit in `model/loss.py`, compiled: matmul's output 2,
+# maximum 2, sum 2, softmax 4, read by two matmuls 4.
+LOGIT_BYTES = 14
 LOSS_SLICE_TOKENS = 2048
-# A slice's [V, D] gradient: written and read in bfloat16, added to a float32 sum.
-LOSS_GRADIENT_BYTES = 12
+# A slice's [V, D] gradient: added to a float32 sum.
+LOSS_GRADIENT_BYTES = 8
 CLIP_BYTES = 12  # norm reads 4, scaling reads and writes 8
 ADAMW_BYTES = 28  # reads w, g, m, v and writes w, m, v
 # Muon's rows: momentum 8 + 12, Nesterov's sum 12, joined 8, decay 8, sign to float32 6, update 12;

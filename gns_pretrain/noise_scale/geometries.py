@@ -361,8 +361,9 @@ class Nuclear(Geometry):
                 num_samples=sums.num_samples,
                 mode=self.settings.square_root,
             )
-            totals[members, 0] = noise
-            totals[members, 1] = signal
+            # One row at a time: a list as an index would be copied to the device, and waited for.
+            for index, *values in zip(members, noise, signal, strict=True):
+                totals[index, :2] = torch.stack(values)
             totals[members[0], 3] = num_fallbacks
         for index, signed in sums.signed_matrices.items():
             first, second = sums.halves(sums.matrices[index], signed)

@@ -36,7 +36,7 @@ from gns_pretrain.model.roles import (
     parameter_roles,
 )
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
-from gns_pretrain.parallel.collectives import reduce_over
+from gns_pretrain.parallel.collectives import euclidean_norms, reduce_over
 from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
 from gns_pretrain.parallel.sharding import (
     MatrixShards,
@@ -316,10 +316,10 @@ class GradientTap:
         for i in members:
             if i in self._probes:
                 self._probes[i] += samples[i]
-        norms = [torch.linalg.vector_norm(samples[i], dtype=torch.float64) for i in members]
+        norms = euclidean_norms(list(samples.values()))
         # One place at a time: a list as an index would be copied to the device, and waited for.
         torch._foreach_add_(
-            [self.square_norms[i] for i in members], [norm.square() for norm in norms]
+            [self.square_norms[i] for i in members], [norm.double().square() for norm in norms]
         )
         if self.needs.squares:
             self._scatter(members, [samples[i].square() for i in members], self.squares)

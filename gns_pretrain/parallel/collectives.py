@@ -89,17 +89,21 @@ def clip_gradient_norm(parameters: list[torch.nn.Parameter], gradient_clip: floa
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, sharded or not: 0-dim, float32, the same on every rank."""
-    # A CPU adds up in the order of memory: of 16 M coordinates float32 loses 2e-4, and each layout
-    # another share. GPUs add in trees.
-    dtype = torch.float64 if all(t.device.type == "cpu" for t in tensors) else torch.float32
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for tensor in tensors:
         by_groups.setdefault(shard_groups(tensor), []).append(tensor)
     squares = []
     for groups, members in by_groups.items():
-        norms = torch._foreach_norm(local_shards(members), 2.0, dtype=dtype)
-        square = torch.stack(list(norms)).square().sum()
+        square = torch.stack(euclidean_norms(local_shards(members))).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         squares.append(square)
     return torch.stack(squares or [torch.zeros(())]).sum().sqrt().float()
+
+
+def euclidean_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Euclidean norm of each tensor, 0-dim: float64 on a CPU and float32 on a GPU."""
+    # A CPU adds up in the order of memory: of 16 M coordinates float32 loses 2e-4, and each layout
+    # another share. GPUs add in trees, and for float64 would write a copy first.
+    dtype = torch.float64 if all(t.device.type == "cpu" for t in tensors) else torch.float32
+    return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))
