@@ -38,6 +38,18 @@ def expected_on_two(tmp_path_factory, shards) -> list[dict]:
     return uninterrupted(tmp_path_factory.mktemp("whole_on_two"), shards, *FSDP_ON_TWO)
 
 
+def check_same_losses(found: list[dict], expected: list[dict]) -> None:
+    """The lines of another layout: its sums are rounded in another order."""
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine["kind"], mine["step"], mine["tokens"]) == (
+            theirs["kind"],
+            theirs["step"],
+            theirs["tokens"],
+        )
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
 def kill_self(*arguments, **keywords) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -100,15 +112,7 @@ def test_one_process_takes_over_from_two_ranks_with_the_same_sequences(expected,
     words = commands.arguments(tmp_path, shards, *FSDP_ON_TWO)
     commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=12))
     assert commands.run(commands.arguments(tmp_path, shards), tmp_path / "log") == 0
-    found = lines(tmp_path)
-    assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine["kind"], mine["step"], mine["tokens"]) == (
-            theirs["kind"],
-            theirs["step"],
-            theirs["tokens"],
-        )
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    check_same_losses(lines(tmp_path), expected)
 
 
 def test_run_resumes_with_and_without_tensor_parallelism(tmp_path, shards):
@@ -116,13 +120,12 @@ def test_run_resumes_with_and_without_tensor_parallelism(tmp_path, shards):
     expected = uninterrupted(tmp_path, shards, *model, name="whole")
     words = commands.arguments(tmp_path, shards, *model)
     tensor = [*words, "launch.nproc_per_node=2", "parallel=fsdp", "parallel.tensor_size=2"]
-    commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=7))
+    commands.kill_group(commands.start_and_hold(words, tmp_path, after_step=6))
     commands.kill_group(commands.start_and_hold(tensor, tmp_path, after_step=12))
     assert "resumed from step 5" in (tmp_path / "log").read_text()
     assert commands.run(words, tmp_path / "log") == 0
     assert "resumed from step 10" in (tmp_path / "log").read_text()
-    for found, wanted in zip(lines(tmp_path), expected, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5)
+    check_same_losses(lines(tmp_path), expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
