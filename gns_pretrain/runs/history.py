@@ -48,7 +48,12 @@ def new_run_id(directory: Path) -> str:
 
 
 def note_checkpoint(directory: Path, step: int) -> None:
-    """Note in run.json that the run has saved itself, and must not restart from nothing."""
+    """Note in run.json that the run has saved itself, and must not restart from nothing.
+
+    A run that was built by itself, without `gns_pretrain.launch.train`, has no such file.
+    """
+    if not (directory / PROVENANCE).is_file():
+        return
     values = read_provenance(directory)
     if FIRST_CHECKPOINT not in values:
         write_json(directory / PROVENANCE, values | {FIRST_CHECKPOINT: step})
