@@ -157,6 +157,10 @@ def compile_cache(
     if stage_to:
         local = local_folder(stage_to) / COMPILE_CACHE
         make_folder(local, f"data.stage_to={stage_to}")
+        if local.stat().st_uid != os.getuid():  # what it holds would be executed
+            raise InputError(
+                f"data.stage_to={stage_to}: {local} belongs to another user; name another folder"
+            )
         with folder_lock(local, wait=True):
             copy_new_files(Path(shared), local)
     for variable, name in CACHE_VARIABLES.items():

@@ -24,6 +24,16 @@ CONFIG, PROVENANCE, STARTS, LOCK = "config.yaml", "run.json", "starts.jsonl", ".
 METRICS, SUMMARY, CHECKPOINTS = jsonl.METRICS, jsonl.SUMMARY, "checkpoints"
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Loads plain values; a file of a few aliases to aliases would unfold to billions of them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse an alias, of which a run's own file has none."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it holds the alias *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+
 def is_finished(directory: Path) -> bool:
     """Whether the run has reached its budget; a damaged summary counts as none."""
     try:
@@ -52,8 +62,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        settings = yaml.load(path.read_text(), Loader=PlainLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path} is damaged ({reason}); restore it, or use another run_name"
@@ -66,7 +76,13 @@ def run_directories(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; name a run directory, or a folder of some")
     found = []
+    seen = set()  # links may lead back up
     for folder, children, files in os.walk(path, followlinks=True):
+        identity = os.path.realpath(folder)
+        if identity in seen:
+            children.clear()
+            continue
+        seen.add(identity)
         if CONFIG in files:
             found.append(Path(folder))
             children.clear()  # W&B keeps a config.yaml of its own inside a run

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.directory import LOCK
+from gns_pretrain.runs.directory import LOCK, METRICS, STARTS
 from gns_pretrain.system.files import take_flock
 from gns_pretrain.system.slurm import SlurmJob, node_name
 
@@ -27,6 +27,7 @@ DEAD_AFTER_SECONDS = 4 * HEARTBEAT_SECONDS  # without a heartbeat, for a holder 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory's lock; InputError names the process that holds it."""
+    refuse_links(directory)
     path = directory / LOCK
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a+"))
@@ -73,6 +74,16 @@ def holder_in(path: Path) -> str:
         return path.read_text(errors="replace").strip()
     except OSError:
         return ""
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse a run directory in which a file that a run appends to leads somewhere else."""
+    for name in (LOCK, METRICS, STARTS):
+        if (directory / name).is_symlink():
+            raise InputError(
+                f"{directory / name} is a link, and the run would write where it leads; remove it, "
+                "or use another run_name"
+            )
 
 
 def refuse_live_holder(path: Path, *, has_lock: bool) -> None:

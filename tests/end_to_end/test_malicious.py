@@ -19,14 +19,16 @@ from gns_pretrain.data.prepare.prepare import prepare
 from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import TokenShards, checked_tokenizer, read_meta
-from gns_pretrain.data.staging import staged
+from gns_pretrain.data.staging import compile_cache, staged
 from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.launch.measure_noise import MeasurementRequest, measure
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder, load_hf_folder
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.runs.directory import read_settings, run_directories
 from gns_pretrain.runs.history import append_event
+from gns_pretrain.runs.lock import locked
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints, damage, load_model, tensors_of
@@ -75,6 +77,7 @@ def checkpoint(tmp_path) -> Path:
 
 def save(folder: Path, model: Llama, optimizer: torch.optim.Optimizer) -> Path:
     state = {"step": 1}
+    folder.mkdir(parents=True)
     return Checkpoints(folder, keep=1, world=ALONE).save(model, optimizer, state)
 
 
@@ -408,6 +411,55 @@ def test_numbers_of_a_config_are_checked_before_they_are_believed(exported, chan
     change_config(exported, **change)
     with pytest.raises(InputError, match=r"config\.json"):
         load_hf_folder(exported)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "starts.jsonl"])
+def test_run_does_not_write_where_a_link_in_its_directory_leads(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(victim)
+    with pytest.raises(InputError, match=f"{name} is a link"), locked(run):
+        pass
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("!!python/object/apply:os.mkdir [executed]", "could not determine a constructor"),
+        ("a: &a [1]\n" + "".join(f"{k}: [*a, *a]\n" for k in "bc"), "alias"),
+        ("[" * 10_000, "recursion"),
+    ],
+    ids=["python", "aliases", "nesting"],
+)
+def test_settings_of_a_run_are_plain_values(tmp_path, monkeypatch, config, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(InputError, match=f"config.yaml is damaged .*{why}"):
+        read_settings(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_links_that_lead_back_are_followed_once(outputs):
+    for name in ("a", "b", "c"):
+        (outputs / name).symlink_to("..")
+        (outputs / "f" / name).symlink_to("..")
+    assert sorted(path.name for path in run_directories(outputs)) == [
+        HOSTILE,
+        f"{HOSTILE}-later",
+        "f",
+    ]
+
+
+def test_kernels_in_another_users_folder_are_not_used(tmp_path, monkeypatch):
+    cache, owner = tmp_path / "disk" / "compile-cache", os.getuid()
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    kernels = compile_cache(str(tmp_path / "shared"), str(tmp_path / "disk"), keep=False)
+    with pytest.raises(InputError, match="compile-cache belongs to another user"), kernels:
+        pass
 
 
 # Title, cleared screen, markup, right-to-left order, and a sequence that begins with one character.
