@@ -126,6 +126,7 @@ def test_resumed_run_takes_the_same_steps_bit_for_bit(gpu, kind, optimizer, tmp_
         log = StepLog(run.record, run.world)
         for step in range(4):
             if step == 2:
+                log.flush()
                 run.checkpoints.save(run.model, run.optimizer, run.adaptive.state_dict())
             one_step(run, log)
         expected = [part.detach().clone() for part in local_shards(run.model.parameters())]
