@@ -89,6 +89,7 @@ QUICK_PLAN = (
     "data --data {folder}/shards --files {folder}/documents.0.json.gz"
     " --tokenizer {folder}/tokenizer.json --seconds 0 --rounds 1 --sequence-length 8",
     f"noise_scale {QUICK_SAMPLE} --geometry manhattan --samples 2 --pairs 2",
+    "noise_scale --foreign resnet --micro-batch-size 1 --geometry nuclear --samples 2 --pairs 2",
     f"optimizer {QUICK_MODEL} --layers 1 --pairs 2 --eager",
     f"profile {QUICK_SAMPLE} --batch-size 2 --no-compile --steps 1 --geometry nuclear",
     f"speed {QUICK_SAMPLE} --batch-size 2 --no-compile --pairs 2 --product-size 64",
@@ -158,7 +159,7 @@ def measured_rows(
             yield words, row
         return
     with tempfile.TemporaryDirectory() as folder:
-        plan = GPU_PLAN if torch.cuda.is_available() else CPU_PLAN
+        plan: Sequence[str] = GPU_PLAN if torch.cuda.is_available() else CPU_PLAN
         if from_options(All, options).quick:
             plan = QUICK_PLAN
             write_quick_data(Path(folder))

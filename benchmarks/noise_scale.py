@@ -3,7 +3,7 @@
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Annotated
 
 import torch
 
+from benchmarks.foreign import FOREIGN_MODELS, ForeignLoop
 from benchmarks.harness import ModelCommand, Pairs, Row, Timings, paired, workload
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least, one_of
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
+from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 
 
 @dataclass
@@ -34,6 +35,11 @@ class NoiseScale(ModelCommand):
         default_factory=lambda: ["plug_in"]
     )
     square_root: Annotated[str, About("auto, iterative or exact")] = "auto"
+    foreign: Annotated[
+        str,
+        one_of("none", *FOREIGN_MODELS),
+        About("a model of transformers in a plain loop, instead of --model (default: none)"),
+    ] = "none"
     samples: Annotated[int, at_least(2), About("micro-batches over all ranks")] = 8
     micro_batch_size: Annotated[int, at_least(1), About("sequences")] = 2
     sequence_length: Annotated[int, at_least(1), About("tokens")] = 128
@@ -58,7 +64,8 @@ class NoiseScale(ModelCommand):
                 "geometry": geometry,
                 "estimates": ", ".join(self.estimate),
                 "ranks": num_ranks,
-                **self.options("square_root", "model", "samples", "micro_batch_size"),
+                "model": self.model if self.foreign == "none" else f"transformers' {self.foreign}",
+                **self.options("square_root", "samples", "micro_batch_size"),
                 **self.options("sequence_length", "pairs"),
                 "plain_step_seconds": round(timings.median("plain"), 4),
                 "measurement_seconds": round(seconds, 4),
@@ -81,21 +88,36 @@ class NoiseScale(ModelCommand):
         device = pick_device("auto", rank.local_rank)
         if rank.num_ranks > 1 and device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // rank.num_ranks))
-        with (
-            joined(rank, ParallelSettings(), device) as world,
-            workload(
+        with joined(rank, ParallelSettings(), device) as world:
+            if self.foreign != "none":
+                return self.on_rank_foreign(settings, world)
+            with workload(
                 self.shape(),
                 world,
                 batch_size=self.samples * self.micro_batch_size,
                 micro_batch_size=self.micro_batch_size,
                 sequence_length=self.sequence_length,
-            ) as work,
-        ):
-            meter = NoiseMeter(work.run.model, settings)
-            own: list[float] = []
+            ) as work:
+                meter = NoiseMeter(work.run.model, settings)
+                return self.timed(work.step, lambda: work.step(meter).readings[0].seconds, world)
 
-            def measured() -> None:
-                own.append(work.step(meter).readings[0].seconds)
+    def on_rank_foreign(self, settings: NoiseScaleSettings, world: World) -> tuple[Timings, float]:
+        """The same of a model that is not ours, in a loop that is not."""
+        loop = ForeignLoop(
+            self.foreign,
+            world,
+            accumulation=self.samples // world.num_ranks,
+            micro_batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+        )
+        off, meter = NoiseMeter(loop.model), NoiseMeter(loop.model, settings)
+        return self.timed(lambda: loop.step(off), lambda: loop.step(meter)[0].seconds, world)
 
-            timings = paired({"plain": work.step, "measured": measured}, self.pairs, world)
+    def timed(
+        self, plain: Callable[[], object], measured: Callable[[], float], world: World
+    ) -> tuple[Timings, float]:
+        """Time alternating steps; `measured` returns the seconds that the meter counts."""
+        own: list[float] = []
+        steps = {"plain": plain, "measured": lambda: own.append(measured())}
+        timings = paired(steps, self.pairs, world)
         return timings, statistics.median(own[-self.pairs :])
