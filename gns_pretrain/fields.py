@@ -28,6 +28,7 @@ from gns_pretrain.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
+LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ def within(low: float, high: float, *, hint: str = "", exclusive: bool = False) 
     return Bound(lambda value: low <= value < high, text, hint)
 
 
+def folder_name() -> Bound:
+    """A path that is not empty, and that does not hold a `~`, which only a shell replaces."""
+    text = "is not a folder"
+    hint = "name one, written out or with $HOME instead of ~"
+    return Bound(lambda value: value != "" and not value.startswith("~"), text, hint)
+
+
 def one_of(*choices: str, hint: str = "") -> Bound:
     """A name, or each name of a list, that is one of `choices`."""
     return key_of(choices, hint=hint)
@@ -104,6 +112,12 @@ def check_bounds(settings: Any, section: str) -> None:
             before its name, value, rule and hint in one line.
     """
     cls: type = type(settings)
+    for name, value in vars(settings).items():
+        if any(isinstance(v, int) and abs(v) > LARGEST_INTEGER for v in _each(value)):
+            raise InputError(
+                f"{setting_name(section, name)}={value} must be at most {LARGEST_INTEGER}, which "
+                "is what 64 bits hold"
+            )
     check_values(cls, {name: getattr(settings, name) for name in _notes(cls)}, section)
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from gns_pretrain.errors import InputError, counted
 
+LARGEST_HINTED = 10_000  # micro-batch; a larger one is nobody's choice
+
 
 @dataclass(frozen=True)
 class Split:
@@ -60,18 +62,23 @@ class FeasibleSizes:
 
     def at_most(self, size: float) -> Split | None:
         """The largest feasible size that is not above `size`; None below the smallest one."""
-        growing = self._while_micro_batch_grows()
-        if size >= growing[-1].batch_size:
-            return self._accumulated(math.floor(size / self._unit))
-        below = [split for split in growing if split.batch_size <= size]
-        return below[-1] if below else None
+        whole = math.floor(size)
+        micro_batch = whole // self._first_unit
+        if micro_batch >= self.micro_batch_max:
+            return self._accumulated(whole // self._unit)
+        if micro_batch < self.micro_batch_size:
+            return None
+        steps = (micro_batch - self.micro_batch_size) // self.micro_batch_step
+        return self._growing(steps)
 
     def at_least(self, size: float) -> Split:
         """The smallest feasible size that is not below `size`."""
-        for split in self._while_micro_batch_grows():
-            if split.batch_size >= size:
-                return split
-        return self._accumulated(math.ceil(size / self._unit))
+        whole = math.ceil(size)
+        micro_batch = -(-whole // self._first_unit)
+        if micro_batch > self.micro_batch_max:
+            return self._accumulated(-(-whole // self._unit))
+        missing = max(micro_batch - self.micro_batch_size, 0)
+        return self._growing(-(-missing // self.micro_batch_step))
 
     def require(self, size: int, name: str) -> Split:
         """Return the split of a size that the user named in a setting.
@@ -117,17 +124,26 @@ class FeasibleSizes:
     def _accumulated(self, accumulation: int) -> Split:
         return Split(self.num_ranks, self.micro_batch_max, accumulation)
 
-    def _while_micro_batch_grows(self) -> list[Split]:
-        """The smallest sizes, ascending, up to the first one with the largest micro-batch."""
-        accumulation = math.ceil(self.min_samples / self.num_ranks)
-        sizes = range(self.micro_batch_size, self.micro_batch_max, self.micro_batch_step)
-        return [
-            Split(self.num_ranks, size, accumulation) for size in [*sizes, self.micro_batch_max]
-        ]
+    @property
+    def _first_accumulation(self) -> int:
+        """Micro-batches of each rank while the micro-batch grows."""
+        return math.ceil(self.min_samples / self.num_ranks)
+
+    @property
+    def _first_unit(self) -> int:
+        """What one more sequence in each micro-batch adds while the micro-batch grows."""
+        return self.num_ranks * self._first_accumulation
+
+    def _growing(self, steps: int) -> Split:
+        """The size that so many steps of the micro-batch give."""
+        grown = self.micro_batch_size + steps * self.micro_batch_step
+        micro_batch = min(grown, self.micro_batch_max)
+        return Split(self.num_ranks, micro_batch, self._first_accumulation)
 
     def _other_micro_batch(self, size: int) -> str:
         """Hint at the largest smaller micro-batch with which `size` would be feasible."""
-        for smaller in range(self.micro_batch_size - 1, 0, -1):
+        largest = min(self.micro_batch_size - 1, LARGEST_HINTED)
+        for smaller in range(largest, 0, -1):
             accumulation, rest = divmod(size, self.num_ranks * smaller)
             if rest == 0 and accumulation * self.num_ranks >= self.min_samples:
                 return f", or micro_batch_size={smaller}"

@@ -3,13 +3,16 @@
 Each function raises an InputError at the first rule that is broken.
 """
 
+import dataclasses
 import math
 
 import torch
 
 from gns_pretrain.config.schema import Config
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, counted
+from gns_pretrain.model.config import count_parameters
 from gns_pretrain.parallel.mesh import shard_group_size
+from gns_pretrain.system.processes import machine_memory
 
 
 def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
@@ -100,4 +103,42 @@ def check_data(config: Config, *, data_vocab_size: int, validation_sequences: in
             f"{validation_sequences} validation sequences of data.sequence_length="
             f"{config.data.sequence_length} in data.path={config.data.path}; use at most "
             f"{validation_sequences}"
+        )
+
+
+def check_memory(
+    config: Config, *, data_vocab_size: int, num_ranks: int, ranks_per_node: int, device: str
+) -> None:
+    """Refuse a model or a micro-batch that cannot fit, before anything is built or written.
+
+    Counted is what every run holds at least: float32 weights and gradients, sharded or not, whole
+    weights while they are initialized, the token ids of a micro-batch and two bytes for each number
+    that goes into a block, or into one block where activations are recomputed.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=data_vocab_size)
+    parameters = count_parameters(model).total
+    kind = config.parallel.resolved_kind(num_ranks)
+    tensor_size = config.parallel.tensor_size
+    shards = 1 if kind in ("single", "ddp") else num_ranks
+    if kind == "hsdp":
+        shards = tensor_size * shard_group_size(
+            config.parallel, num_ranks=num_ranks, ranks_per_node=ranks_per_node
+        )
+    weights = max(4 * parameters // tensor_size, 8 * parameters // shards)
+    tokens = config.micro_batch_size * config.data.sequence_length
+    blocks = 1 if model.activation_checkpointing else model.num_layers
+    micro_batch = tokens * (8 + 2 * model.dim * blocks // tensor_size)
+    on_gpu = device == "cuda"
+    ranks = 1 if on_gpu else ranks_per_node
+    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine_memory()
+    needed = ranks * (weights + micro_batch)
+    if needed > there:
+        raise InputError(
+            f"model.name={model.name} with {parameters:,} parameters and micro_batch_size="
+            f"{config.micro_batch_size} x data.sequence_length={config.data.sequence_length} needs "
+            f"at least {needed:,} bytes on {counted(ranks, 'rank')}, but the "
+            f"{'GPU' if on_gpu else 'machine'} has {there:,}; use a smaller model or micro-batch, "
+            "or shard over more ranks"
         )

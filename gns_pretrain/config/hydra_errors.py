@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -51,7 +52,41 @@ def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputErro
         )
     if isinstance(error, YAMLError):
         return InputError(f"{one_line(error)}; correct the file")
+    if raised_by_hydra(error):
+        return InputError(mistake_in_choice(error, overrides))
     raise error
+
+
+def raised_by_hydra(error: Exception) -> bool:
+    """Whether an error, of any class, comes from the inside of Hydra or OmegaConf."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return module.partition(".")[0] in ("hydra", "omegaconf", "antlr4")
+
+
+def mistake_in_choice(error: Exception, overrides: Sequence[str]) -> str:
+    """Describe a group that was given a number or a list, on which Hydra fails without a name."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        options = choices_of(str(override.key_or_group))
+        if options and not isinstance(override.value(), str):
+            group = override.key_or_group
+            return (
+                f"{override.input_line}: {group} is a group of settings; choose one of "
+                f"{', '.join(options)}, and set what is in it by {group}.NAME=..."
+            )
+    return (
+        f"{' '.join(overrides)}: Hydra cannot compose these settings ({one_line(error)}); see "
+        "--help for how they are written"
+    )
+
+
+def choices_of(group: str) -> list[str]:
+    """List a group's choices; empty where there is no such group."""
+    names = [path.name for path in (CONFIG_FOLDER / group).glob("*.yaml")] if group else []
+    with suppress(OSError):
+        names += ConfigStore.instance().list(group) if group else []
+    found = {name.removesuffix(".yaml") for name in names}
+    return sorted(name for name in found if not name.startswith("schema_"))
 
 
 def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> InputError:

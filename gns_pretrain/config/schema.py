@@ -14,7 +14,7 @@ from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings, sizes_for
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, one_of, positive
+from gns_pretrain.fields import Settings, at_least, at_most, folder_name, one_of, positive
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OptimizerSettings
@@ -23,6 +23,9 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
+
+MAX_CORES = 4096  # more than any node has
+MAX_RUN_NAME = 200  # letters; file systems take 255, and temporary names are longer
 
 
 @dataclass
@@ -72,10 +75,16 @@ class LaunchSettings(Settings):
 
     section: ClassVar[str] = "launch"
 
-    nproc_per_node: Annotated[int, at_least(1)] = 1  # ranks that this command starts here
+    nproc_per_node: Annotated[int, at_least(1), at_most(MAX_CORES)] = (
+        1  # ranks that this command starts here
+    )
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda
-    threads: Annotated[int | None, at_least(1)] = None  # of a CPU rank; null: its share of cores
-    compile_cache: str | None = None  # folder that keeps compiled kernels between starts; null: no
+    threads: Annotated[int | None, at_least(1), at_most(MAX_CORES)] = (
+        None  # of a CPU rank; null: its share of cores
+    )
+    compile_cache: Annotated[str | None, folder_name()] = (
+        None  # folder that keeps compiled kernels between starts; null: no
+    )
 
 
 @dataclass
@@ -83,7 +92,7 @@ class Config(Settings):
     """The whole configuration of `gns-pretrain train`."""
 
     run_name: str = MISSING  # folder under output_directory; the same on every rank, no time in it
-    output_directory: str = "outputs"
+    output_directory: Annotated[str, folder_name()] = "outputs"
     # auto: resume the run | never: start it again in a fresh directory
     resume: Annotated[str, one_of("auto", "never")] = "auto"
     seed: int = 0  # of the weights and of the data's order
@@ -118,6 +127,11 @@ class Config(Settings):
             raise InputError(
                 f"run_name={self.run_name!r} is a folder's name; use letters, digits and ._=,+- "
                 "and begin with a letter or a digit"
+            )
+        if len(self.run_name) > MAX_RUN_NAME:
+            raise InputError(
+                f"run_name={self.run_name[:40]}... has {len(self.run_name)} letters, a folder's "
+                f"name has at most {MAX_RUN_NAME}; use a shorter run_name"
             )
         if self.table == "table3" and self.scale.table3 not in (None, self.scale.name):
             raise InputError(

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from gns_pretrain.config.checks import check_batch_size, check_data, check_layout
+from gns_pretrain.config.checks import check_batch_size, check_data, check_layout, check_memory
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.shards import joint_fingerprint
-from gns_pretrain.data.staging import compile_cache
+from gns_pretrain.data.staging import compile_cache, local_folder
 from gns_pretrain.errors import (
     EXIT_BAD_INPUT,
     EXIT_CRASHED,
@@ -93,18 +93,22 @@ def launch(config: Config) -> int:
     return EXIT_FINISHED
 
 
-def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
+def check_run(
+    config: Config, info: RankInfo | None, *, trains_here: bool = True
+) -> tuple[Path, str]:
     """Validate what one process can; return the run directory and the fingerprint of the data.
 
     Args:
         config: of the run.
         info: this rank, if a launcher has started it.
+        trains_here: whether this machine's memory and disk are those of the run.
 
     Raises:
-        InputError: the first rule that is broken; nothing has been written.
+        InputError: the first rule that is broken; nothing of the run has been written.
     """
     ranks = config.launch.nproc_per_node if info is None else info.num_ranks
-    check_layout(config, num_ranks=ranks, ranks_per_node=info.ranks_per_node if info else ranks)
+    ranks_per_node = info.ranks_per_node if info else ranks
+    check_layout(config, num_ranks=ranks, ranks_per_node=ranks_per_node)
     directory = Path(config.output_directory) / config.run_name
     if config.resume == "never":
         directory = directory_of_requeued_job(directory) or fresh_directory(directory)
@@ -112,13 +116,23 @@ def check_run(config: Config, info: RankInfo | None) -> tuple[Path, str]:
     if not checkpoint_folders(directory / CHECKPOINTS):
         check_batch_size(config, num_ranks=ranks)
     for local_rank in range(ranks) if info is None else (info.local_rank,):
-        pick_device(config.launch.device, local_rank)
+        device = pick_device(config.launch.device, local_rank)
     splits = open_splits(config.data)
     check_data(
         config,
         data_vocab_size=splits[0].vocab_size,
         validation_sequences=splits[1].num_sequences(config.data.sequence_length),
     )
+    if trains_here:
+        check_memory(
+            config,
+            data_vocab_size=splits[0].vocab_size,
+            num_ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            device=device.type,
+        )
+        if config.data.stage_to is not None:
+            make_folder(local_folder(config.data.stage_to), "data.stage_to")
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))

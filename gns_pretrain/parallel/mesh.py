@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, one_of
+from gns_pretrain.fields import Settings, at_least, at_most, one_of
 from gns_pretrain.system.processes import note_process_group
+
+YEAR_SECONDS = 366 * 24 * 3600
 
 
 @dataclass
@@ -30,7 +32,7 @@ class ParallelSettings(Settings):
     # neighbours, so that they are of one node
     tensor_size: Annotated[int, at_least(1, hint="1 is no tensor parallelism")] = 1
     # a collective that waits longer ends the run with an error
-    timeout_seconds: Annotated[int, at_least(1, hint="600 is usual")] = 600
+    timeout_seconds: Annotated[int, at_least(1, hint="600 is usual"), at_most(YEAR_SECONDS)] = 600
 
     def __post_init__(self) -> None:
         super().__post_init__()

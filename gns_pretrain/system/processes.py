@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -26,9 +26,20 @@ from typing import NoReturn
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
+
+
 def available_cores() -> int:
     """Cores this process may use: a job's share, not the whole node."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine, or the container that this process is in, has."""
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        num_bytes = min(num_bytes, int(CONTAINER_MEMORY.read_text()))
+    return num_bytes
 
 
 def threads_per_process(num_processes: int) -> int:

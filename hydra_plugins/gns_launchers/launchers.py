@@ -34,6 +34,7 @@ class SweepLauncher(Launcher):
     """Checks all runs of a sweep, does what each needs and reports the results."""
 
     first_rank: RankInfo | None = None  # as which a run is checked; None where it starts its ranks
+    trains_here = True  # on the machine that checks them
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -58,7 +59,7 @@ class SweepLauncher(Launcher):
         planned = plan_runs(
             job_overrides,
             self.compose,
-            partial(check_run, info=self.first_rank),
+            partial(check_run, info=self.first_rank, trains_here=self.trains_here),
             search_path=search_path_of(self.config),
         )
         runs = {run.directory: run for run in planned}
@@ -123,6 +124,8 @@ class SlurmSweepLauncher(SweepLauncher):
     `gns-pretrain status` shows how the runs are, and the same command submits again whatever is
     neither finished nor in the queue. conf/hydra/launcher/slurm.yaml explains the settings.
     """
+
+    trains_here = False
 
     def __init__(self, **settings: Any) -> None:
         plain = {

@@ -1,0 +1,178 @@
+"""What is typed after `gns-pretrain train` gives settings, or one line that says what to mend."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from gns_pretrain.config.compose import settings_from
+from gns_pretrain.config.hydra_errors import as_input_error
+from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
+from gns_pretrain.config.schema import Config
+from gns_pretrain.errors import InputError
+from gns_pretrain.launch.train import check_run
+from gns_pretrain.runs.identity import flatten
+from gns_pretrain.system import processes
+
+BUDGET_SECONDS = 10.0  # of the fuzzer
+BEGAN: dict[str, float] = {}
+
+
+@pytest.fixture(scope="module")
+def base(shards, tmp_path_factory) -> list[str]:
+    register_configs()
+    return [
+        "data=shards",
+        f"data.path={shards}",
+        "data.sequence_length=16",
+        f"output_directory={tmp_path_factory.mktemp('typed') / 'outputs'}",
+        "run_name=typed",
+        "evaluation.num_sequences=2",
+        "batch_size.initial=8",
+        "micro_batch_size=2",
+        "token_budget=2560",
+    ]
+
+
+def checked(words: list[str]) -> Config:
+    """What the command does before it trains."""
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            node = compose("train", words)
+        config = settings_from(node, words)
+        check_run(config, None)
+    except InputError:
+        raise
+    except Exception as error:
+        raise as_input_error(error, words) from error
+    return config
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("batch_size=64", "batch_size=64: batch_size is a group of settings; choose one of adapt"),
+        ("optimizer=[1]", r"optimizer=\[1\]: optimizer is a group of settings; choose one of adam"),
+        ("data=null", "data is a group of settings"),
+        ("metrics=true", "metrics is a group of settings"),
+        ("=5", "=5: Hydra cannot compose these settings"),
+        ("hydra=5", "hydra is a group of settings"),
+        ("seed=${oc.env:NOT_SET_ANYWHERE}", "'NOT_SET_ANYWHERE' not found"),
+        ("token_budget=1e24", "is a whole number, written without a point or exponent"),
+        ("token_budget=1000000000000000000000000", "at most 9223372036854775807"),
+        ("metrics.log_every=9223372036854775808", "at most 9223372036854775807"),
+        ("seed=-9223372036854775809", "at most 9223372036854775807"),
+        ("launch.threads=1000000", "launch.threads=1000000 must be at most 4096"),
+        ("launch.nproc_per_node=1000000", "must be at most 4096"),
+        ("parallel.timeout_seconds=99999999999", "must be at most 31622400"),
+        ("output_directory=", "output_directory= is not a folder"),
+        ('output_directory="~/runs"', "written out or with .HOME instead of ~"),
+        ("data.path=", "data.path= is not a folder"),
+        ("data.stage_to=/proc/nope", "/proc/nope cannot be made"),
+        (f"run_name={'a' * 300}", r"run_name=a{40}\.\.\. has 300 letters"),
+        ("model.dim=1000000000", "needs at least [0-9,]+ bytes on 1 rank, but the machine has"),
+        ("model.num_layers=100000000", "needs at least [0-9,]+ bytes on 1 rank"),
+        ("model.vocab_size=9999999999999", "needs at least [0-9,]+ bytes on 1 rank"),
+        (
+            "micro_batch_size=99999999999 batch_size.initial=99999999999 "
+            "token_budget=999999999999999",
+            "micro_batch_size=99999999999 x data.sequence_length=16 needs at least",
+        ),
+        (
+            "batch_size=adaptive noise_scale=manhattan micro_batch_size=999999999999",
+            "use batch_size.initial=7999999999992, or micro_batch_size=1",
+        ),
+    ],
+)
+def test_a_refusal_names_what_was_typed_in_one_line_and_leaves_no_file(typed, line, base):
+    with pytest.raises(InputError, match=line) as refusal:
+        checked([*base, *typed.split(" ")])
+    assert "\n" not in str(refusal.value)
+    folder = next(word for word in base if word.startswith("output_directory=")).partition("=")[2]
+    assert not Path(folder).exists()
+
+
+def test_a_largest_micro_batch_beyond_all_memory_takes_no_time_and_no_memory(base):
+    words = ["batch_size=adaptive", "noise_scale=manhattan", "batch_size.initial=16"]
+    checked([*base, *words, "batch_size.micro_batch_max=999999999999"])
+
+
+def test_memory_counts_every_rank_of_a_machine_and_its_share(base, monkeypatch):
+    words = [*base, "model.dim=64", "launch.nproc_per_node=2", "launch.device=cpu"]
+    monkeypatch.setattr("gns_pretrain.config.checks.machine_memory", lambda: 10**12)
+    checked(words)
+    monkeypatch.setattr("gns_pretrain.config.checks.machine_memory", lambda: 10**6)
+    with pytest.raises(InputError, match="on 2 ranks, but the machine has 1,000,000"):
+        checked(words)
+
+
+def test_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    limit.write_text("4096\n")
+    monkeypatch.setattr(processes, "CONTAINER_MEMORY", limit)
+    assert processes.machine_memory() == 4096
+    limit.write_text("max\n")
+    assert processes.machine_memory() > 4096
+
+
+def known_settings() -> list[str]:
+    """Every group and every dotted setting of the default run."""
+    register_configs()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        content = OmegaConf.to_container(compose("train"))
+    groups = [path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir()]
+    return sorted({*flatten(content), *content, *groups})
+
+
+VALUES = [
+    *("", "null", "true", "0", "-1", "1", "3", "64", "1e24", "1e-400", "nan", "inf", "-inf", ".5"),
+    *("999999999999", "9223372036854775808", "1_0", "0x10", "abc", "???", "~", ".", "..", "/"),
+    *("[]", "[1]", "[[1]]", "[a,b]", "{}", "{a:1}", "{a:{b:1}}", "[null]", "a,b", "range(3)"),
+    *(
+        "${seed}",
+        "${nothing}",
+        "${oc.env:NOT_SET_ANYWHERE}",
+        "${oc.env:HOME}",
+        "$",
+        "a=b",
+        "'",
+        '"',
+    ),
+    *("/dev/null", "/proc/nope", "é", "\u202e", "adaptive", "muon", "fsdp", "a" * 300, "[" * 50),
+]
+
+
+@hypothesis_settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", "", "", "+", "++", "~"]),
+            st.deferred(lambda: st.sampled_from(known_settings())),
+            st.sampled_from(VALUES),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@example([("", "batch_size", "64")])
+def test_anything_typed_gives_settings_or_one_line(base, typed):
+    if time.monotonic() - BEGAN.setdefault("fuzzer", time.monotonic()) > BUDGET_SECONDS:
+        return
+    words = [f"{sign}{name}={value}" for sign, name, value in typed]
+    began, line = time.monotonic(), "settings"
+    try:
+        checked([*base, *words])
+    except InputError as error:
+        line = str(error)
+    assert len(line.splitlines()) == 1
+    assert time.monotonic() - began < 60, words
