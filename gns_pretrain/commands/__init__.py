@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gns_pretrain.errors import EXIT_FINISHED, InputError, OneLineError, print_error
 from gns_pretrain.system.processes import rank_process
+from gns_pretrain.system.streams import outlive_output
 
 # Before torch is imported: threads that wait for one another then sleep instead of spinning. On two
 # cores that others used too, the small model trained 1.5 to 15 times as fast for it; on the same
@@ -63,6 +64,7 @@ def main() -> None:
 
 def run_command(name: str) -> None:
     """Run a command with the options in sys.argv[1:], and exit with its code."""
+    outlive_output(logs=COMMANDS[name].is_rank)
     with rank_process() if COMMANDS[name].is_rank else nullcontext():
         try:
             sys.exit(load(name).main() or EXIT_FINISHED)

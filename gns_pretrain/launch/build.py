@@ -22,6 +22,7 @@ from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.runs.history import note_checkpoint
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.tracking.wandb import unless_set
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
@@ -142,5 +143,7 @@ def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatc
 def shown_as(config: Config) -> MetricsSettings:
     """Return the record's settings; runs that differ in the seed alone are one group at W&B."""
     wandb = config.metrics.wandb
-    group = wandb.group or re.sub(r"[-_]?seed=?\d+", "", config.run_name)
+    group = wandb.group or unless_set(
+        "WANDB_RUN_GROUP", re.sub(r"[-_]?seed=?\d+", "", config.run_name)
+    )
     return dataclasses.replace(config.metrics, wandb=dataclasses.replace(wandb, group=group))

@@ -86,7 +86,7 @@ def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...
         # One server imports torch and is forked for each rank: N imports would fight for the cores.
         start_method="forkserver",
         # The ranks finish their step after a stop signal; the agent would kill them.
-        signals_to_handle="SIGHUP",
+        signals_to_handle="SIGQUIT",
     )
     logging.getLogger(AGENT_LOG).addFilter(is_not_an_exit_code)
     logging.getLogger(SPAWN_LOG).setLevel(logging.ERROR)

@@ -45,6 +45,7 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     settings_of_run,
 )
+from gns_pretrain.system.files import whole_folder
 from gns_pretrain.system.processes import (
     StopRequest,
     python_command,
@@ -184,18 +185,24 @@ def settings_if_finished(directory: Path) -> dict[str, Any] | None:
     return settings if is_finished(directory) and FINGERPRINT in settings else None
 
 
-def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> RunResult:
-    """Give a run, which has no directory yet, the record of a finished one; W&B gets it too."""
-    unfinished = run.directory.with_name(f".{run.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name in (METRICS, PROVENANCE):
-        shutil.copy2(equal / name, unfinished / name)
-    (unfinished / CONFIG).write_text(as_yaml(run.config))
-    summary = read_summary(equal) | {"same_as": equal.name}
-    write_summary(unfinished / SUMMARY, summary)
-    run_id = new_run_id(unfinished)
-    unfinished.rename(run.directory)
+def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> RunResult | None:
+    """Give a run, which has no directory yet, the record of a finished one; W&B gets it too.
+
+    None where another command is faster and trains it.
+    """
+    try:
+        with whole_folder(run.directory) as unfinished:
+            for name in (METRICS, PROVENANCE):
+                shutil.copy2(equal / name, unfinished / name)
+            (unfinished / CONFIG).write_text(as_yaml(run.config))
+            summary = read_summary(equal) | {"same_as": equal.name}
+            write_summary(unfinished / SUMMARY, summary)
+            run_id = new_run_id(unfinished)
+    except OSError:
+        if not is_finished(run.directory):
+            return None  # training it says what is wrong
+        why = "another command has given it the record of an equal run"
+        return RunResult(run.name, "skipped", why, read_summary(run.directory))
     wandb = shown_as(run.config).wandb
     if wandb.enabled:
         config = asdict(run.config)
@@ -204,6 +211,7 @@ def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> 
         for record in read_records(run.directory / METRICS):
             view.write(record)
         view.finish(summary)
+        view.close()
     return RunResult(run.name, "shared", f"the same training as {equal.name}", summary)
 
 

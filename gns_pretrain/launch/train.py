@@ -54,6 +54,7 @@ from gns_pretrain.runs.lock import locked
 from gns_pretrain.system.files import make_folder, must_write, remove_temporaries
 from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
+from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import checkpoint_folders
 from gns_pretrain.training.loop import train
@@ -144,6 +145,7 @@ def run_started_rank(
 ) -> None:
     """A rank that `launch` starts; it ends with its exit code, since the agent drops results."""
     exit_with_launcher(pipe)
+    outlive_output(logs=True)
     info = rank_info_from(os.environ)
     assert info is not None, "the agent has set no RANK"
     code = run_rank(config, directory, fingerprint, info, StopRequest(stop_flag))

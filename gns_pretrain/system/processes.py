@@ -15,15 +15,19 @@ import signal
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 # A scheduler before it takes the machine away: SIGTERM (preemption), SIGUSR1 (slurm/train.sbatch),
-# SIGUSR2 (submitit, whose own handler is replaced: the batch script requeues). And Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# SIGUSR2 (submitit, whose own handler is replaced: the batch script requeues). Ctrl-C, and SIGHUP,
+# which comes with the end of a terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+T = TypeVar("T")
 
 
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
@@ -69,6 +73,12 @@ def python_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
+def handled_signals() -> list[signal.Signals]:
+    """The stop signals, without a SIGHUP that nohup has told the command to ignore."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+
+
 class StopRequest:
     """Notes SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, for a loop to look at `requested` between steps.
 
@@ -90,14 +100,14 @@ class StopRequest:
 
         A second Ctrl-C interrupts at once.
         """
-        for number in STOP_SIGNALS:
+        for number in handled_signals():
             signal.signal(number, self._note_or_interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Handle the signals in this block."""
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._note) for number in handled_signals()}
         try:
             yield self
         finally:
@@ -113,6 +123,42 @@ class StopRequest:
         self._note(number, frame)
 
 
+class Worker:
+    """A thread that makes calls in order, so that none can hold its caller for ever."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def call(self, action: Callable[[], T], seconds: float) -> T:
+        """Return the call's result, or raise its error.
+
+        Raises:
+            TimeoutError: it takes longer. It is abandoned where it is, and this process will leave
+                without the exit callbacks that might wait for it.
+        """
+        future: Future[T] = Future()
+        self._calls.put((future, action))
+        if not wait([future], seconds).done:
+            global _has_abandoned
+            _has_abandoned = True
+            raise TimeoutError(f"no answer in {seconds:.0f} s")
+        return future.result()
+
+    def end(self) -> None:
+        """End the thread after the calls so far."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (given := self._calls.get()) is not None:
+            future, action = given
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+_has_abandoned = False  # a call of a `Worker` has not returned
 _is_guarded = False  # `rank_process` has been entered
 _has_threads = False  # a process group has been started, and its threads with it
 
@@ -130,10 +176,10 @@ def rank_process() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _has_threads:
+        if not (_has_threads or _has_abandoned):
             raise
         code = _reported(error)
-    if _has_threads:
+    if _has_threads or _has_abandoned:
         end_process(code)
 
 
@@ -150,8 +196,9 @@ def note_process_group(num_ranks: int) -> None:
 def end_process(code: int) -> NoReturn:
     """Join threads, run exit callbacks and flush, in Python's order; then leave with `code`."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()  # logging, multiprocessing, temporary folders, W&B
+        if not _has_abandoned:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()  # logging, multiprocessing, temporary folders, W&B
         sys.stdout.flush()
         sys.stderr.flush()
         ctypes.CDLL(None).fflush(None)  # what C++ has printed

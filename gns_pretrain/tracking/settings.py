@@ -14,18 +14,19 @@ class WandbSettings(Settings):
     section: ClassVar[str] = "metrics.wandb"
 
     enabled: bool = False
-    project: str = "gns-pretrain"  # one study
+    project: str | None = None  # one study; null: $WANDB_PROJECT, or gns-pretrain
     entity: str | None = None  # user or team; null: the account's default
     group: str | None = None  # runs that differ in the seed alone; null: none
     job_type: str | None = None  # e.g. train, measure; null: none
     tags: list[str] = field(default_factory=list)
-    # offline: upload later with `wandb sync`.
-    mode: Annotated[str, one_of("online", "offline", "disabled")] = "online"
+    # offline: upload later with `wandb sync`; null: $WANDB_MODE or what `wandb offline` has set, or
+    # online
+    mode: Annotated[str | None, one_of("online", "offline", "disabled")] = None
     name: str | None = None  # shown in the web; null: the run directory's name
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.project:
+        if self.project == "":
             raise InputError(
                 "metrics.wandb.project is empty, but W&B sorts runs by project; give it a name"
             )

@@ -8,11 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from gns_pretrain.errors import one_line
+from gns_pretrain.system.processes import Worker
+
 T = TypeVar("T")
 
 AXES = ("step", "tokens", "samples")
 _PREFIXES = {"train": "train", "validation": "val", "batch_size": "batch_size"}
 _FLUSH_SECONDS = 30
+WAIT_SECONDS = 90.0  # W&B's own limits are below
+MAX_QUOTED = 300  # letters of a failure's cause
 
 
 def axes(record: dict[str, Any]) -> dict[str, int]:
@@ -54,17 +59,28 @@ class View(Protocol):
 class MayFail:
     """A view that cannot stop training: its first failure is logged in one line, and ends it.
 
+    Its calls are made in a thread of their own, one after the other. One that does not return in
+    time counts as failed and is left behind.
+
     Args:
         name: names the view in that line.
         open_view: makes the view; may fail as well.
         log: prints a line.
+        wait_seconds: longest wait for one call.
     """
 
     def __init__(
-        self, name: str, open_view: Callable[[], View], log: Callable[[str], None]
+        self,
+        name: str,
+        open_view: Callable[[], View],
+        log: Callable[[str], None],
+        *,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         self._name = name
         self._log = log
+        self._wait_seconds = wait_seconds
+        self._worker = Worker()
         self._view = self._attempt(open_view)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -81,13 +97,14 @@ class MayFail:
         """Close the view, unless it has failed."""
         if self._view is not None:
             self._attempt(self._view.close)
+        self._worker.end()
 
     def _attempt(self, action: Callable[[], T]) -> T | None:
         try:
-            return action()
+            return self._worker.call(action, self._wait_seconds)
         except Exception as error:
             self._view = None
-            cause = str(error).partition("\n")[0]
+            cause = one_line(error)[:MAX_QUOTED]
             hint = (
                 "; pip install 'gns-pretrain[tracking]'" if isinstance(error, ImportError) else ""
             )

@@ -3,6 +3,7 @@
 W&B holds nothing that metrics.jsonl lacks.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gns_pretrain.tracking.views import axes, series
 # The longest wait for an answer to the login question, for the server at the start, and for the
 # upload at the end.
 _TIMEOUT_SECONDS = 60
+DEFAULT_PROJECT = "gns-pretrain"
 
 
 class WandbView:
@@ -43,13 +45,14 @@ class WandbView:
         wandb.setup(settings=wandb.Settings(login_timeout=_TIMEOUT_SECONDS))
         self._run = wandb.init(
             dir=str(run_directory),
-            project=settings.project,
+            # What is None here is W&B's to choose, by its environment variables and settings files.
+            project=settings.project or unless_set("WANDB_PROJECT", DEFAULT_PROJECT),
             entity=settings.entity,
             group=settings.group,
             job_type=settings.job_type,
-            tags=list(settings.tags),
-            name=settings.name or run_directory.name,
-            mode=cast(Literal["online", "offline", "disabled"], settings.mode),
+            tags=list(settings.tags) or None,
+            name=settings.name or unless_set("WANDB_NAME", run_directory.name),
+            mode=cast(Literal["online", "offline", "disabled"] | None, settings.mode),
             config=config,
             id=run_id,
             resume="allow",
@@ -91,6 +94,11 @@ class WandbView:
         if self._row:
             self._run.log(self._row)
             self._row = {}
+
+
+def unless_set(variable: str, default: str) -> str | None:
+    """A default of ours, or None where the environment has a value, which W&B then takes."""
+    return None if os.environ.get(variable) else default
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_run_resumes_with_and_without_tensor_parallelism(tmp_path, shards):
     check_same_losses(lines(tmp_path), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves_with_its_own_code(number, expected, tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "metrics.log_every=1")
     process = commands.start_and_hold(words, tmp_path, after_step=2)

@@ -17,6 +17,7 @@ from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config, LaunchSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.launch import sweep
 from gns_pretrain.launch.sweep import (
     PlannedRun,
     RunProcess,
@@ -361,3 +362,21 @@ def test_runs_side_by_side_have_gpus_of_their_own():
     shares = [share_of_gpus(slot, 2, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) for slot in (0, 1)]
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["4,5", "6,7"]
     assert share_of_gpus(0, 2, {"CUDA_VISIBLE_DEVICES": "4"}) == {}
+
+
+def test_two_sweeps_that_share_a_finished_record_both_get_it(tmp_path, monkeypatch):
+    twin = finish(make(tmp_path, "a"))
+    (run,) = planned(make(tmp_path, "b"))
+    write_summary = sweep.write_summary
+
+    def the_other_is_faster(path, summary):
+        monkeypatch.setattr(sweep, "write_summary", write_summary)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", os.getppid)  # another process
+            assert skip_or_reuse(run, log=print).state == "shared"
+        write_summary(path, summary)
+
+    monkeypatch.setattr(sweep, "write_summary", the_other_is_faster)
+    assert skip_or_reuse(run, log=print).state == "skipped"
+    assert (run.directory / "metrics.jsonl").read_text() == (twin / "metrics.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -240,7 +240,7 @@ def test_a_wandb_that_fails_is_logged_once_and_training_continues(
     logged = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
     assert logged == [
         "W&B failed and is left out from here on, metrics.jsonl has everything "
-        f"(LibraryError: no {failing})"
+        f"(LibraryError: no {failing} second line)"
     ]
     assert library.calls.count(failing) == 1
     assert [line["step"] for line in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]

@@ -271,3 +271,16 @@ def test_a_table_is_read_from_w_and_b_as_from_folders(monkeypatch):
     values = [entry.statistic and entry.statistic.value for entry in muon]
     assert values == [4.0, None, None, 3.0, 75.0, 75.0, 50.0]
     assert "not counted, unfinished: late" in table.notes
+
+
+def test_what_the_user_has_set_for_wandb_itself_is_left_to_it(library, tmp_path, monkeypatch):
+    open_view(tmp_path / "run")
+    assert library.arguments["mode"] is None
+    assert library.arguments["project"] == "gns-pretrain"
+    assert library.arguments["tags"] is None
+    for variable in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.setenv(variable, "mine")
+    open_view(tmp_path / "run")
+    assert library.arguments["project"] is library.arguments["name"] is None
+    open_view(tmp_path / "run", project="given", mode="offline")
+    assert (library.arguments["project"], library.arguments["mode"]) == ("given", "offline")
