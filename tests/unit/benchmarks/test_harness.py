@@ -19,9 +19,11 @@ def test_ratio_is_taken_pair_by_pair():
 
 
 def test_cost_of_a_measurement_by_hand():
-    # Measured steps take 1.2, 1.3 and 1.4 times as long: 30 % every step, 0.3 % every 100.
+    # Measured steps take 1.2, 1.3 and 1.4 times as long: 30 % every step, 0.3 % every 100. The
+    # median ones take 1.4 and 1.0 s.
     timings = Timings({"measured": [1.2, 2.6, 1.4], "plain": [1.0, 2.0, 1.0]})
     assert timings.cost("measured", "plain") == {
+        "extra_seconds": 0.4,
         "cost_every_step_percent": 30.0,
         "quartiles_percent": [20.0, 40.0],
         "cost_every_100_steps_percent": 0.3,

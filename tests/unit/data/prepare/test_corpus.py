@@ -134,7 +134,7 @@ def test_bad_record_is_named_with_its_line(tmp_path, line, message):
         ("empty.jsonl", b""),
         ("empty.json.gz", b""),
         ("nothing.json.gz", gzip.compress(b"", mtime=0)),
-        ("cut.json.gz", gzip.compress(GOOD * 500)[:-20]),
+        ("cut.json.gz", gzip.compress(GOOD * 500, mtime=0)[:-20]),
         ("other.json.gz", GOOD),
         ("cut.parquet", b"PAR1"),
     ],
@@ -157,7 +157,7 @@ def test_parquet_without_text_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [gzip.compress(GOOD * 500)[:-20], gzip.compress(GOOD + b'{"text": bad}\n')],
+    [gzip.compress(GOOD * 500, mtime=0)[:-20], gzip.compress(GOOD + b'{"text": bad}\n')],
     ids=["truncated", "not JSON"],
 )
 def test_file_that_a_stream_cannot_read_is_named(tmp_path, content):
