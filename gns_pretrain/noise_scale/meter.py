@@ -115,7 +115,7 @@ class NoiseMeter:
         self._measured = True
 
     def sample(self) -> AbstractContextManager[None]:
-        """Take the backward passes within as one sample; nothing happens on unmeasured steps."""
+        """Take the backward pass within as one sample; nothing happens on unmeasured steps."""
         return self.tap.sample() if self.tap.armed else nullcontext()
 
     @torch.no_grad()

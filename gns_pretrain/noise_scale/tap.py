@@ -213,7 +213,7 @@ class GradientTap:
 
     @contextmanager
     def sample(self) -> Iterator[None]:
-        """Take the backward passes of this block as one sample."""
+        """Take the backward pass of this block as one sample."""
         if self._in_sample:
             raise InputError(
                 "one sample was begun within another; a sample is one micro-batch: its forward and "
