@@ -35,8 +35,8 @@ ASSUMED = (
 )
 
 # Bytes read and written for a bfloat16 logit in `model/loss.py`, compiled: matmul's output 2,
-# maximum 2, sum 2, softmax 4, read by two matmuls 4.
-LOGIT_BYTES = 14
+# maximum and sum 2, softmax 4, read by two matmuls 4.
+LOGIT_BYTES = 12
 LOSS_SLICE_TOKENS = 2048
 # A slice's [V, D] gradient: added to a float32 sum.
 LOSS_GRADIENT_BYTES = 8

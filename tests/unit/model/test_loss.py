@@ -1,11 +1,12 @@
 """Both ways of `next_token_loss`, whichever of them this version of torch picks."""
 
+import logging
 import math
 import shutil
 
 import pytest
 import torch
-from torch._inductor import metrics
+from torch._inductor import compile_fx, metrics
 from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -124,17 +125,17 @@ def test_no_tensor_as_large_as_all_logits_is_allocated(dtype):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
-def test_compiled_softmax_reads_bfloat16_logits_and_writes_in_place():
+def test_compiled_softmax_passes_over_the_logits_twice(caplog):
     tokens, vocabulary = 128, 4096
     logits = torch.randn(tokens, vocabulary).bfloat16()
     targets = torch.zeros(tokens, 1, dtype=torch.int64)
     expected = logits.float().softmax(dim=1)
-    torch._dynamo.reset()
     metrics.reset()
-    with fresh_cache():  # only code that is generated is counted
+    # Inductor counts the bytes of code that it generates, where it may log them.
+    with caplog.at_level(logging.INFO, compile_fx.inductor_metrics_log.name), fresh_cache():
         log_probabilities = torch.compile(softmax_, dynamic=False)(logits, targets)
     torch.testing.assert_close(log_probabilities, expected[:, :1].log())
     torch.testing.assert_close(logits, expected.bfloat16())
-    # For the maximum, the sum and the result. Eager it is 38: to float32, maximum, minus it, exp,
-    # sum, divided, back.
-    assert metrics.num_bytes_accessed / logits.numel() <= 8.1
+    # 6 to read the logits twice and write them, as a GPU does, and 8 for the exponentials, which
+    # code for a CPU keeps in float32. Eager it is 38, with one_hot subtracted here 32.
+    assert 6.0 <= metrics.num_bytes_accessed / logits.numel() <= 14.1
