@@ -23,9 +23,9 @@ from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import reduce_over
 
-# Relative difference of the mean gradient and the mean of the samples that is more than rounding,
-# in bfloat16 too.
-DISAGREEMENT = 0.1
+# Relative difference of a weight's mean gradient and the mean of its samples that is more than
+# rounding, also where ranks reduce in bfloat16; and where `.grad` itself adds up in half precision.
+DISAGREEMENT, IN_HALF_PRECISION = 0.02, 0.1
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class NoiseMeter:
     Args:
         model: any module, plain or after DDP, fully_shard (FSDP2, HSDP), parallelize_module or
             torch.compile; with gradients reduced at each micro-batch or at the last one.
-        settings: what is measured and how often; the default measures nothing until `geometries`
-            are named.
+        settings: what is measured and how often; None makes them of `options`, such as
+            `geometries`.
         matrices: which parameters are matrices, for the nuclear scale and
             `parameters="block_matrices"`; by default those inside the model (`parameter_roles`).
         blocks: whose gradients come close together and are reduced together; by default a layer's.
@@ -69,8 +69,9 @@ class NoiseMeter:
         options: fields of `settings`, by name.
 
     Raises:
-        InputError: a setting or pattern that cannot be, no trainable parameter, or a layout that
-            is not supported: weights over different meshes, or left out of FSDP2.
+        InputError: a setting or pattern that cannot be, no geometry, no trainable parameter, or a
+            layout that is not supported: weights over different meshes, or left out of FSDP2. On a
+            measured step too, if the parameters are no longer those that the meter was made for.
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class NoiseMeter:
         **options: Unpack[MeterOptions],
     ) -> None:
         self.settings = replace(settings or NoiseScaleSettings(), **options)
+        if not self.settings.geometries:
+            raise InputError(
+                "NoiseMeter measures no geometry; name some, as in geometries=['manhattan']"
+            )
         self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
         signed = any(estimate == "cross_fitted" for _, estimate in self.settings.measured)
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
@@ -99,6 +104,8 @@ class NoiseMeter:
         Args:
             step: its number, from 1.
         """
+        if step < 1:
+            raise InputError(f"meter.step({step}): steps count from 1")
         self._measured = False
         return self.measure() if self.settings.measures_at(step) else nullcontext()
 
@@ -155,12 +162,20 @@ class NoiseMeter:
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:
         """Return readings from the sums of samples; all ranks together."""
         check_num_samples(sums.num_samples)
+        if not isinstance(batch_size, int) or batch_size < 1 or batch_size % sums.num_samples:
+            raise InputError(
+                f"batch_size={batch_size} is not a multiple of the {sums.num_samples} samples of "
+                "the step, which are of one size; give the sequences of all ranks together"
+            )
         of_rank = [geometry.totals(sums, batch_size) for geometry in self.geometries]
         # One all-reduce of kilobytes, and one wait for the device.
-        parts = [*(table.flatten() for table in of_rank), self.tap.agreement]
+        numbers = torch.tensor([1, sums.num_samples, batch_size], dtype=torch.float64)
+        numbers = torch.cat([numbers, numbers.square()]).to(self.tap.device)
+        parts = [*(table.flatten() for table in of_rank), self.tap.agreement.flatten(), numbers]
         joined = reduce_over(torch.cat(parts), self.tap.layout).cpu()
-        *flat, agreement = joined.split([part.numel() for part in parts])
-        check_agreement(*agreement.tolist())
+        *flat, agreement, numbers = joined.split([part.numel() for part in parts])
+        check_ranks(numbers.tolist())
+        self._check_agreement(agreement.view(-1, 2).tolist())
         counts = {"batch_size": batch_size, "num_samples": sums.num_samples}
         readings = []
         for geometry, totals, table in zip(self.geometries, flat, of_rank, strict=True):
@@ -177,6 +192,24 @@ class NoiseMeter:
                 readings.append(Reading(total, of_parts, 0.0, geometry.details(whole)))
         return readings
 
+    def _check_agreement(self, squares: list[list[float]]) -> None:
+        """Raise InputError if the mean gradient of a weight is not the mean of its samples.
+
+        Args:
+            squares: of each weight, by `GradientTap`.
+        """
+        for tapped, (mean, difference) in zip(self.tap.weights, squares, strict=True):
+            half = tapped.weight.dtype.itemsize < 4
+            # Not finite: the readings say so themselves.
+            if difference > (IN_HALF_PRECISION if half else DISAGREEMENT) ** 2 * mean:
+                off = f"by {math.sqrt(difference / mean):.0%}" if mean else "in all"
+                raise InputError(
+                    f"meter.read: {tapped.name}.grad differs from the mean of the measured samples "
+                    f"{off} of its norm; read after the last backward pass and before clipping, "
+                    "unscaling or zero_grad, put every backward pass into meter.sample(), and zero "
+                    "the gradients of all parameters after each step"
+                )
+
     def _parts(self, weights: list[int]) -> dict[str, list[int]]:
         """Weights by kind and by block, as far as the settings ask for them."""
         parts: dict[str, list[int]] = {}
@@ -189,16 +222,19 @@ class NoiseMeter:
         return parts
 
 
-def check_agreement(mean_square: float, difference_square: float) -> None:
-    """Raise InputError if the mean gradient is not the mean of the samples."""
-    # Not finite: the readings say so themselves.
-    if difference_square > DISAGREEMENT**2 * mean_square:
-        off = math.sqrt(difference_square / mean_square) if mean_square else math.inf
-        raise InputError(
-            f"meter.read: .grad differs from the mean of the measured samples by {off:.0%} of its "
-            "norm; read after the last backward pass and before clipping, unscaling or zero_grad, "
-            "put every backward pass into meter.sample(), and zero the gradients after each step"
-        )
+def check_ranks(sums: list[float]) -> None:
+    """Raise InputError unless all ranks have as many samples and one batch size.
+
+    Args:
+        sums: over ranks, of 1, the samples, the batch size, and of their squares.
+    """
+    ranks = sums[0]
+    for name, total, squares in zip(("samples", "batch_size"), sums[1:3], sums[4:6], strict=True):
+        if ranks * squares != total**2:
+            raise InputError(
+                f"meter.read: ranks differ in their {name}, {total / ranks:g} on average; each "
+                "rank takes as many samples of a step, and gives the batch size of all together"
+            )
 
 
 def added(table: list[list[float]], rows: list[int]) -> list[float]:

@@ -58,6 +58,9 @@ class NoiseScaleSettings(Settings):
 
     def __post_init__(self) -> None:
         """Check each field, then that every geometry has something to measure, once."""
+        for name in ("geometries", "estimates"):
+            if isinstance(given := getattr(self, name), str):
+                raise InputError(f"noise_scale.{name}={given} is one name; use a list: [{given}]")
         super().__post_init__()
         for name in ("geometries", "estimates"):
             given = getattr(self, name)

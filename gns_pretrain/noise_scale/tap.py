@@ -49,7 +49,7 @@ from gns_pretrain.parallel.sharding import (
     unsharded_weights,
 )
 
-PROBE_ENTRIES = 2**16  # of a weight that is summed over samples to check the mean gradient
+PROBE_ENTRIES = 2**10  # of each weight that are summed over samples to check the mean gradient
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class TappedWeight:
     @property
     def part_shape(self) -> torch.Size:
         """Shape of what this rank's samples have gradients of: all of it, or its part."""
-        return self.seen.to_local().shape if isinstance(self.seen, DTensor) else self.seen.shape
+        shape = self.seen.to_local().shape if isinstance(self.seen, DTensor) else self.seen.shape
+        return shape or torch.Size([1])  # a scalar is a row
 
 
 def tapped_weights(
@@ -97,6 +98,12 @@ def tapped_weights(
         )
         for name, weight in named_trainable(model)
     ]
+    for tapped in weights:
+        if tapped.weight.is_complex():
+            raise InputError(
+                f"{tapped.name} is complex, which the noise scale does not take; use real "
+                "parameters, such as its torch.view_as_real"
+            )
     if not weights:
         raise InputError("the model has no trainable parameter, so there is no noise to measure")
     owned = [i for i, w in enumerate(weights) if w.role in owned_roles and w.weight.ndim > 1]
@@ -148,6 +155,7 @@ class GradientTap:
         matrices: MatrixChoice | None = None,
         blocks: Labels | Sequence[str] | None = None,
     ) -> None:
+        self.model = model
         self.layout = ShardLayout.of_model(model)
         self.needs = needs
         self.weights = tapped_weights(model, self.layout, needs.matrices, matrices, blocks)
@@ -156,7 +164,7 @@ class GradientTap:
         self.squares: list[Tensor] = []  # own rows of each weight, flat, summed over all samples
         self.signed_sums: list[Tensor] = []  # likewise, with +1 and -1 by the sample's parity
         self.grams: dict[int, Tensor] = {}  # whole, of the weights this rank owns, all samples
-        self.agreement: Tensor  # [2], float64; see `_agreement`
+        self.agreement: Tensor  # [weights, 2], float64; see `_agreement`
         self.seconds = 0.0  # host time spent on this step
         self.armed = False
         # Blocks are reduced in one order on every rank: at first the reverse of the model's own,
@@ -172,8 +180,7 @@ class GradientTap:
         self._in_sample = False
         self._first_round = 0
         self._rounds = 0  # samples of this rank
-        # Of a few weights, every sample's gradient, summed: [part shape], float64.
-        self._probes: dict[int, Tensor] = {}
+        self._probes: list[Tensor] = []  # first rows of each weight, summed over own samples
         self._under_way: list[tuple[dist.Work, Callable[[], None]]] = []
 
     def _order_blocks(self, blocks: list[list[int]]) -> None:
@@ -187,6 +194,7 @@ class GradientTap:
         Args:
             first_round: samples of each rank that came before, of the same batch.
         """
+        self._check_weights()
         self._first_round = first_round
         self._rounds = 0
         self.seconds = 0.0
@@ -194,7 +202,10 @@ class GradientTap:
         self.squares = self._zero_rows() if self.needs.squares else []
         self.signed_sums = self._zero_rows() if self.needs.signed_sums else []
         self.grams = {}
-        self._probes = {i: self._zeros_of_part(i, torch.float64) for i in self._probe_weights()}
+        self._probes = [
+            torch.zeros_like(self._probe_of(i, self._zeros_of_part(i, torch.float32)))
+            for i in range(len(self.weights))
+        ]
         self.waiting.clear()
         self._completed.clear()
         self._under_way.clear()
@@ -210,6 +221,19 @@ class GradientTap:
             self.armed = False
             for handle in handles:
                 handle.remove()
+
+    def _check_weights(self) -> None:
+        """Raise InputError unless the model's trainable parameters are still those tapped."""
+        # FSDP2 shows its unsharded copies between a forward and a backward pass.
+        known = {w.name: (w.weight, w.seen) for w in self.weights}
+        now = dict(named_trainable(self.model))
+        for name in (*now, *known):
+            if not any(now.get(name) is weight for weight in known.get(name, ())):
+                raise InputError(
+                    f"{name} is not the trainable parameter that it was when the noise meter was "
+                    "made; make another meter after sharding the model and after replacing, "
+                    "freezing or unfreezing parameters"
+                )
 
     @contextmanager
     def sample(self) -> Iterator[None]:
@@ -248,13 +272,10 @@ class GradientTap:
             for shape in (rows_first(tapped.part_shape, tapped.row_dim) for tapped in self.weights)
         ]
 
-    def _probe_weights(self) -> list[int]:
-        """Return the smallest weight of each block, where it is small; one at least."""
-        smallest = [
-            min(members, key=lambda i: self.weights[i].weight.numel()) for members in self.blocks
-        ]
-        small = [i for i in smallest if self.weights[i].weight.numel() <= PROBE_ENTRIES]
-        return small or [min(smallest, key=lambda i: self.weights[i].weight.numel())]
+    def _probe_of(self, index: int, part: Tensor) -> Tensor:
+        """Return the first rows of a tensor of a weight's part: a few entries, one row at least."""
+        moved = part.movedim(self.weights[index].row_dim, 0)
+        return moved[: max(1, PROBE_ENTRIES // max(1, moved.shape[1:].numel()))]
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
@@ -264,13 +285,18 @@ class GradientTap:
                 "a backward pass of a measured step ran outside meter.sample(); put each "
                 "micro-batch's forward and backward pass into one `with meter.sample():`"
             )
+        if gradient.is_sparse:
+            raise InputError(
+                f"{self.weights[index].name} has a sparse gradient, which the noise scale does not "
+                "take; use sparse=False"
+            )
         with self.measuring():  # within "backward", where autograd calls the hook
             position = self._position[index]
             if position < self._reduced:
                 raise InputError(
                     f"{self.weights[index].name} got a second gradient in one sample; a sample "
-                    "takes one backward pass. A weight that several segments of a reentrant "
-                    "activation checkpoint share needs use_reentrant=False"
+                    "takes one backward pass: add losses up before it. A weight that several "
+                    "segments of a reentrant activation checkpoint share needs use_reentrant=False"
                 )
             arrived = self.waiting.setdefault(position, {})
             arrived[index] = arrived[index] + gradient if index in arrived else gradient
@@ -312,10 +338,13 @@ class GradientTap:
         members = sorted(gradients)
         if not members:
             return
-        samples = {i: self._local(gradients[i], i).float() for i in members}
-        for i in members:
-            if i in self._probes:
-                self._probes[i] += samples[i]
+        samples = {
+            i: self._local(gradients[i], i).float().reshape(self.weights[i].part_shape)
+            for i in members
+        }
+        torch._foreach_add_(
+            [self._probes[i] for i in members], [self._probe_of(i, samples[i]) for i in members]
+        )
         norms = euclidean_norms(list(samples.values()))
         # One place at a time: a list as an index would be copied to the device, and waited for.
         torch._foreach_add_(
@@ -408,7 +437,7 @@ class GradientTap:
 
     def release(self) -> None:
         """Free the sums once they have been read."""
-        self.squares, self.signed_sums, self.grams, self._probes = [], [], {}, {}
+        self.squares, self.signed_sums, self.grams, self._probes = [], [], {}, []
 
     def sums(self, *, loss_scale: float = 1.0) -> SampleSums:
         """Return what the samples left on this rank; all ranks together, before clipping.
@@ -470,21 +499,26 @@ class GradientTap:
         before, and nothing has clipped or scaled it since.
 
         Returns:
-            [2], float64; of this rank's rows of a few weights, to be added over ranks.
+            [weights, 2], float64; of this rank's rows among the first few of each weight, to be
+            added over ranks.
         """
-        indices = list(self._probes)
-        flat = torch.cat([self._probes[i].reshape(-1) for i in indices])
+        flat = torch.cat([probe.reshape(-1) for probe in self._probes])
         if self.layout.data_group is not None:
             dist.all_reduce(flat, group=self.layout.data_group)
         flat /= self.layout.num_data_ranks
-        probes = flat.split([self._probes[i].numel() for i in indices])
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for i, probe in zip(indices, probes, strict=True):
-            mean = self._mean_rows(i, 1.0).double()
-            difference = self._own_rows(i, probe.view(self.weights[i].part_shape)) - mean
-            squares[0] += mean.square().sum()
-            squares[1] += difference.square().sum()
-        return squares
+        probes = flat.split([probe.numel() for probe in self._probes])
+        squares: list[Tensor] = []
+        for i, (part, entries) in enumerate(zip(self._probes, probes, strict=True)):
+            rows = self.layout.rows_of(self.layout.shard, self._num_rows(i))
+            expected = entries.view_as(part)[rows]  # of the first rows, those that are this rank's
+            mean = self._mean_rows(i, 1.0)[: len(expected)]
+            squares += [mean, expected - mean]
+        norms = torch._foreach_norm(squares)
+        return torch.stack(list(norms)).double().square().view(-1, 2)
+
+    def _num_rows(self, index: int) -> int:
+        tapped = self.weights[index]
+        return rows_first(tapped.part_shape, tapped.row_dim)[0]
 
     def _own_rows(self, index: int, part: Tensor) -> Tensor:
         """Return this rank's rows of a tensor of a weight's part, rows first."""
@@ -497,7 +531,7 @@ class GradientTap:
         gradient = mean_gradient(tapped.weight, loss_scale)
         if isinstance(gradient, DTensor):
             return gradient.to_local().movedim(tapped.row_dim, 0)
-        return self._own_rows(index, gradient)
+        return self._own_rows(index, gradient.reshape(tapped.part_shape))
 
     def _owned_means(self, loss_scale: float) -> dict[int, Tensor]:
         """The mean gradients of the matrices that this rank owns, by weight."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
@@ -344,6 +345,25 @@ def either(samples: range) -> list[Values]:
 def either_on_a_rank(place: RankInfo) -> list[Values]:
     with joined(place, ParallelSettings(kind="ddp"), torch.device("cpu")):
         return either(range(place.rank, 8, place.num_ranks))
+
+
+def two_batch_sizes(place: RankInfo) -> str:
+    """What a meter says whose ranks give different batch sizes."""
+    with joined(place, ParallelSettings(kind="ddp"), torch.device("cpu")):
+        model = DistributedDataParallel(nn.Linear(3, 2))
+        meter = NoiseMeter(model, geometries=["euclidean"])
+        with meter.step(1):
+            for _ in range(2):
+                with meter.sample():
+                    (model(torch.randn(2, 3)).square().mean() / 2).backward()
+        with pytest.raises(InputError) as caught:
+            meter.read(batch_size=8 if place.rank else 16)
+        return str(caught.value)
+
+
+def test_ranks_that_differ_in_the_batch_size_all_say_so(tmp_path):
+    for said in run_ranks(2, two_batch_sizes, tmp_path):
+        assert "ranks differ in their batch_size, 12 on average" in said
 
 
 def key(reading: Reading) -> tuple[str, str]:

@@ -89,7 +89,16 @@ def add_more(model: nn.Module) -> None:
     loss_of(model, batch()[0]).backward()
 
 
-@pytest.mark.parametrize("spoil", [clip, drop, add_more])
+def clip_a_little(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.grad *= 0.95
+
+
+def forget_one_matrix(model: nn.Module) -> None:
+    model[1][0].weight.grad *= 2
+
+
+@pytest.mark.parametrize("spoil", [clip, clip_a_little, drop, add_more, forget_one_matrix])
 def test_gradient_that_is_not_the_mean_of_the_samples_is_an_error(spoil):
     model = model_of()
     meter = meter_of(model)
@@ -236,3 +245,92 @@ def test_convolution_is_measured_as_a_matrix_of_its_outputs():
         found.append(totals(meter.read(batch_size=8)))
     for (name, *numbers), (_, *expected) in zip(*found, strict=True):
         assert numbers == pytest.approx(expected, rel=1e-5), name
+
+
+def replace_weight(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def replace_head(model: nn.Sequential) -> None:
+    model[3] = nn.Linear(5, 2)
+
+
+def append_layer(model: nn.Sequential) -> None:
+    model.append(nn.Linear(2, 2))
+
+
+def assign_state(model: nn.Sequential) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def freeze(model: nn.Sequential) -> None:
+    model[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_weight, replace_head, append_layer, assign_state, freeze]
+)
+def test_parameters_that_are_no_longer_those_of_the_meter_are_an_error(change):
+    model = model_of()
+    meter = meter_of(model, every_steps=2)
+    change(model)
+    with meter.step(3):
+        pass  # unmeasured
+    with pytest.raises(InputError, match=r"\d\.(0\.)?weight is not the trainable parameter"):
+        measured(model, meter)
+
+
+def test_weight_that_is_unfrozen_later_is_an_error():
+    model = model_of()
+    model[0].requires_grad_(False)
+    meter = meter_of(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(InputError, match=r"0\.weight is not the trainable parameter"):
+        measured(model, meter)
+
+
+@pytest.mark.parametrize("batch_size", [0, -4, 7, 8.0, "8"])
+def test_batch_size_that_samples_of_one_size_cannot_make_is_an_error(batch_size):
+    model = model_of()
+    meter = meter_of(model)
+    measured(model, meter)
+    with pytest.raises(InputError, match=f"batch_size={batch_size} is not a multiple of the 4"):
+        meter.read(batch_size=batch_size)
+
+
+def test_sparse_gradient_is_an_error_that_names_the_weight():
+    model = nn.Sequential(nn.Embedding(7, 3, sparse=True), nn.Linear(3, 2))
+    meter = meter_of(model, matrices=["1.weight"])
+    with meter.step(1), meter.sample(), pytest.raises(InputError, match=r"0\.weight has a sparse"):
+        model(torch.tensor([1, 2])).square().mean().backward()
+
+
+def test_scalar_parameter_is_measured():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    model = Scaled()
+    meter = NoiseMeter(model, geometries=["manhattan"])
+    with meter.step(1):
+        for x in (1.0, 4.0):
+            with meter.sample():
+                (model(torch.tensor(x)) / 2).backward()
+    (reading,) = meter.read(batch_size=2)
+    # Gradients 1 and 4: variance 4.5, mean 2.5.
+    assert reading.total.noise == pytest.approx(4.5)
+    assert reading.total.signal == pytest.approx(6.25)
+
+
+def test_options_that_cannot_be_are_errors():
+    model = model_of()
+    with pytest.raises(InputError, match=r"use a list: \[manhattan\]"):
+        NoiseMeter(model, geometries="manhattan")
+    with pytest.raises(InputError, match="measures no geometry"):
+        NoiseMeter(model)
+    with pytest.raises(InputError, match="steps count from 1"):
+        meter_of(model).step(0)
