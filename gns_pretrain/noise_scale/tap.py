@@ -203,8 +203,10 @@ class GradientTap:
         self.signed_sums = self._zero_rows() if self.needs.signed_sums else []
         self.grams = {}
         self._probes = [
-            torch.zeros_like(self._probe_of(i, self._zeros_of_part(i, torch.float32)))
-            for i in range(len(self.weights))
+            torch.zeros_like(
+                self._probe_of(i, torch.empty(tapped.part_shape, device="meta")), device=self.device
+            )
+            for i, tapped in enumerate(self.weights)
         ]
         self.waiting.clear()
         self._completed.clear()
@@ -259,9 +261,6 @@ class GradientTap:
             yield
         self.seconds += time.perf_counter() - started
 
-    def _zeros_of_part(self, index: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.weights[index].part_shape, dtype=dtype, device=self.device)
-
     def _zero_rows(self) -> list[Tensor]:
         """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
         return [
@@ -315,7 +314,8 @@ class GradientTap:
             if several:  # other ranks may have what this one lacks
                 for index in self.blocks[self._reduced]:
                     if index not in arrived:
-                        arrived[index] = self._zeros_of_part(index, torch.float32)
+                        shape = self.weights[index].part_shape
+                        arrived[index] = torch.zeros(shape, device=self.device)
             self._reduce_next()
         self._finish()
         self._reduced = 0
