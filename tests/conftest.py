@@ -1,4 +1,5 @@
 import json
+import signal
 from hashlib import sha256
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 import gns_pretrain.commands  # noqa: F401  first: it says how threads wait, before torch is loaded
 from tests.settings import VOCABULARY
+
+# A closed terminal is tested too; under nohup it would be ignored, by runs of the tests as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def write_shards(folder: Path, splits: dict[str, list[np.ndarray]], vocab_size: int) -> Path:

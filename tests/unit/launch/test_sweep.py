@@ -309,13 +309,16 @@ def test_copied_record_is_logged_to_wandb_too(tmp_path, monkeypatch):
         def finish(self, summary):
             logged.append(summary["same_as"])
 
+        def close(self):
+            logged.append("closed")
+
     monkeypatch.setattr("gns_pretrain.launch.sweep.WandbView", View)
     finish(make(tmp_path, "a"))
     twins = new_run_id(tmp_path / "a")
     metrics = MetricsSettings(wandb=WandbSettings(enabled=True))
     (run,) = planned(make(tmp_path, "b", metrics=metrics))
     skip_or_reuse(run, log=print)
-    assert logged == ["b", 2.5, "a"]
+    assert logged == ["b", 2.5, "a", "closed"]
     assert ids == [read_provenance(tmp_path / "b")["run_id"]] != [twins]
 
 
