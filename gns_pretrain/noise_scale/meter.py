@@ -61,7 +61,7 @@ class NoiseMeter:
         model: any module, plain or after DDP, fully_shard (FSDP2, HSDP), parallelize_module or
             torch.compile; with gradients reduced at each micro-batch or at the last one.
         settings: what is measured and how often; None makes them of `options`, such as
-            `geometries`.
+            `geometries`, without which nothing is measured.
         matrices: which parameters are matrices, for the nuclear scale and
             `parameters="block_matrices"`; by default those inside the model (`parameter_roles`).
         blocks: whose gradients come close together and are reduced together; by default a layer's.
@@ -69,7 +69,7 @@ class NoiseMeter:
         options: fields of `settings`, by name.
 
     Raises:
-        InputError: a setting or pattern that cannot be, no geometry, no trainable parameter, or a
+        InputError: a setting or pattern that cannot be, no trainable parameter, or a
             layout that is not supported: weights over different meshes, or left out of FSDP2. On a
             measured step too, if the parameters are no longer those that the meter was made for.
     """
@@ -85,10 +85,6 @@ class NoiseMeter:
         **options: Unpack[MeterOptions],
     ) -> None:
         self.settings = replace(settings or NoiseScaleSettings(), **options)
-        if not self.settings.geometries:
-            raise InputError(
-                "NoiseMeter measures no geometry; name some, as in geometries=['manhattan']"
-            )
         self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
         signed = any(estimate == "cross_fitted" for _, estimate in self.settings.measured)
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())

@@ -330,7 +330,5 @@ def test_options_that_cannot_be_are_errors():
     model = model_of()
     with pytest.raises(InputError, match=r"use a list: \[manhattan\]"):
         NoiseMeter(model, geometries="manhattan")
-    with pytest.raises(InputError, match="measures no geometry"):
-        NoiseMeter(model)
     with pytest.raises(InputError, match="steps count from 1"):
         meter_of(model).step(0)
