@@ -165,8 +165,11 @@ class NoiseMeter:
             )
         of_rank = [geometry.totals(sums, batch_size) for geometry in self.geometries]
         # One all-reduce of kilobytes, and one wait for the device.
-        numbers = torch.tensor([1, sums.num_samples, batch_size], dtype=torch.float64)
-        numbers = torch.cat([numbers, numbers.square()]).to(self.tap.device)
+        # Filled there: a tensor that is copied to the device is waited for.
+        numbers = self.tap.agreement.new_ones(6)
+        for place, number in enumerate((sums.num_samples, batch_size), 1):
+            numbers[place] = number
+            numbers[place + 3] = number**2
         parts = [*(table.flatten() for table in of_rank), self.tap.agreement.flatten(), numbers]
         joined = reduce_over(torch.cat(parts), self.tap.layout).cpu()
         *flat, agreement, numbers = joined.split([part.numel() for part in parts])

@@ -16,7 +16,6 @@ before clipping: rows stay where they are, whole matrices go to their owners.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,117 +25,18 @@ from torch.profiler import record_function
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import smaller_side_gram
-from gns_pretrain.model.roles import (
-    Labels,
-    MatrixChoice,
-    Role,
-    blocks_of,
-    matrix_shape,
-    named_trainable,
-    parameter_roles,
-)
+from gns_pretrain.model.roles import Labels, MatrixChoice, matrix_shape, named_trainable
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
-from gns_pretrain.parallel.collectives import euclidean_norms, reduce_over
-from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
-from gns_pretrain.parallel.sharding import (
-    MatrixShards,
-    ShardLayout,
-    num_data_dims,
-    packed,
-    placement_dim,
-    region_shape,
-    rows_per_shard,
-    unsharded_weights,
+from gns_pretrain.noise_scale.weights import (
+    TappedWeight,
+    owned_matrices,
+    owned_means,
+    tapped_weights,
 )
+from gns_pretrain.parallel.collectives import euclidean_norms, reduce_over
+from gns_pretrain.parallel.sharding import ShardLayout, packed, unsharded_weights
 
 PROBE_ENTRIES = 2**10  # of each weight that are summed over samples to check the mean gradient
-
-
-@dataclass(frozen=True)
-class TappedWeight:
-    """A trainable weight and where its gradients are seen."""
-
-    name: str
-    role: Role
-    weight: nn.Parameter  # what the optimizer updates; its .grad is the mean gradient
-    seen: Tensor  # what autograd reaches: the weight itself, or FSDP2's unsharded copy
-    block: str  # weights of one block travel together
-    row_dim: int = 0  # dimension along which shards, and the statistics' rows, are split
-    in_parts: bool = False  # whether tensor-parallel ranks have different parts of it
-    shards: MatrixShards | None = None  # of the matrix view, if it has an owner
-    owner: tuple[int, int] | None = None  # data-parallel rank and part that own its Gram, if any
-
-    @property
-    def part_shape(self) -> torch.Size:
-        """Shape of what this rank's samples have gradients of: all of it, or its part."""
-        shape = self.seen.to_local().shape if isinstance(self.seen, DTensor) else self.seen.shape
-        return shape or torch.Size([1])  # a scalar is a row
-
-
-def tapped_weights(
-    model: nn.Module,
-    layout: ShardLayout,
-    owned_roles: frozenset[Role],
-    matrices: MatrixChoice | None = None,
-    blocks: Labels | Sequence[str] | None = None,
-) -> list[TappedWeight]:
-    """Return every trainable weight of a parallelized model, with what autograd reaches.
-
-    Weights of `owned_roles` with a matrix view have owners, balanced by the cost of a square root.
-    """
-    roles, block_of = parameter_roles(model, matrices), blocks_of(model, blocks)
-    seen = unsharded_weights(model)
-    weights = [
-        TappedWeight(
-            name,
-            roles[name],
-            weight,
-            seen[name],
-            block_of[name],
-            row_dim=sharded_dim(weight, seen[name]),
-            in_parts=in_parts(seen[name]),
-        )
-        for name, weight in named_trainable(model)
-    ]
-    for tapped in weights:
-        if tapped.weight.is_complex():
-            raise InputError(
-                f"{tapped.name} is complex, which the noise scale does not take; use real "
-                "parameters, such as its torch.view_as_real"
-            )
-    if not weights:
-        raise InputError("the model has no trainable parameter, so there is no noise to measure")
-    owned = [i for i, w in enumerate(weights) if w.role in owned_roles and w.weight.ndim > 1]
-    for split in (True, False):
-        # A matrix that every part has whole belongs to the first of them.
-        num_parts = layout.num_parts if split else 1
-        chosen = [i for i in owned if weights[i].in_parts == split]
-        costs = [float(min(matrix_shape(weights[i].weight))) ** 3 for i in chosen]
-        owners = balanced_owners(costs, layout.num_data_ranks * num_parts)
-        for i, owner in zip(chosen, owners, strict=True):
-            weight = weights[i].weight
-            # Signed sums are split like a sharded weight's rows, also where weights are whole.
-            shards = (
-                MatrixShards.of_weight(weight)
-                if isinstance(weight, DTensor)
-                else MatrixShards.of_rows(matrix_shape(weight), layout)
-            )
-            weights[i] = replace(weights[i], shards=shards, owner=divmod(owner, num_parts))
-    return weights
-
-
-def in_parts(seen: Tensor) -> bool:
-    """Return whether tensor-parallel ranks have different parts of a weight."""
-    return isinstance(seen, DTensor) and not all(p.is_replicate() for p in seen.placements)
-
-
-def sharded_dim(weight: Tensor, seen: Tensor) -> int:
-    """Return the dimension along which FSDP2 splits a weight; 0 where it does not."""
-    if not isinstance(weight, DTensor):
-        return 0
-    of_data = weight.placements[: num_data_dims(weight, seen)]
-    splits = [placement_dim(p) for p in of_data if not p.is_replicate()]
-    return splits[0] if splits else 0
 
 
 class GradientTap:
@@ -156,9 +56,10 @@ class GradientTap:
         blocks: Labels | Sequence[str] | None = None,
     ) -> None:
         self.model = model
-        self.layout = ShardLayout.of_model(model)
+        seen = unsharded_weights(model)
+        self.layout = ShardLayout.of_model(model, seen)
         self.needs = needs
-        self.weights = tapped_weights(model, self.layout, needs.matrices, matrices, blocks)
+        self.weights = tapped_weights(model, self.layout, seen, needs.matrices, matrices, blocks)
         self.device = self.weights[0].weight.device
         self.square_norms: Tensor  # [weights], float64; this rank's samples, summed
         self.squares: list[Tensor] = []  # own rows of each weight, flat, summed over all samples
@@ -204,9 +105,9 @@ class GradientTap:
         self.grams = {}
         self._probes = [
             torch.zeros_like(
-                self._probe_of(i, torch.empty(tapped.part_shape, device="meta")), device=self.device
+                probe_of(tapped, torch.empty(tapped.part_shape, device="meta")), device=self.device
             )
-            for i, tapped in enumerate(self.weights)
+            for tapped in self.weights
         ]
         self.waiting.clear()
         self._completed.clear()
@@ -263,18 +164,7 @@ class GradientTap:
 
     def _zero_rows(self) -> list[Tensor]:
         """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
-        return [
-            torch.zeros(
-                rows_per_shard(shape[0], self.layout.num_shards) * shape[1:].numel(),
-                device=self.device,
-            )
-            for shape in (rows_first(tapped.part_shape, tapped.row_dim) for tapped in self.weights)
-        ]
-
-    def _probe_of(self, index: int, part: Tensor) -> Tensor:
-        """Return the first rows of a tensor of a weight's part: a few entries, one row at least."""
-        moved = part.movedim(self.weights[index].row_dim, 0)
-        return moved[: max(1, PROBE_ENTRIES // max(1, moved.shape[1:].numel()))]
+        return [torch.zeros(tapped.padded_rows, device=self.device) for tapped in self.weights]
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
@@ -338,12 +228,10 @@ class GradientTap:
         members = sorted(gradients)
         if not members:
             return
-        samples = {
-            i: self._local(gradients[i], i).float().reshape(self.weights[i].part_shape)
-            for i in members
-        }
+        samples = {i: self.weights[i].part_of(gradients[i]).float() for i in members}
         torch._foreach_add_(
-            [self._probes[i] for i in members], [self._probe_of(i, samples[i]) for i in members]
+            [self._probes[i] for i in members],
+            [probe_of(self.weights[i], sample) for i, sample in samples.items()],
         )
         norms = euclidean_norms(list(samples.values()))
         # One place at a time: a list as an index would be copied to the device, and waited for.
@@ -364,22 +252,9 @@ class GradientTap:
         done = self._first_round + self._rounds
         return done * self.layout.num_data_ranks + self.layout.data_rank
 
-    def _local(self, gradient: Tensor, index: int) -> Tensor:
-        """This rank's part of a sample's gradient."""
-        if not isinstance(gradient, DTensor):
-            return gradient
-        seen = self.weights[index].seen
-        assert isinstance(seen, DTensor)
-        if gradient.placements != seen.placements:  # parts of a sum, say
-            gradient = gradient.redistribute(seen.device_mesh, seen.placements)
-        return gradient.to_local()
-
     def _scatter(self, members: list[int], tensors: list[Tensor], sums: list[Tensor]) -> None:
         """Reduce-scatter whole tensors and add this rank's rows to its sums."""
-        moved = [
-            tensor.movedim(self.weights[i].row_dim, 0)
-            for i, tensor in zip(members, tensors, strict=True)
-        ]
+        moved = [self.weights[i].rows_first(part) for i, part in zip(members, tensors, strict=True)]
         if self.layout.shard_group is None:
             torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in moved])
             return
@@ -461,22 +336,22 @@ class GradientTap:
         counts = [
             self.layout.replica == 0 and (w.in_parts or self.layout.part == 0) for w in self.weights
         ]
-        if self.layout.part > 0:
-            self.square_norms *= torch.tensor(
-                [w.in_parts for w in self.weights], device=self.device
-            )
-        means = [
-            rows if counted else rows[:0]
-            for rows, counted in (
-                (self._mean_rows(i, loss_scale), counts[i]) for i in range(len(self.weights))
-            )
-        ]
+        means = []
+        for index, (tapped, counted) in enumerate(zip(self.weights, counts, strict=True)):
+            rows = tapped.mean_rows(loss_scale)
+            means.append(rows if counted else rows[:0])
+            if self.layout.part > 0 and not tapped.in_parts:
+                self.square_norms[index].zero_()
         matrices, signed_matrices = {}, {}
         if self.needs.matrices:
-            matrices = self._owned_means(loss_scale)
+            matrices = owned_means(self.weights, loss_scale)
             if self.needs.signed_sums:
-                owned = [i for i, w in enumerate(self.weights) if w.owner is not None]
-                signed_matrices = self._owned_matrices({i: self._signed_part(i) for i in owned})
+                signed = {
+                    i: tapped.shard_from_rows(self.signed_sums[i])
+                    for i, tapped in enumerate(self.weights)
+                    if tapped.owner is not None
+                }
+                signed_matrices = owned_matrices(self.weights, signed)
         first = self._first_round * self.layout.num_data_ranks
         num_samples = self._rounds * self.layout.num_data_ranks
         num_even = len(range(first + first % 2, first + num_samples, 2))
@@ -508,86 +383,20 @@ class GradientTap:
         flat /= self.layout.num_data_ranks
         probes = flat.split([probe.numel() for probe in self._probes])
         squares: list[Tensor] = []
-        for i, (part, entries) in enumerate(zip(self._probes, probes, strict=True)):
-            rows = self.layout.rows_of(self.layout.shard, self._num_rows(i))
-            expected = entries.view_as(part)[rows]  # of the first rows, those that are this rank's
-            mean = self._mean_rows(i, 1.0)[: len(expected)]
+        for tapped, probe, entries in zip(self.weights, self._probes, probes, strict=True):
+            num_rows = tapped.part_shape[tapped.row_dim]
+            own = self.layout.rows_of(self.layout.shard, num_rows)
+            expected = entries.view_as(probe)[own]  # of the first rows, those that are this rank's
+            mean = tapped.mean_rows(1.0)[: len(expected)]
             squares += [mean, expected - mean]
         norms = torch._foreach_norm(squares)
         return torch.stack(list(norms)).double().square().view(-1, 2)
 
-    def _num_rows(self, index: int) -> int:
-        tapped = self.weights[index]
-        return rows_first(tapped.part_shape, tapped.row_dim)[0]
 
-    def _own_rows(self, index: int, part: Tensor) -> Tensor:
-        """Return this rank's rows of a tensor of a weight's part, rows first."""
-        moved = part.movedim(self.weights[index].row_dim, 0)
-        return moved[self.layout.rows_of(self.layout.shard, moved.shape[0])]
-
-    def _mean_rows(self, index: int, loss_scale: float) -> Tensor:
-        """This rank's rows of a weight's mean gradient, rows first; zeros if it took none."""
-        tapped = self.weights[index]
-        gradient = mean_gradient(tapped.weight, loss_scale)
-        if isinstance(gradient, DTensor):
-            return gradient.to_local().movedim(tapped.row_dim, 0)
-        return self._own_rows(index, gradient.reshape(tapped.part_shape))
-
-    def _owned_means(self, loss_scale: float) -> dict[int, Tensor]:
-        """The mean gradients of the matrices that this rank owns, by weight."""
-        gradients = {
-            i: mean_gradient(tapped.weight, loss_scale)
-            for i, tapped in enumerate(self.weights)
-            if tapped.owner is not None
-        }
-        local = {i: g.to_local() for i, g in gradients.items() if isinstance(g, DTensor)}
-        # Weights that are not sharded have their whole gradient here already.
-        place = (self.layout.data_rank, self.layout.part)
-        whole = {
-            i: gradient.reshape(matrix_shape(gradient))
-            for i, gradient in gradients.items()
-            if i not in local and self.weights[i].owner == place
-        }
-        return whole | self._owned_matrices(local)
-
-    def _signed_part(self, index: int) -> Tensor:
-        """This rank's rows of the signed sum of a weight, in the weight's own order."""
-        tapped = self.weights[index]
-        shape = list(rows_first(tapped.part_shape, tapped.row_dim))
-        rows = self.layout.rows_of(self.layout.shard, shape[0])
-        shape[0] = rows.stop - rows.start
-        own = self.signed_sums[index][: torch.Size(shape).numel()].view(shape)
-        return own.movedim(0, tapped.row_dim)
-
-    def _owned_matrices(self, local: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, by weight, from every rank's local shards."""
-        layout = self.layout
-        whole: dict[int, Tensor] = {}
-        by_group: dict[dist.ProcessGroup | None, list[tuple[int, MatrixShards, int]]] = {}
-        for i, tapped in ((i, self.weights[i]) for i in local):
-            assert tapped.owner is not None
-            assert tapped.shards is not None
-            (replica, shard), part = divmod(tapped.owner[0], layout.num_shards), tapped.owner[1]
-            # Fewer matrices than replicas: none belongs to some.
-            if replica != layout.replica or not (tapped.in_parts or layout.part == part):
-                continue
-            owner = shard * layout.num_parts + part if tapped.in_parts else shard
-            by_group.setdefault(tapped.shards.group, []).append((i, tapped.shards, owner))
-        for members in by_group.values():
-            exchange = MatrixExchange([m[1] for m in members], [m[2] for m in members])
-            shards = [local[i].reshape(region_shape(place.region)) for i, place, _ in members]
-            whole |= {members[k][0]: matrix for k, matrix in exchange.to_owners(shards).items()}
-        return whole
-
-
-def rows_first(shape: torch.Size, row_dim: int) -> torch.Size:
-    return torch.Size([shape[row_dim], *shape[:row_dim], *shape[row_dim + 1 :]])
-
-
-def mean_gradient(weight: nn.Parameter, loss_scale: float) -> Tensor:
-    """A weight's mean gradient in float32, in its own layout; zeros if no sample reached it."""
-    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return gradient.float() if loss_scale == 1.0 else gradient.float() / loss_scale
+def probe_of(tapped: TappedWeight, part: Tensor) -> Tensor:
+    """Return the first rows of a tensor of a weight's part: a few entries, one row at least."""
+    rows = tapped.rows_first(part)
+    return rows[: max(1, PROBE_ENTRIES // max(1, rows.shape[1:].numel()))]
 
 
 def without_padding(flat: list[Tensor], means: list[Tensor]) -> list[Tensor]:

@@ -102,8 +102,11 @@ class ShardLayout:
         )
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> "ShardLayout":
+    def of_model(cls, model: nn.Module, seen: dict[str, Tensor]) -> "ShardLayout":
         """Return this rank's layout of a plain model or one that DDP, FSDP2 or TP parallelized.
+
+        Args:
+            seen: of `unsharded_weights`.
 
         Raises:
             InputError: weights on different meshes, or weights that FSDP2 was told to ignore, whose
@@ -123,7 +126,6 @@ class ShardLayout:
         sharded = {name: w for name, w in weights.items() if isinstance(w, DTensor)}
         if not sharded:
             return cls()
-        seen = unsharded_weights(model)
         whole = max(sharded, key=lambda name: sharded[name].device_mesh.ndim)
         mesh, data_dims = sharded[whole].device_mesh, num_data_dims(sharded[whole], seen[whole])
         data_ranks = ranks_of(mesh, range(data_dims))
