@@ -1,6 +1,9 @@
 """Measure this code's speed, each thing by a subcommand: `benchmark.py --help` lists them."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is not installed
 
 from benchmarks.cli import main
 

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,15 @@ class SmallSpeed(Speed):
 class SmallProfile(Profile):
     def shape(self):
         return MODEL
+
+
+def test_script_starts_in_any_folder_without_being_installed(tmp_path):
+    script = Path(__file__).parents[3] / "scripts" / "benchmark.py"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(script), "roofline", "--ranks", "8"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "llama3_1b, 8 GPUs" in done.stdout
 
 
 def test_every_part_runs_and_says_when_where_and_by_which_command(tmp_path, monkeypatch):
