@@ -20,6 +20,7 @@ from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.sharding import local_shards, parallelize, unsharded_weights
 from gns_pretrain.training.step import StepResult, accumulate_gradients, train_step
+from tests.dense_reference import Values, noise_and_signal
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
 
@@ -29,7 +30,6 @@ ALL = NoiseScaleSettings(
     estimates=["plug_in", "cross_fitted"],
     square_root="exact",
 )
-Values = dict[tuple[str, str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -158,54 +158,10 @@ def sample_gradients(samples: Samples = FEW, **changes: Any) -> dict[str, Tensor
 
 def dense_reference(of: Samples = FEW, **changes: Any) -> Values:
     """The equations as they stand, on whole gradients."""
-    gradients = sample_gradients(of, **changes)
     roles = parameter_roles(model_of(of, **changes))
-    batch, count = of.count, of.count
-    flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
-    mean = flat.mean(0)
-    variance = batch / (count - 1) * (flat.square().mean(0) - mean.square()).clamp_min(0)
-    even, odd = flat[0::2].mean(0), flat[1::2].mean(0)
-    euclidean_gain = (even @ odd) * (1 / even.norm() + 1 / odd.norm()) / 2
-    manhattan_gain = (even @ odd.sign() + odd @ even.sign()) / 2
-    root = norm = nuclear_gain = 0.0
-    for name, samples in gradients.items():
-        if roles[name] is not Role.MATRIX:
-            continue
-        deviations = samples - samples.mean(0)
-        # tr C^(1/2) is the sum of the singular values of all deviations side by side.
-        wide = deviations if samples.shape[1] <= samples.shape[2] else deviations.mT
-        stacked = torch.cat(list(wide), dim=1) * (batch / (count - 1) / count) ** 0.5
-        root += torch.linalg.svdvals(stacked).sum().item()
-        norm += torch.linalg.svdvals(samples.mean(0)).sum().item()
-        first, second = samples[0::2].mean(0), samples[1::2].mean(0)
-        nuclear_gain += 0.5 * ((first * polar(second)).sum() + (second * polar(first)).sum()).item()
-
-    def signed_square(gain: float) -> float:
-        return gain * abs(gain)
-
-    return {
-        ("euclidean", "plug_in"): (variance.sum().item(), mean.square().sum().item()),
-        ("euclidean", "cross_fitted"): (
-            variance.sum().item(),
-            signed_square(euclidean_gain.item()),
-        ),
-        ("manhattan", "plug_in"): (
-            variance.sqrt().sum().item() ** 2,
-            mean.abs().sum().item() ** 2,
-        ),
-        ("manhattan", "cross_fitted"): (
-            variance.sqrt().sum().item() ** 2,
-            signed_square(manhattan_gain.item()),
-        ),
-        ("nuclear", "plug_in"): (root**2, norm**2),
-        ("nuclear", "cross_fitted"): (root**2, signed_square(nuclear_gain)),
-    }
-
-
-def polar(matrix: Tensor) -> Tensor:
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    kept = values > 1e-5 * values[0]
-    return u[:, kept] @ v[kept]
+    matrices = [name for name, role in roles.items() if role is Role.MATRIX]
+    values = noise_and_signal(sample_gradients(of, **changes), matrices, of.count)
+    return {key: value for key, value in values.items() if key in ALL.measured}
 
 
 def assert_equal(found: Values, expected: Values, where: str) -> None:
