@@ -7,15 +7,18 @@ that was taken between two checkpoints is taken again after a resumption, from t
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
 from gns_pretrain.batch_size.policies import LR_EXPONENTS, Policy, PolicySettings, Position
 from gns_pretrain.batch_size.settings import check_policies, sizes_for
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import setting_name
+from gns_pretrain.fields import at_least, checked, setting_name
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import NoiseTracker, SmoothedNoiseScale, SmoothingSettings
+
+Count = Annotated[int, at_least(1)]
+MaybeCount = Annotated[int | None, at_least(1)]
 
 
 class Reading(Protocol):
@@ -161,34 +164,23 @@ class AdaptiveBatchSize:
             `batch_size` is checked at the first use of `split`: a loaded state may have another.
     """
 
+    @checked
     def __init__(
         self,
         settings: PolicySettings | None = None,
         *,
-        batch_size: int,
-        micro_batch_size: int,
-        num_ranks: int = 1,
-        total_samples: int | None = None,
-        tokens_per_sample: int | None = None,
-        micro_batch_max: int | None = None,
-        micro_batch_step: int = 1,
-        min_samples: int = 8,
+        batch_size: Count,
+        micro_batch_size: Count,
+        num_ranks: Count = 1,
+        total_samples: MaybeCount = None,
+        tokens_per_sample: MaybeCount = None,
+        micro_batch_max: MaybeCount = None,
+        micro_batch_step: Count = 1,
+        min_samples: Count = 8,
         shadows: Sequence[PolicySettings] = (),
         smoothing: SmoothingSettings | None = None,
         **options: Any,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("micro_batch_size", micro_batch_size),
-            ("num_ranks", num_ranks),
-            ("total_samples", total_samples),
-            ("tokens_per_sample", tokens_per_sample),
-            ("micro_batch_max", micro_batch_max),
-            ("micro_batch_step", micro_batch_step),
-            ("min_samples", min_samples),
-        ):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
         if settings is None:
             settings = PolicySettings(**({"policy": "adaptive"} | options))
         elif options:
