@@ -102,7 +102,6 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         token_budget=config.token_budget,
         sequence_length=sequence_length,
         gradient_clip=config.gradient_clip,
-        noise_scale=noise_scale,
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         metrics=config.metrics,

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
-from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.base import set_learning_rate, update_half_life
 from gns_pretrain.parallel.collectives import any_rank
 from gns_pretrain.parallel.mesh import World
@@ -41,7 +40,6 @@ class Run:
     token_budget: int  # the run ends with the first whole step that reaches it
     sequence_length: int
     gradient_clip: float | None
-    noise_scale: NoiseScaleSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     metrics: MetricsSettings
@@ -141,7 +139,7 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
 def meter_of_step(run: Run) -> NoiseMeter | None:
     """Return the noise meter if the coming step is to be measured and can be."""
     step = run.adaptive.steps + 1
-    if run.meter is None or not run.noise_scale.measures_at(step):
+    if run.meter is None or not run.meter.settings.measures_at(step):
         return None
     if run.adaptive.accumulation * run.world.num_data_ranks < 2:
         run.record.message(
