@@ -75,16 +75,13 @@ class LaunchSettings(Settings):
 
     section: ClassVar[str] = "launch"
 
-    nproc_per_node: Annotated[int, at_least(1), at_most(MAX_CORES)] = (
-        1  # ranks that this command starts here
-    )
+    # ranks that this command starts here
+    nproc_per_node: Annotated[int, at_least(1), at_most(MAX_CORES)] = 1
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda
-    threads: Annotated[int | None, at_least(1), at_most(MAX_CORES)] = (
-        None  # of a CPU rank; null: its share of cores
-    )
-    compile_cache: Annotated[str | None, folder_name()] = (
-        None  # folder that keeps compiled kernels between starts; null: no
-    )
+    # of a CPU rank; null: its share of cores
+    threads: Annotated[int | None, at_least(1), at_most(MAX_CORES)] = None
+    # folder that keeps compiled kernels between starts; null: no
+    compile_cache: Annotated[str | None, folder_name()] = None
 
 
 @dataclass

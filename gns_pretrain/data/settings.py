@@ -19,16 +19,14 @@ class DataSettings(Settings):
 
     section: ClassVar[str] = "data"
 
-    path: Annotated[str, folder_name()] = (
-        "???"  # embedded (docstrings of installed packages), or a token-shard folder; given
-    )
+    # embedded (docstrings of installed packages), or a token-shard folder; given
+    path: Annotated[str, folder_name()] = "???"
     sequence_length: Annotated[int, at_least(1)] = 256  # tokens of context; 2048 in the paper
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json
     verify: bool | None = None  # check the shards' sha256 first; null: if they are below 256 MiB
-    stage_to: Annotated[str | None, folder_name()] = (
-        None  # folder on a node's own disk to copy shards to; null: none
-    )
+    # folder on a node's own disk to copy shards to; null: none
+    stage_to: Annotated[str | None, folder_name()] = None
     # Entries of the BPE trained on the embedded text.
     embedded_vocab_size: Annotated[
         int, at_least(MIN_BPE_VOCABULARY, hint="all bytes and two special tokens")

@@ -40,9 +40,8 @@ class MeasurementRequest(Settings):
     data: Annotated[Path, About("token-shard folder with a validation split")]
     num_sequences: Annotated[int, at_least(1), About("the batch, in sequences")]
     micro_batch_size: Annotated[int, at_least(1), About("sequences of a sample")]
-    sequence_length: Annotated[int, at_least(1), About("tokens of a sequence")] = (
-        2048  # the paper's
-    )
+    # the paper's
+    sequence_length: Annotated[int, at_least(1), About("tokens of a sequence")] = 2048
     geometry: Annotated[list[str], key_of(GEOMETRIES), About("default: all three")] = field(
         default_factory=lambda: list(GEOMETRIES)
     )
