@@ -5,15 +5,16 @@
         mine=outputs/table2-signum_adaptive-paper-seed0 --x tokens --out compare.pdf
 
 Run directories, folders of them, and published CSVs or W&B exports. Runs whose names differ in
-the seed alone are one line with a band (sample standard deviation); a label=PATH joins whatever
-has the same label.
+the seed alone are one line with a band (mean and sample standard deviation over the seeds that are
+there; a tick where one ends before the others); a label=PATH joins whatever has the same label.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from gns_pretrain.fields import script_parser
-from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw
+from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw, notes_on_ends
 from gns_pretrain.results.frame import grouped, named_noise, read_curves
 from gns_pretrain.system.terminal import write
 
@@ -50,11 +51,12 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     groups = grouped(given.runs)
     noise = given.noise and named_noise(given.noise)
+    curves = {
+        label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
+        for label, paths in groups.items()
+    }
     panels = draw(
-        {
-            label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
-            for label, paths in groups.items()
-        },
+        curves,
         given.out,
         panels=given.panels and given.panels.split(","),
         axis=given.x,
@@ -62,6 +64,9 @@ def main() -> None:
         title=given.title,
         focus=given.focus,
     )
+    if not given.each_seed:
+        for note in notes_on_ends(curves, panels, given.x):
+            write(f"note: {note}", file=sys.stderr)
     drawn = {
         "out": [str(path) for path in given.out],
         "panels": panels,

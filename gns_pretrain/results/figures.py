@@ -1,7 +1,8 @@
 """Runs in figures as the paper's: perplexity, batch size, noise scale and learning rate.
 
-Several seeds of a run become a mean and a band of one sample standard deviation. matplotlib is
-imported where it draws.
+Several seeds of a run become a mean and a band of one sample standard deviation, at each point over
+the seeds that are there: the line goes on to the last one's end. matplotlib is imported where it
+draws.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -85,32 +86,42 @@ def over_seeds(
     transform: Callable[[Curve], Curve] = np.positive,
     stepwise: bool = False,
 ) -> pd.DataFrame:
-    """Mean and sample standard deviation (`std`) of the seeds' curves, where all of them are known.
+    """Mean, sample standard deviation (`std`) and number (`count`) of the seeds' curves.
 
-    Runs whose batch adapts were evaluated at different steps: each is interpolated onto all their
-    points, from the latest first to the earliest last one; a single curve has a mean alone, at its
-    own points.
+    Runs whose batch adapts were evaluated at different steps, and end at different ones: each is
+    interpolated onto all their points between its own first and last, and counts there alone. So
+    the mean may jump where a seed begins or ends, and one seed alone has no deviation (NaN). A
+    single curve has a mean only, at its own points.
 
     Args:
         curves: one for each seed.
         transform: of the interpolated values; a perplexity is interpolated as a loss.
         stepwise: interpolate by the value before, as a batch size.
-
-    Raises:
-        InputError: they have no range in common.
     """
     if len(curves) == 1:
         return transform(curves[0]).to_frame("mean")
-    first = max(curve.index[0] for curve in curves)
-    last = min(curve.index[-1] for curve in curves)
-    if first > last:
-        raise InputError(
-            f"one seed's curve begins at {first:g}, after another's end at {last:g}; "
-            "leave one of them out, or draw --each-seed"
-        )
     seeds = pd.concat(curves, axis=1).sort_index()
-    seeds = seeds.ffill() if stepwise else seeds.interpolate(method="index")
-    return transform(seeds.loc[first:last]).agg(["mean", "std"], axis=1)
+    if stepwise:
+        seeds = seeds.ffill().where(seeds.bfill().notna())
+    else:
+        seeds = seeds.interpolate(method="index", limit_area="inside")
+    return transform(seeds).agg(["mean", "std", "count"], axis=1)
+
+
+def notes_on_ends(
+    groups: Mapping[str, Sequence[Curves]], panels: Sequence[str], axis: str
+) -> list[str]:
+    """Name each group whose seeds end at different points, with how many are averaged to where."""
+    notes = []
+    for label, runs in groups.items():
+        for panel in panels:
+            quantity = PANELS[panel].quantity
+            ends = [run[quantity].index[-1] for run in runs if quantity in run]
+            if len(set(ends)) > 1:
+                parts = [f"{sum(e >= end for e in ends)} to {end:,.0f}" for end in sorted({*ends})]
+                notes.append(f"{label} is a mean over {', '.join(parts)} ({AXIS_LABELS[axis]})")
+                break
+    return notes
 
 
 def thinned(curves: Any) -> Any:
@@ -137,7 +148,8 @@ def draw(
         paths: to write; each ending decides: .png, .pdf, ...
         panels: names of PANELS; None takes the paper's, as far as the runs have them.
         axis: step or tokens, as the curves were read.
-        each_seed: a thin line for every seed, instead of mean and band.
+        each_seed: a thin line for every seed, instead of mean and band; a mean has a tick where a
+            seed ends before the others.
         title: over all panels.
         focus: the y-axis of a loss fits what comes after this share of each run.
 
@@ -234,11 +246,15 @@ def _draw_runs(
             shape = {"drawstyle": "steps-post"}
         elif len(band) <= MOST_MARKERS:
             shape = {"marker": "o", "markersize": 3}
+        if "count" in band:
+            ends = band["mean"][band["count"].diff(-1) > 0]
+            if len(ends):
+                axes.plot(ends, color=look["color"], linestyle="", marker="|", markersize=9)
         band = thinned(band)
         axes.plot(band["mean"], **look, **shape)
         if "std" in band:
             low, high = band["mean"] - band["std"], band["mean"] + band["std"]
-            fitted.append(low.iloc[-1:])
+            fitted.append(low.dropna().iloc[-1:])
             step = "post" if panel.stepwise else None
             filled = {"color": look["color"], "alpha": 0.2, "linewidth": 0, "step": step}
             axes.fill_between(band.index, low, high, **filled)

@@ -15,6 +15,7 @@ from gns_pretrain.results.figures import (
     MOST_POINTS,
     PANELS,
     draw,
+    notes_on_ends,
     over_seeds,
     thinned,
 )
@@ -129,17 +130,13 @@ def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_
 # ---- bands
 
 
-def test_seeds_become_mean_and_sample_deviation_on_a_common_grid():
-    # Evaluated at 0, 10, 20 and at 5, 15: known to both from 5 to 15.
+def test_seeds_become_mean_and_sample_deviation_where_each_is_known():
+    # Evaluated at 0, 10, 20 and at 5, 15: both are known from 5 to 15, one before and after.
     band = over_seeds([curve((0, 0), (10, 10), (20, 20)), curve((5, 7), (15, 17))])
-    assert band.index.tolist() == [5.0, 10.0, 15.0]
-    assert band["mean"].tolist() == [6.0, 11.0, 16.0]
-    np.testing.assert_allclose(band["std"], np.sqrt(2.0))
-
-
-def test_seeds_without_a_common_range_are_refused():
-    with pytest.raises(InputError, match="begins at 9, after another's end at 5"):
-        over_seeds([curve((1, 2), (5, 1)), curve((9, 2), (12, 1))])
+    assert band.index.tolist() == [0.0, 5.0, 10.0, 15.0, 20.0]
+    assert band["mean"].tolist() == [0.0, 6.0, 11.0, 16.0, 20.0]
+    assert band["count"].tolist() == [1, 2, 2, 2, 1]
+    np.testing.assert_allclose(band["std"], [np.nan, *[np.sqrt(2.0)] * 3, np.nan])
 
 
 def test_a_perplexity_is_interpolated_as_a_loss_and_averaged_as_itself():
@@ -152,6 +149,8 @@ def test_a_batch_size_stays_until_it_changes():
     band = over_seeds([curve((0, 64), (10, 128)), curve((0, 64), (4, 64), (10, 64))], stepwise=True)
     assert band.index.tolist() == [0.0, 4.0, 10.0]
     assert band["mean"].tolist() == [64.0, 64.0, 96.0]
+    band = over_seeds([curve((0, 64), (4, 128)), curve((0, 64), (10, 256))], stepwise=True)
+    assert band["mean"].tolist() == [64.0, 96.0, 256.0]  # the first ends at 4
 
 
 def test_a_single_run_is_drawn_through_its_own_points():
@@ -214,6 +213,24 @@ def test_a_band_is_drawn_for_seeds_and_lines_for_each_of_them_when_asked(monkeyp
     monkeypatch.undo()
     for figure in figures:
         pyplot.close(figure)
+
+
+def test_a_mean_goes_on_to_the_last_seeds_end_and_says_where_seeds_end(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    # As an adaptive batch makes them: of one budget, and of different numbers of steps.
+    ends = (6, 8, 8, 9)
+    seeds = [{"loss": curve((1, 5), (end, 3))} for end in ends]
+    draw({"a": seeds}, [tmp_path / "a.png"], panels=["loss"])
+    ticks, line = figures[0].axes[0].lines
+    assert line.get_xdata()[-1] == 9.0
+    assert line.get_ydata()[-1] == 3.0
+    assert ticks.get_xdata().tolist() == [6.0, 8.0]
+    (note,) = notes_on_ends({"a": seeds, "b": seeds[1:3]}, ["loss"], "step")
+    assert note == "a is a mean over 4 to 6, 3 to 8, 1 to 9 (optimizer step)"
+    monkeypatch.undo()
+    pyplot.close(figures[0])
 
 
 def test_the_axis_of_a_loss_fits_what_comes_after_the_first_steps(monkeypatch, tmp_path):
