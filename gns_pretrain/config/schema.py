@@ -20,6 +20,7 @@ from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OptimizerSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.bad_steps import BadStepSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
@@ -109,6 +110,7 @@ class Config(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    bad_steps: BadStepSettings = field(default_factory=BadStepSettings)
     noise_scale: NoiseScaleSettings = field(default_factory=NoiseScaleSettings)
     batch_size: BatchSizeSettings = field(default_factory=BatchSizeSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)

@@ -23,6 +23,7 @@ from gns_pretrain.runs.history import note_checkpoint
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.wandb import unless_set
+from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
@@ -49,6 +50,9 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)
     forced = adaptive.load_state_dict(saved) if saved else None
+    bad_steps = BadSteps(config.bad_steps, world) if config.bad_steps.skip else None
+    if bad_steps and saved and "bad_steps" in saved:
+        bad_steps.load_state_dict(saved["bad_steps"])
     with errors_of_main(world):
         record = Record(
             directory,
@@ -99,6 +103,7 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         checkpoints=checkpoints,
         record=record,
         meter=meter,
+        bad_steps=bad_steps,
         token_budget=config.token_budget,
         sequence_length=sequence_length,
         gradient_clip=config.gradient_clip,

@@ -9,6 +9,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
     EXECUTION: where and how a run runs     no       no       no
     SAMPLES: micro-batches                  no       (1)      (2)
     batch_size.shadows                      yes      yes      no
+    bad_steps.*                             (4)      yes      yes
     other batch_size.* of a constant batch  yes      no       no      policy and initial aside
     noise_scale.*                           yes      (3)      (2)
     all others, the data's fingerprint      yes      yes      yes
@@ -16,6 +17,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
 (1) where something is measured or the batch size is not constant: micro-batches are the samples.
 (2) where the batch size is not constant; measuring by itself leaves the training bits unchanged.
 (3) where something is measured; noise_scale.geometries, which says so, always.
+(4) no: skipping begins with the next bad step, so that a run which one has ended can go on.
 """
 
 from collections.abc import Mapping
@@ -53,6 +55,13 @@ EXECUTION = (
 )
 SAMPLES = ("micro_batch_size", "batch_size.micro_batch_max", "batch_size.micro_batch_step")
 READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
+# What runs were trained with that are older than a setting.
+BEFORE_ADDED = {
+    "bad_steps.skip": False,
+    "bad_steps.norm_factor": None,
+    "bad_steps.window": 128,
+    "bad_steps.max_consecutive": 10,
+}
 SHOWN = 3  # settings, of all that differ, in an error
 
 
@@ -76,7 +85,7 @@ def decides(name: str, settings: Mapping[str, Any], purpose: Purpose) -> bool:
     if _is_one_of(name, EXECUTION):
         return False
     if purpose is Purpose.RESUME:
-        return name not in SAMPLES
+        return name not in SAMPLES and not _is_one_of(name, ("bad_steps",))
     if name in NAMES:
         return False
     if name == "seed" or name == "batch_size.shadows":
@@ -116,7 +125,8 @@ def settings_of_run(directory: Path) -> dict[str, Any]:
     """The settings of a run directory, flat, with its data's fingerprint if it has one."""
     known = (directory / PROVENANCE).is_file()
     data = {FINGERPRINT: read_provenance(directory)[FINGERPRINT]} if known else {}
-    return flatten(read_settings(directory)) | data
+    settings = flatten(read_settings(directory))
+    return (BEFORE_ADDED | settings if settings else {}) | data
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

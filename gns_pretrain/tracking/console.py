@@ -87,7 +87,8 @@ class ConsoleView:
     def _show_training(self, record: dict[str, Any]) -> None:
         parts = [
             f"tokens {self._tokens_text(record['tokens'])}",
-            f"loss {record['loss']:.3f}",
+            # null of a skipped step whose loss was not finite
+            "loss nan" if record["loss"] is None else f"loss {record['loss']:.3f}",
             f"lr {record['lr']:.1e}",
             f"batch {record['batch_size']:,}",
         ]

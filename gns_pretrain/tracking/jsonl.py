@@ -25,14 +25,18 @@ class Line:
 
     kind: ClassVar[str]
     step: int  # from 1; 0 before the first
+    more: dict[str, Any] = field(default_factory=dict)  # further fields, written after the others
 
     def as_record(self) -> dict[str, Any]:
-        return {"kind": self.kind, **vars(self)}
+        """Return the object that is written."""
+        fields = dict(vars(self))
+        more = fields.pop("more")
+        return {"kind": self.kind, **fields, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLine(Line):
-    """One optimizer step."""
+    """One optimizer step; `skipped` among the further fields says why it changed no weight."""
 
     kind = "train"
     samples: int  # sequences consumed so far
@@ -71,13 +75,6 @@ class NoiseLine(Line):
     noise_scale_ema: float | None  # the smoothed ones' quotient, sequences
     num_samples: int  # micro-batches over all ranks
     seconds: float  # extra wall time of the measurement
-    more: dict[str, Any] = field(default_factory=dict)  # further fields, written after these
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the object that is written."""
-        record = super().as_record()
-        more = record.pop("more")
-        return record | more
 
 
 @dataclass(frozen=True, kw_only=True)

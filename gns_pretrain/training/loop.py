@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import BatchSizeLine, ShadowLine, ValidationLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings, evaluate
 from gns_pretrain.training.schedule import Schedule
@@ -36,6 +38,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     meter: NoiseMeter | None  # None where no geometry is measured
+    bad_steps: BadSteps | None  # None where no step is skipped
     # Settings that the loop itself reads, under their names in the configuration.
     token_budget: int  # the run ends with the first whole step that reaches it
     sequence_length: int
@@ -43,6 +46,13 @@ class Run:
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     metrics: MetricsSettings
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes beside weights and optimizer state, fit for JSON."""
+        state = self.adaptive.state_dict()
+        if self.bad_steps:
+            state["bad_steps"] = self.bad_steps.state_dict()
+        return state
 
 
 def train(
@@ -83,7 +93,7 @@ def train(
             validate(run)
         if saving:
             run.record.sync()
-            run.checkpoints.save(run.model, run.optimizer, adaptive.state_dict())
+            run.checkpoints.save(run.model, run.optimizer, run.state_dict())
         if evaluating or saving:
             log.restart_clock()
     return adaptive.tokens >= run.token_budget
@@ -124,10 +134,15 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
         gradient_clip=run.gradient_clip,
         batch_size=adaptive.batch_size,
         meter=meter_of_step(run),
+        bad_steps=run.bad_steps,
     )
     epoch, tokens_before = run.batches.epoch(adaptive.samples), adaptive.tokens
     adaptive.observe(reading.total for reading in result.readings)
     log.add(adaptive, result, lr=lr, tokens_before=tokens_before)
+    if run.bad_steps and result.skipped:
+        log.flush()
+        run.record.message(f"step {adaptive.steps:,} is skipped: {result.skipped}")
+        run.bad_steps.raise_beyond_limit(adaptive.steps, result.skipped)
     if epoch == 0 and run.batches.epoch(adaptive.samples) > 0:
         run.record.message(
             f"step {adaptive.steps:,}: every sequence of the training data has been used; "

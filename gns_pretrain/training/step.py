@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.parallel.collectives import clip_gradient_norm
 from gns_pretrain.parallel.sharding import gradient_synchronisation
+from gns_pretrain.training.bad_steps import BadSteps
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepResult:
     loss: Tensor  # 0-dim float32, nats per token, mean over this rank's micro-batches
     gradient_norm: Tensor  # 0-dim float32, before clipping, over all ranks
     readings: list[Reading] = field(default_factory=list)  # of the noise scale, on a measured step
+    skipped: str | None = None  # why the weights were left as they were
 
 
 def train_step(
@@ -35,6 +37,7 @@ def train_step(
     gradient_clip: float | None,
     batch_size: int,
     meter: NoiseMeter | None = None,
+    bad_steps: BadSteps | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
@@ -43,15 +46,19 @@ def train_step(
         gradient_clip: largest global gradient norm; None clips nothing.
         batch_size: sequences of the step over all ranks.
         meter: measures the noise scale in this step, if given.
+        bad_steps: leaves the update out, and what was measured, if it finds the step bad.
     """
     with meter.measure() if meter else nullcontext():
         losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
     readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):
         norm = clip_gradient_norm(list(model.parameters()), gradient_clip)
-        optimizer.step()
+        loss = torch.stack(losses).mean()
+        skipped = bad_steps.reason(loss, norm) if bad_steps else None
+        if skipped is None:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(torch.stack(losses).mean(), norm, readings)
+    return StepResult(loss, norm, readings if skipped is None else [], skipped)
 
 
 def accumulate_gradients(

@@ -96,15 +96,17 @@ class StepLog:
         values = torch.stack([total_losses / self._world.num_ranks, norms]).tolist()
         seconds = time.perf_counter() - self._since
         tokens = steps[-1]["tokens"] - self._tokens_at_last_flush
-        for counters, loss, norm in zip(steps, *values, strict=True):
-            raise_unless_finite(counters["step"], "loss", loss)
-            raise_unless_finite(counters["step"], "gradient norm", norm)
+        for counters, result, loss, norm in zip(steps, results, *values, strict=True):
+            if result.skipped is None:
+                raise_unless_finite(counters["step"], "loss", loss)
+                raise_unless_finite(counters["step"], "gradient norm", norm)
             line = TrainLine(
                 **counters,
                 loss=loss,
                 grad_norm=norm,
                 step_seconds=seconds / len(steps),
                 tokens_per_second=tokens / seconds,
+                more={} if result.skipped is None else {"skipped": result.skipped},
             )
             self._record.write(line)
         self._tokens_at_last_flush = steps[-1]["tokens"]
@@ -118,6 +120,6 @@ def raise_unless_finite(step: int, name: str, value: float) -> None:
         raise TrainingError(
             f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "
             "this step: lower optimizer.lr or look at the data, and start again under another "
-            "run_name",
+            "run_name, or resume with bad_steps.skip=true",
             on_all_ranks=True,
         )

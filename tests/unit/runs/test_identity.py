@@ -15,6 +15,7 @@ from gns_pretrain.runs.identity import (
     flatten,
     identifying_settings,
     refuse_another_run,
+    settings_of_run,
 )
 
 RESUME, RECORD, CURVE = Purpose.RESUME, Purpose.RECORD, Purpose.CURVE
@@ -69,6 +70,7 @@ def same_for(one: dict[str, Any], other: dict[str, Any]) -> set[Purpose]:
         ({"scale__name": "paper"}, ALL),
         ({"batch_size__initial": 128}, NONE),
         ({"batch_size__shadows": [{"policy": "norm_test"}]}, {CURVE}),
+        ({"bad_steps__skip": True}, {RESUME}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -111,6 +113,16 @@ def test_data_without_a_known_fingerprint_is_not_the_same_data():
     unknown = run()
     del unknown[FINGERPRINT]
     assert same_for(run(), unknown) == NONE
+
+
+def test_a_run_older_than_a_setting_has_the_value_that_it_was_trained_with(tmp_path):
+    write_provenance(tmp_path, "seed: 0\nmodel:\n  dim: 8\n", "c4")
+    known = settings_of_run(tmp_path)
+    assert known["bad_steps.skip"] is False
+    now = {"seed": 0, "model": {"dim": 8}, "bad_steps": {"skip": False}}
+    assert same_for(known, known | identifying_settings(now, "c4")) == ALL
+    now["bad_steps"]["skip"] = True
+    assert same_for(known, known | identifying_settings(now, "c4")) == {RESUME}
 
 
 def test_growth_of_the_micro_batch_may_change_on_resume_and_the_policy_not():
