@@ -93,7 +93,7 @@ class Data(Command):
             files, tokenizer_file = files or own_files, tokenizer_file or own_tokenizer
         tokenizer = Tokenizer.from_file(tokenizer_file)
         dtype = token_dtype(vocabulary_size(tokenizer))
-        job = EncodingJob(tokenizer_file, dtype.name, bos_id=0, eos_id=0)
+        job = EncodingJob(tokenizer_file, dtype.name, bos_id=None, eos_id=None)
         paths = find_files(files, "--files")
         rates: dict[str, list[float]] = {"shards": [], "bare": []}  # tokens a second, pair by pair
         with EncodingPool(job, available_cores()) as pool:

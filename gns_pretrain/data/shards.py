@@ -49,7 +49,8 @@ class CorpusMeta:
     vocab_size: int  # every token id is below it
     shards: tuple[ShardMeta, ...]
     bos_id: int | None = None  # stands before each document; null: nothing does
-    eos_id: int | None = None  # stands after each document; null: nothing does
+    # Stands after each document; null: nothing does. If it is also bos_id, one stands in between.
+    eos_id: int | None = None
     tokenizer: str | None = None  # file inside the folder, or just a name
     tokenizer_sha256: str | None = None  # of that file
     documents: dict[str, int] = field(default_factory=dict)  # by split; the last may be cut off

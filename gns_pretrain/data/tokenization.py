@@ -3,13 +3,17 @@
 A tokenizer is a tokenizer.json: a file, a name on the hub, or a byte-level BPE trained here.
 """
 
+import json
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gns_pretrain.errors import InputError, one_line
+from gns_pretrain.system.files import shortened
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
@@ -65,36 +69,108 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def special_token_id(tokenizer: Tokenizer, setting: str, name: str | None) -> int:
     """Return the id of the token `name`, or of the first usual one that the tokenizer has.
 
+    Only an added token counts: any other one is a piece of ordinary text, which the documents may
+    hold, and which could not be kept from ending them without losing it.
+
     Args:
         setting: bos or eos.
     """
     names = (name,) if name else {"bos": BOS_NAMES, "eos": EOS_NAMES}[setting]
+    added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
     for candidate in names:
-        token_id = tokenizer.token_to_id(candidate)
-        if token_id is not None:
-            return token_id
+        if candidate in added:
+            return added[candidate]
     raise InputError(
-        f"the tokenizer has no token {' or '.join(names)}; name one that it has with "
-        f"--{setting}-token, or leave it out with --no-{setting}"
+        f"the tokenizer has no token {' or '.join(names)} among its added_tokens; name one that it "
+        f"has with --{setting}-token, or leave it out with --no-{setting}"
     )
+
+
+def without_special_tokens(tokenizer: Tokenizer, document_ids: Iterable[int]) -> Tokenizer:
+    """Return a copy that encodes every text as text: no text gives the id of a special token.
+
+    `encode_special_tokens` by itself leaves the names in the model's vocabulary, where Unigram
+    finds them in a text, WordPiece, WordLevel and BPE with ignore_merges as words, and BPE by
+    merges. The copy knows each by a name of its own that no text holds; all ids stay.
+
+    Args:
+        tokenizer: of any kind; not changed.
+        document_ids: of the tokens around a document, special or not.
+
+    Raises:
+        InputError: the token for unknown text is missing, or is one of `document_ids`.
+    """
+    content = json.loads(tokenizer.to_str())
+    model: dict[str, Any] = content["model"]
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    around = {str(tokenizer.id_to_token(token_id)) for token_id in document_ids}
+    secret = secrets.token_hex(16)
+    renamed = {name: f"{secret} {number}" for number, name in enumerate(sorted(special | around))}
+
+    unknown = model.get("unk_token")
+    if model["type"] == "Unigram" and model["unk_id"] is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    if unknown is not None and tokenizer.token_to_id(unknown) is None:
+        raise InputError(
+            f"the tokenizer's token for unknown text, unk_token={unknown}, is not in its "
+            "vocabulary; correct its tokenizer.json"
+        )
+    if unknown in around:
+        raise InputError(
+            f"{unknown} is also the tokenizer's token for unknown text, which would then begin or "
+            "end documents; name another one with --bos-token or --eos-token, or leave it out "
+            "with --no-bos or --no-eos"
+        )
+
+    for token in content["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    if model["type"] == "Unigram":
+        model["vocab"] = [(renamed.get(piece, piece), score) for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {renamed.get(piece, piece): id for piece, id in model["vocab"].items()}
+        model["unk_token"] = renamed.get(unknown, unknown)
+    prefix = model.get("continuing_subword_prefix") or ""
+    if "merges" in model:
+        model["merges"] = [
+            (left, right)
+            for left, right in model["merges"]
+            if not renamed.keys() & {left, right, left + right[len(prefix) :]}
+        ]
+    content |= {"truncation": None, "padding": None, "post_processor": None}
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def as_in_training(tokenizer: Tokenizer, bos_id: int | None) -> Tokenizer:
+    """Return a copy that encodes a prompt as training encoded the beginning of a document.
+
+    So bos comes first where documents had one, and nothing at the end: a prompt goes on. Names of
+    special tokens stay special, for those who write prompts with them.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    bos = [] if bos_id is None else [(tokenizer.id_to_token(bos_id), bos_id)]
+    names = [name for name, _ in bos]
+    copy.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=bos
+    )
+    return copy
 
 
 class DocumentEncoder:
     """Encodes documents with one tokenizer; the ids of a document stand between bos_id and eos_id.
 
-    The tokenizer's own template, truncation and padding are disabled: they would add the two
-    tokens twice, or cut long documents. A special token's name inside a text is encoded as
-    text, so that no document can end itself.
+    Where both are one id, one stands between two documents. The tokenizer's own template,
+    truncation and padding are disabled: they would add the two tokens twice, or cut long documents.
+    A special token's name inside a text is encoded as text, so that no document can end itself.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, dtype: np.dtype, bos_id: int | None, eos_id: int | None
     ):
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
-        self._tokenizer = tokenizer
-        self._before = [] if bos_id is None else [bos_id]
+        around = {token_id for token_id in (bos_id, eos_id) if token_id is not None}
+        self._tokenizer = without_special_tokens(tokenizer, around)
+        self._before = [] if bos_id in (None, eos_id) else [bos_id]
         self._after = [] if eos_id is None else [eos_id]
         self._dtype = dtype
 
@@ -104,12 +180,26 @@ class DocumentEncoder:
         Returns:
             ids: [tokens], uint16 or uint32.
             starts: [documents], int64, positions in the ids.
+
+        Raises:
+            InputError: the tokenizer cannot encode a document.
         """
         ids: list[int] = []
         starts: list[int] = []
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in self._encodings(texts):
             starts.append(len(ids))
             ids += self._before
             ids += encoding.ids
             ids += self._after
         return np.array(ids, dtype=self._dtype), np.array(starts, dtype=np.int64)
+
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises the base class
+            if len(texts) > 1:  # which of them?
+                return [encoding for text in texts for encoding in self._encodings([text])]
+            raise InputError(
+                f"the tokenizer cannot encode the document {shortened(texts[0])} "
+                f"({one_line(error)}); mend or replace its tokenizer.json"
+            ) from error

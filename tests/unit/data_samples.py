@@ -5,7 +5,8 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers.decoders import Metaspace
 
 from gns_pretrain.data.tokenization import train_bpe
 
@@ -48,3 +49,70 @@ def ids_of(tokenizer_file: Path, texts: list[str]) -> list[int]:
     tokenizer.no_truncation()
     ids = [[0, *tokenizer.encode(text, add_special_tokens=False).ids, 1] for text in texts]
     return [token for document in ids for token in document]
+
+
+# Tokenizers of every kind of model, with ordinary pieces for all that their tests encode.
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+PIECES = [*"▁<>/sabdpunk", "▁a", "▁b", "</", "s>"]
+
+
+def edited(tokenizer: Tokenizer, **model: object) -> Tokenizer:
+    """The tokenizer with other settings of its model."""
+    content = json.loads(tokenizer.to_str())
+    content["model"] |= model
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def unigram(**options: object) -> Tokenizer:
+    pieces = [(piece, 0.0) for piece in SPECIAL] + [(piece, -5.0) for piece in PIECES]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, **options))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = Metaspace()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def by_words(kind: type, **options: object) -> Tokenizer:
+    """WordPiece, WordLevel or BPE, of words between spaces."""
+    vocabulary = {piece: id for id, piece in enumerate(SPECIAL + PIECES)}
+    merges = {"merges": []} if kind is models.BPE else {}
+    tokenizer = Tokenizer(kind(vocabulary, **merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    return edited(tokenizer, **options)
+
+
+def with_tokens_that_are_not_special() -> Tokenizer:
+    tokenizer = by_words(models.BPE)
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def byte_level_with_template() -> Tokenizer:
+    """As GPT-2's kind, with a template that ends a prompt."""
+    tokenizer = train_bpe(["a b"] * 10, 300)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(t, tokenizer.token_to_id(t)) for t in SPECIAL[1:3]]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    return tokenizer
+
+
+TOKENIZERS = {
+    "Unigram": unigram,
+    "Unigram with bytes": lambda: unigram(byte_fallback=True),
+    "WordPiece": lambda: by_words(models.WordPiece),
+    "WordLevel": lambda: by_words(models.WordLevel),
+    "BPE that looks words up": lambda: by_words(models.BPE, ignore_merges=True),
+    "BPE with merges to a special token": lambda: by_words(
+        models.BPE, merges=[("<", "/"), ("s", ">"), ("</", "s>")]
+    ),
+    "BPE with bytes": lambda: by_words(models.BPE, byte_fallback=True, ignore_merges=True),
+    "not special": with_tokens_that_are_not_special,
+    "byte level": byte_level_with_template,
+}

@@ -6,6 +6,7 @@ carries the cursor from which reading it again starts. Local files are read in t
 names; a dataset that the `datasets` library streams, in the dataset's own order.
 """
 
+import codecs
 import copy
 import glob
 import gzip
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class RecordBatch:
 
     cursor: Cursor  # of the first record
     origin: str  # file or dataset, for error messages
-    records: list[bytes] | list[str | None]  # lines of JSON, or texts
+    records: list[Any]  # lines of JSON, bytes; or what a column holds, which should be str
     fraction: float  # of the corpus that is read when this batch is
 
 
@@ -43,15 +44,16 @@ def parse_texts(batch: RecordBatch) -> list[str]:
     return [
         _text_of(record, f"{batch.origin}, {unit} {number}")
         for number, record in enumerate(batch.records, start=batch.cursor["record"] + 1)
-        if record is None or isinstance(record, str) or not record.isspace()
+        if not isinstance(record, bytes) or not record.isspace()
     ]
 
 
-def _text_of(record: bytes | str | None, where: str) -> str:
-    text: Any = record
+def _text_of(record: Any, where: str) -> str:
+    text = record
     try:
         if isinstance(record, bytes):
-            content = json.loads(record.decode("utf-8"))
+            # As floats, since an int of 5,000 digits is JSON, but not for Python.
+            content = json.loads(record.decode("utf-8"), parse_int=float)
             text = content.get("text") if isinstance(content, dict) else None
         if not isinstance(text, str):
             raise InputError(f"{where}: no `text` in it; each record needs one, a string")
@@ -59,7 +61,11 @@ def _text_of(record: bytes | str | None, where: str) -> str:
     except UnicodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error}); fix or remove the record") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); is the file cut short?") from error
+        raise InputError(
+            f"{where}: not JSON ({error}); is the file cut short, or a record not on one line?"
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply; fix or remove the record") from error
     return text
 
 
@@ -96,7 +102,7 @@ def _in_batches(records: Iterable[tuple[Any, float]]) -> Iterator[tuple[list[Any
     num_bytes, fraction = 0, 0.0
     for record, fraction in records:
         batch.append(record)
-        num_bytes += len(record or "")
+        num_bytes += len(record) if isinstance(record, str | bytes) else 0
         if num_bytes >= BATCH_BYTES:
             yield batch, fraction
             batch, num_bytes = [], 0
@@ -143,13 +149,25 @@ def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
     size = path.stat().st_size
     try:
         with path.open("rb") as raw:
-            for line in gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+            if first.lstrip().startswith(b"["):
+                raise InputError(
+                    f"{path} is one array, where each line should be a record; "
+                    "jq -c '.[]' writes it so"
+                )
+            for line in chain([first] if first else [], lines):
                 yield line, raw.tell() / size
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
 
 
-def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
+def _decoded(value: Any) -> Any:
+    """Decode a text that a column holds as bytes (Spark and Impala write such); others stay."""
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _parquet_texts(path: Path) -> Iterator[tuple[Any, float]]:
     """Read the column `text`, each text with the fraction of the file that is read."""
     with needs("data", f"reading {path} needs pyarrow"):
         import pyarrow
@@ -157,12 +175,16 @@ def _parquet_texts(path: Path) -> Iterator[tuple[str | None, float]]:
     record = 0
     try:
         file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise InputError(f"{path} has no column `text`; C4's schema needs one")
+        if file.schema_arrow.names.count("text") != 1:
+            raise InputError(f"{path} has no column `text`, or several; C4's schema has one")
+        kind = file.schema_arrow.field("text").type
+        kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)
+        if kind.removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
+            raise InputError(f"{path}: its column `text` is of {kind}; each record needs a string")
         for rows in file.iter_batches(batch_size=64, columns=["text"]):
             for text in rows.column(0):
                 record += 1
-                yield text.as_py(), record / file.metadata.num_rows
+                yield _decoded(text.as_py()), record / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
             f"{path} is not a whole Parquet file ({one_line(error)}); fetch it again"
@@ -220,7 +242,7 @@ class HubDataset:
             dataset = self._builder.as_streaming_dataset(split=self._split).select_columns(["text"])
             state = cursor["stream"] if cursor else dataset.state_dict()
             dataset.load_state_dict(copy.deepcopy(state))
-            for records, _ in _in_batches((example["text"], 0.0) for example in dataset):
+            for records, _ in _in_batches((_decoded(row["text"]), 0.0) for row in dataset):
                 yield RecordBatch(
                     cursor={"stream": state, "record": record},
                     origin=self._label,

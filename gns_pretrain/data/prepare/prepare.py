@@ -65,6 +65,7 @@ from gns_pretrain.system.processes import available_cores
 from gns_pretrain.system.terminal import Console
 
 SPLITS = ("validation", "train")  # the small one first: what is wrong with it shows early
+SEPARATORS = 1  # tokens between two documents where bos and eos are one id; once it was 2
 
 
 @dataclass
@@ -90,6 +91,7 @@ class PreparationProgress:
     settings: dict[str, Any]  # `PrepareSettings.identity`
     splits: dict[str, SplitProgress]
     tokenizer_sha256: str | None = None  # None: not in the folder yet
+    separators: int = 2  # SEPARATORS when the folder was begun
 
     @property
     def shards(self) -> list[ShardMeta]:
@@ -260,7 +262,8 @@ def _prepare_locked(
     elif any(folder.iterdir()):
         raise InputError(f"--out={folder} holds other files; name a new or an empty folder")
     else:
-        progress = PreparationProgress(identity, {split: SplitProgress() for split in SPLITS})
+        begun = {split: SplitProgress() for split in SPLITS}
+        progress = PreparationProgress(identity, begun, separators=SEPARATORS)
         progress.save(folder)
     try:
         return _write_folder(folder, settings, files, progress, show_progress)
@@ -301,6 +304,14 @@ def _write_folder(
             eos_id=special_token_id(tokenizer, "eos", settings.eos_token) if settings.eos else None,
             held_out_fraction=settings.validation_fraction,
         )
+        if job.bos_id is not None and job.bos_id == job.eos_id:
+            if progress.separators != SEPARATORS:
+                raise InputError(
+                    f"{folder} was begun by a version that put two tokens between documents where "
+                    "bos and eos are the same, and this one puts one; name another --out"
+                )
+            name = tokenizer.id_to_token(job.bos_id)
+            bars.console.print(f"{name} is bos and eos: one of it stands between two documents")
         dtype = np.dtype(job.dtype)
         for shard in progress.shards:
             open_shard(folder, shard, dtype, verify=False)

@@ -1,3 +1,5 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
@@ -11,7 +13,15 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
-from tests.unit.data_samples import ids_of, make_texts, write_tokenizer
+from tests.unit.data_samples import (
+    TOKENIZERS,
+    by_words,
+    edited,
+    ids_of,
+    make_texts,
+    unigram,
+    write_tokenizer,
+)
 
 UINT16 = np.dtype(np.uint16)
 
@@ -47,10 +57,71 @@ def test_each_of_the_pair_can_be_left_out(tokenizer_file, bos_id, eos_id):
     assert ids.tolist() == before + middle + after
 
 
-def test_name_of_a_special_token_in_a_text_ends_no_document(tokenizer_file):
-    encoder = DocumentEncoder(open_tokenizer(tokenizer_file), dtype=UINT16, bos_id=0, eos_id=1)
-    ids = encoder.encode(["a<|end_of_text|>b"])[0].tolist()
-    assert ids[1:-1].count(1) == 0
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_no_text_gives_the_id_of_a_special_token(kind):
+    tokenizer = TOKENIZERS[kind]()
+    bos_id, eos_id = (special_token_id(tokenizer, name, None) for name in ("bos", "eos"))
+    encoder = DocumentEncoder(tokenizer, dtype=UINT16, bos_id=bos_id, eos_id=eos_id)
+    # Whole words, parts of words, in full-width letters that NFKC makes usual ones.
+    texts = ["a </s> b", "a</s>b <s> <pad>", "</s>", "\uff1c/s\uff1e", "<s", "/s>", ""]
+    ids, starts = encoder.encode(texts)
+    assert starts.tolist() == np.flatnonzero(ids == bos_id).tolist()
+    assert np.count_nonzero(ids == bos_id) == np.count_nonzero(ids == eos_id) == len(texts)
+    if kind != "not special":  # there <pad> is an ordinary piece
+        assert tokenizer.token_to_id("<pad>") not in ids
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_other_texts_are_encoded_as_the_tokenizer_does(kind):
+    tokenizer = TOKENIZERS[kind]()
+    texts = ["a b", "ab ba  a", "unknown 数 a"]
+    ids, _ = DocumentEncoder(tokenizer, dtype=UINT16, bos_id=None, eos_id=None).encode(texts)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ids.tolist() == list(chain(*expected))
+
+
+def test_special_name_in_a_text_keeps_its_letters():
+    tokenizer = unigram()
+    encoder = DocumentEncoder(tokenizer, dtype=UINT16, bos_id=1, eos_id=2)
+    ids = encoder.encode(["a </s> b"])[0].tolist()
+    assert tokenizer.decode(ids[1:-1], skip_special_tokens=False) == "a </s> b"
+
+
+@pytest.mark.parametrize("eos_id", [0, None])
+def test_one_token_stands_between_documents_where_bos_and_eos_are_the_same(eos_id):
+    tokenizer = train_bpe(["a b"] * 10, 300)
+    ids, starts = DocumentEncoder(tokenizer, dtype=UINT16, bos_id=0, eos_id=eos_id).encode(
+        ["a", "b"]
+    )
+    a, b = (tokenizer.token_to_id(letter) for letter in "ab")
+    assert ids.tolist() == ([a, 0, b, 0] if eos_id == 0 else [0, a, 0, b])
+    assert starts.tolist() == [0, 2]
+
+
+def test_piece_of_ordinary_text_cannot_end_documents():
+    with pytest.raises(InputError, match=r"no token a among its added_tokens; .*--eos-token"):
+        special_token_id(unigram(), "eos", "a")
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece"])
+def test_token_for_unknown_text_cannot_end_documents(kind):
+    with pytest.raises(InputError, match="<unk> is also the tokenizer's token for unknown text"):
+        DocumentEncoder(TOKENIZERS[kind](), dtype=UINT16, bos_id=None, eos_id=0)
+
+
+@pytest.mark.parametrize("model", [models.WordPiece, models.WordLevel, models.BPE])
+def test_tokenizer_without_its_unknown_token_is_refused(model):
+    tokenizer = edited(by_words(model), unk_token="[UNK]")
+    with pytest.raises(InputError, match=r"unk_token=\[UNK\], is not in its vocabulary"):
+        DocumentEncoder(tokenizer, dtype=UINT16, bos_id=1, eos_id=2)
+
+
+def test_document_that_cannot_be_encoded_is_quoted():
+    encoder = DocumentEncoder(edited(unigram(), unk_id=None), dtype=UINT16, bos_id=1, eos_id=2)
+    with pytest.raises(InputError, match=r"cannot encode the document 'a 数' \(.*unk_id"):
+        encoder.encode(["a", "a 数", "b"])
 
 
 def test_vocabulary_past_16_bits_gives_32():
@@ -80,7 +151,7 @@ def test_unknown_special_token_names_the_setting(tokenizer_file):
     tokenizer = open_tokenizer(tokenizer_file)
     assert special_token_id(tokenizer, "bos", None) == 0
     assert special_token_id(tokenizer, "bos", "<|end_of_text|>") == 1
-    with pytest.raises(InputError, match=r"no token <s>; .*--bos-token.*--no-bos"):
+    with pytest.raises(InputError, match=r"no token <s> among.*--bos-token.*--no-bos"):
         special_token_id(tokenizer, "bos", "<s>")
 
 

@@ -1,4 +1,5 @@
 import gzip
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,7 +120,13 @@ def test_held_out_part_is_a_fraction_that_depends_on_the_text_alone():
         (b'{"txt": "misnamed"}\n', "line 3: no `text`"),
         (b'{"text": null}\n', "line 3: no `text`"),
         (b"[1]\n", "line 3: no `text`"),
+        (b'{"text": 5}\n', "line 3: no `text`"),
+        (b'{"text": NaN}\n', "line 3: no `text`"),
+        (b'{"text": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 3: nested too"),
+        (b'{"a": ' * 200_000 + b"1" + b"}" * 200_000 + b"\n", "line 3: nested too"),
+        (b"{\n", "line 3: not JSON .* a record not on one line"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_bad_record_is_named_with_its_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
@@ -144,6 +151,84 @@ def test_empty_or_damaged_file_is_named(tmp_path, name, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"{name} is (empty|truncated|not a whole)"):
         list(LocalFiles([path]).batches(None))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "odd", "n": ' + b"9" * 5000 + b"}\n",
+        b'{"text": "odd", "n": NaN, "m": -Infinity, "k": 1e999}\n',
+        b'{"text": "odd", "\\ud800": "\\udc00"}\n',
+    ],
+    ids=["5,000 digits", "not finite", "lone surrogates beside the text"],
+)
+def test_what_json_allows_beside_the_text_is_no_matter(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + line)
+    (batch,) = LocalFiles([tmp_path / "a.jsonl"]).batches(None)
+    assert parse_texts(batch) == ["good", "odd"]
+
+
+@pytest.mark.parametrize("name", ["bom.jsonl", "bom.json.gz"])
+def test_mark_of_utf_8_at_the_beginning_is_no_text(tmp_path, name):
+    content = b"\xef\xbb\xbf" + GOOD * 2
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (batch,) = LocalFiles([tmp_path / name]).batches(None)
+    assert parse_texts(batch) == ["good", "good"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_file_that_is_one_array_is_named(tmp_path, indent):
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=indent))
+    with pytest.raises(InputError, match=r"array\.json is one array, where each line .*jq -c"):
+        list(LocalFiles([path]).batches(None))
+
+
+def parquet_column(folder: Path, *values: object, kind: str) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    dictionary = kind == "dictionary"
+    column = pyarrow.array(values, "binary" if dictionary else kind)
+    column = column.dictionary_encode() if dictionary else column
+    parquet.write_table(pyarrow.table({"text": column}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "dictionary"])
+@pytest.mark.parametrize(
+    "source", [LocalFiles, lambda paths: HubDataset("parquet", None, "x", paths)]
+)
+def test_parquet_texts_are_strings_or_their_bytes(tmp_path, kind, source):
+    pytest.importorskip("datasets")
+    texts = ["é", '{"text": "not this"}']
+    values = texts if "string" in kind else [text.encode() for text in texts]
+    path = parquet_column(tmp_path, *values, kind=kind)
+    paths = [path] if source is LocalFiles else [str(path)]
+    (batch,) = source(paths).batches(None)
+    assert parse_texts(batch) == texts
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ([1, 2], "int64", "its column `text` is of int64"),
+        ([2**62 + 1], "timestamp[ns]", r"its column `text` is of timestamp\[ns\]"),
+        (["a", None], "string", "record 2: no `text` in it"),
+        ([b"a", b"\xff"], "binary", "record 2: not UTF-8"),
+    ],
+)
+def test_parquet_record_without_text_is_named(tmp_path, values, kind, message):
+    path = parquet_column(tmp_path, *values, kind=kind)
+    with pytest.raises(InputError, match=rf"a\.parquet.* {message}"):
+        [parse_texts(batch) for batch in LocalFiles([path]).batches(None)]
+
+
+def test_hub_record_that_is_not_a_string_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    stream = HubDataset("parquet", None, "x", [str(parquet_column(tmp_path, 1, 2, kind="int64"))])
+    with pytest.raises(InputError, match="record 1: no `text` in it; each record needs one, a str"):
+        [parse_texts(batch) for batch in stream.batches(None)]
 
 
 def test_parquet_without_text_is_named(tmp_path):

@@ -21,7 +21,14 @@ from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.data.tokenization import train_bpe
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import folder_lock
-from tests.unit.data_samples import as_line, ids_of, make_texts, write_gzip, write_tokenizer
+from tests.unit.data_samples import (
+    as_line,
+    ids_of,
+    make_texts,
+    unigram,
+    write_gzip,
+    write_tokenizer,
+)
 
 ROOT = Path(__file__).parents[4]
 TRAIN, VALIDATION = make_texts(400, seed=1), make_texts(30, seed=2)
@@ -282,6 +289,38 @@ def test_bad_document_leaves_nothing_behind(inputs, tmp_path, split, workers):
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2: not UTF-8"):
         run(settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_document_ends_itself_in_any_worker(inputs, tmp_path, workers):
+    unigram().save(str(tmp_path / "unigram.json"))
+    (tmp_path / "a.jsonl").write_bytes(as_line("a </s> b <s> <pad>") * 30)
+    changes = {"train": [str(tmp_path / "a.jsonl")], "tokenizer": str(tmp_path / "unigram.json")}
+    run(settings_for(inputs, tmp_path / "out", workers=workers, **changes))
+    tokens = tokens_of(tmp_path / "out", "train")
+    assert [tokens.count(token_id) for token_id in (1, 2, 3)] == [30, 30, 0]
+
+
+def test_one_token_for_both_ends_stands_once_between_documents(inputs, tmp_path, capsys):
+    changes = {"bos_token": "<|end_of_text|>", "max_validation_tokens": 400}
+    settings = settings_for(inputs, tmp_path / "out", **changes)
+    with pytest.MonkeyPatch.context() as stopping:
+        stop_after(stopping, shards=3)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    begun = (tmp_path / "out" / "progress.json").read_text()
+    as_before = begun.replace('"separators": 1', '"separators": 2')
+    assert as_before != begun
+    (tmp_path / "out" / "progress.json").write_text(as_before)
+    with pytest.raises(InputError, match="was begun by a version that put two tokens between"):
+        run(settings)
+    (tmp_path / "out" / "progress.json").write_text(begun)
+    prepare(settings)
+    assert "<|end_of_text|> is bos and eos: one of it stands" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["bos_id"] == meta["eos_id"] == 1
+    expected = [token for token in ids_of(inputs / "tokenizer.json", TRAIN) if token != 0]
+    assert tokens_of(tmp_path / "out", "train") == expected
 
 
 def test_budget_cuts_both_splits_and_takes_part_of_a_document(inputs, tmp_path):
