@@ -236,6 +236,7 @@ def workload(
         try:
             yield Workload(run)
         finally:
+            run.checkpoints.close()
             run.batches.close()
             run.record.close()
 

@@ -142,3 +142,10 @@ def check_memory(
             f"{'GPU' if on_gpu else 'machine'} has {there:,}; use a smaller model or micro-batch, "
             "or shard over more ranks"
         )
+    copies = ranks_per_node * 4 * parameters // shards  # at least: of the weights
+    there, held = machine_memory(), 0 if on_gpu else needed
+    if config.checkpoint.asynchronous and held + copies > there:
+        raise InputError(
+            f"checkpoint.asynchronous=true copies at least {copies:,} bytes to the memory of the "
+            f"machine, {there:,}, beside {held:,} of the run; use checkpoint.asynchronous=false"
+        )

@@ -16,7 +16,7 @@ from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks
 from gns_pretrain.parallel.collectives import errors_of_main
-from gns_pretrain.parallel.mesh import World
+from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.runs.history import note_checkpoint
@@ -46,6 +46,7 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         directory / CHECKPOINTS,
         keep=config.checkpoint.keep,
         world=world,
+        beside=beside_training(world, config.parallel) if config.checkpoint.asynchronous else None,
         on_save=partial(note_checkpoint, directory),
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)

@@ -214,6 +214,7 @@ def train_in(
         run = build_run(config, world, directory, run_id=run_id)
         resources.callback(run.record.close)
         resources.callback(run.batches.close)
+        resources.callback(run.checkpoints.close)
         finished = train(run, lambda: stop.requested)
         with errors_of_main(world), must_write(directory / STARTS):
             if world.is_main:

@@ -35,7 +35,7 @@ def any_rank(flag: bool, world: World) -> bool:
     if world.num_ranks == 1:
         return flag
     value = torch.tensor([int(flag)])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=world.group)
     return bool(value.item())
 
 
@@ -44,7 +44,7 @@ def from_main(value: Any, world: World) -> Any:
     if world.num_ranks == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=world.group, device=torch.device("cpu"))
     return box[0]
 
 
@@ -67,7 +67,7 @@ def gathered(value: Any, world: World) -> list[Any]:
     if world.num_ranks == 1:
         return [value]
     values: list[Any] = [None] * world.num_ranks
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=world.group)
     return values
 
 

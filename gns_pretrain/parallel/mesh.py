@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Annotated, ClassVar
 
@@ -89,6 +89,8 @@ class World:
     # (replica,) shard (, tensor), the first for hsdp; None for a single process
     mesh: DeviceMesh | None = None
     tensor_size: int = 1  # neighbouring ranks that see the same sequences
+    # of what goes through the host: flags and objects; None: the default group
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -159,9 +161,10 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-# Groups of ranks on the CPU that were left, kept until the process ends. Whoever drops the last
-# reference to one waits for its threads with the interpreter's lock in hand, and such a thread may
-# want that lock to let go of a tensor: a rank that drops a DDP model right after a step can hang.
+# Groups of ranks on the CPU that were left or will be, kept until the process ends. Whoever drops
+# the last reference to one waits for its threads with the interpreter's lock in hand, and such a
+# thread may want that lock to let go of a tensor: a rank that drops a DDP model right after a step
+# can hang.
 _LEFT: list[dist.ProcessGroup | None] = []
 
 
@@ -192,6 +195,20 @@ def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) ->
         if device.type == "cpu":
             _LEFT.extend(groups)
         dist.destroy_process_group()
+
+
+def beside_training(world: World, settings: ParallelSettings) -> World:
+    """Return the world of a thread beside training, with a gloo group of its own.
+
+    In one group the collectives of two threads could meet in another order on another rank, and
+    wait for ever. All ranks call this.
+    """
+    if world.mesh is None:
+        return world
+    timeout = timedelta(seconds=settings.timeout_seconds)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    _LEFT.append(group)
+    return replace(world, group=group)
 
 
 def start_process_group(place: RankInfo, device: torch.device, timeout: timedelta) -> None:

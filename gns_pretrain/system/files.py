@@ -109,7 +109,12 @@ def is_alive(process: int) -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`content` as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    """The bytes of `content` as indented JSON."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path, *, hint: str) -> dict[str, Any]:

@@ -131,19 +131,14 @@ class Worker:
         threading.Thread(target=self._work, daemon=True).start()
 
     def call(self, action: Callable[[], T], seconds: float) -> T:
-        """Return the call's result, or raise its error.
+        """Return the call's result, or raise its error; TimeoutError if it takes longer."""
+        return result_of(self.start(action), seconds)
 
-        Raises:
-            TimeoutError: it takes longer. It is abandoned where it is, and this process will leave
-                without the exit callbacks that might wait for it.
-        """
+    def start(self, action: Callable[[], T]) -> Future[T]:
+        """Make the call beside what its caller does next."""
         future: Future[T] = Future()
         self._calls.put((future, action))
-        if not wait([future], seconds).done:
-            global _has_abandoned
-            _has_abandoned = True
-            raise TimeoutError(f"no answer in {seconds:.0f} s")
-        return future.result()
+        return future
 
     def end(self) -> None:
         """End the thread after the calls so far."""
@@ -156,6 +151,22 @@ class Worker:
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
+
+
+def result_of(future: Future[T], seconds: float | None = None) -> T:
+    """Wait for a `Worker`'s call; return its result, or raise its error.
+
+    A call that takes longer (TimeoutError), or whose caller is interrupted, is abandoned where it
+    is: this process will leave without the exit callbacks that might wait for it.
+    """
+    global _has_abandoned
+    try:
+        wait([future], seconds)
+    finally:
+        _has_abandoned |= not future.done()
+    if not future.done():
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return future.result()
 
 
 _has_abandoned = False  # a call of a `Worker` has not returned

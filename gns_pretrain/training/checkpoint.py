@@ -8,20 +8,23 @@ A checkpoint is a folder `step_00001200/`:
     generators.pt             states of torch's random generators
     manifest.json             size and sha256 of each of these
 
-It is written under another name, flushed to disk and renamed, so a folder with that name is
-complete. Loading takes the newest one whose files match the manifest, because
-torch.distributed.checkpoint itself loads a flipped byte without an error. A manifest does not say
-who wrote it, so nothing that a checkpoint holds is executed (`checkpoint_reader.py`).
+Training waits for a copy of the tensors in host memory; a thread writes it (unless
+`checkpoint.asynchronous=false`). A checkpoint is written under another name, flushed to disk and
+renamed, so a folder with that name is complete. Loading takes the newest one whose files match the
+manifest, because torch.distributed.checkpoint itself loads a flipped byte without an error. A
+manifest does not say who wrote it, so nothing that a checkpoint holds is executed
+(`checkpoint_reader.py`).
 """
 
+import io
 import itertools
 import json
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -29,7 +32,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -37,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gns_pretrain.errors import InputError, TrainingError, one_line
+from gns_pretrain.errors import InputError, TrainingError, one_line, print_error
 from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
@@ -45,13 +50,16 @@ from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.parallel.collectives import from_main, gathered
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import (
+    as_json,
     flush_to_disk,
     named_file,
     parse,
     read_json,
     sha256_of,
+    write_bytes,
     write_json,
 )
+from gns_pretrain.system.processes import Worker, result_of
 from gns_pretrain.training.checkpoint_reader import (
     METADATA,
     DataOnlyPlanner,
@@ -74,11 +82,22 @@ class CheckpointSettings(Settings):
     every_steps: Annotated[
         int, at_least(1, "step", hint="more than the run's steps saves only at its end")
     ] = 100
+    # write beside training, which waits only for a copy in host memory
+    asynchronous: bool = True
     keep: Annotated[int, at_least(1, hint="2 survive a bad disk")] = 2  # newest checkpoints
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; all ranks call `save` and `load_latest` together."""
+    """The checkpoints of one run directory; all ranks call `save` and `load_latest` together.
+
+    Args:
+        directory: holds them.
+        keep: the newest that are not deleted.
+        world: of training.
+        beside: of a thread that writes beside training, see `beside_training`; None: `save` itself
+            writes.
+        on_save: called with the step of each one saved, on the main rank.
+    """
 
     def __init__(
         self,
@@ -86,12 +105,17 @@ class Checkpoints:
         *,
         keep: int,
         world: World,
+        beside: World | None = None,
         on_save: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.directory = directory
         self.keep = keep
         self.world = world
-        self.on_save = on_save  # called with the step of each one saved, on the main rank
+        self.writers = beside or world
+        self.on_save = on_save
+        self._thread = Worker() if beside else None
+        self._stager = DefaultStager(staging_options(world.device))
+        self._under_way: Future[None] | None = None
 
     def save(
         self,
@@ -101,41 +125,95 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint of this step, then delete older ones beyond `keep`.
 
+        Asynchronously it returns as soon as training may change the weights; of a save that is
+        still under way it awaits the end, and raises its failure.
+
         Args:
             state: what else changes, fit for JSON; its `step` names the checkpoint.
 
+        Returns:
+            The folder that it has, or will have.
+
         Raises:
-            TrainingError: it could not be written; earlier checkpoints are untouched.
+            TrainingError: one could not be written; earlier checkpoints are untouched.
         """
-        target = self.directory / f"step_{state['step']:08d}"
-        if from_main(self.world.is_main and damage(target) is None, self.world):
-            return target
+        self.wait()
+        step, files = state["step"], small_files(model, state)
+        tensors: Any = tensors_of(model, optimizer)
+        if self._thread is None:
+            self._write(step, tensors, files)
+        else:
+            tensors = self._stager.stage(tensors)
+            self._under_way = self._thread.start(lambda: self._write(step, tensors, files))
+        return self._folder_of(step)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save that was under way has failed, for `wait` to raise; asked by a rank."""
+        save = self._under_way
+        return save is not None and save.done() and save.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any; TrainingError, on all ranks, if it failed."""
+        save, self._under_way = self._under_way, None
+        if save is not None:
+            result_of(save)
+
+    def close(self) -> None:
+        """Wait for the save under way, end the thread and free the copy in host memory.
+
+        Called after an error of training, too: a save that fails as well is reported beside it.
+        """
+        try:
+            self.wait()
+        except TrainingError as error:
+            print_error(error, rank=self.world.rank, num_ranks=self.world.num_ranks)
+        finally:
+            self._stager.close()
+            if self._thread is not None:
+                self._thread.end()
+
+    def _folder_of(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}"
+
+    def _write(self, step: int, tensors: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Write a step's folder, then delete older ones; in a thread, beside training or not.
+
+        Every collective is one of `writers`, since training has others at the same time.
+        """
+        target, is_main = self._folder_of(step), self.writers.is_main
+        if from_main(is_main and damage(target) is None, self.writers):
+            return
         unfinished = self.directory / f".unfinished_{target.name}"
         try:
             self._on_main(lambda: make_empty(unfinished))
-            with no_dist(self.world) as alone:
-                dcp.save(tensors_of(model, optimizer), checkpoint_id=unfinished, no_dist=alone)
-            self._on_main(lambda: write_state(unfinished, model, state))
+            dcp.save(
+                tensors,
+                # Copying ahead would use a GPU, and in another thread the first of all.
+                storage_writer=FileSystemWriter(unfinished, per_thread_copy_ahead=0),
+                process_group=self.writers.group,
+                no_dist=is_alone(self.writers),
+            )
+            self._on_main(lambda: write_files(unfinished, files))
             # Each rank reads back its own files: the hash covers what the disk holds.
-            digests = self._on_each(lambda: digests_of(unfinished, self.world.rank))
+            digests = self._on_each(lambda: digests_of(unfinished, self.writers.rank))
             self._on_main(lambda: seal(unfinished, digests))
             self._on_main(lambda: publish(unfinished, target))
-            self._on_main(lambda: self.on_save(state["step"]))
+            self._on_main(lambda: self.on_save(step))
         # torch's exception is a BaseException that holds each rank's error.
         except (OSError, RuntimeError, CheckpointException) as error:
-            if self.world.is_main:
+            if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             whole, _ = pick_whole(self.directory)
             older = f"{whole} is whole, the run resumes from it" if whole else "none is older"
             raise TrainingError(
-                f"step {state['step']}: the checkpoint {target} could not be written "
+                f"step {step}: the checkpoint {target} could not be written "
                 f"({root_cause(error)}); {older}; make room or mend the path, and start the same "
                 "command again",
                 on_all_ranks=True,
             ) from error
-        if self.world.is_main:
+        if is_main:
             self._prune(target)
-        return target
 
     def load_latest(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -175,7 +253,7 @@ class Checkpoints:
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run something on the main rank; raise its failure on every rank."""
-        self._on_each(lambda: action() if self.world.is_main else None)
+        self._on_each(lambda: action() if self.writers.is_main else None)
 
     def _on_each(self, action: Callable[[], Any]) -> list[Any]:
         """Run something on each rank; return all results, or raise the first failure, on each."""
@@ -184,7 +262,7 @@ class Checkpoints:
             result = action()
         except OSError as error:
             problem = str(error)
-        found = gathered((result, problem), self.world)
+        found = gathered((result, problem), self.writers)
         for _, problem in found:
             if problem is not None:
                 raise OSError(problem)
@@ -250,8 +328,8 @@ def load_tensors(tensors: dict[str, Any], checkpoint: Path, world: World | None 
     """Fill tensors from a checkpoint; InputError, on all ranks, if they are not what it holds."""
     reader, planner = DataOnlyReader(checkpoint), DataOnlyPlanner()
     try:
-        with no_dist(world) as alone:
-            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=alone)
+        alone = is_alone(world)
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=alone)
     except CheckpointException as error:
         raise InputError(
             f"{checkpoint} cannot be loaded ({root_cause(error)}); use an older checkpoint",
@@ -259,27 +337,48 @@ def load_tensors(tensors: dict[str, Any], checkpoint: Path, world: World | None 
         ) from error
 
 
-@contextmanager
-def no_dist(world: World | None = None) -> Iterator[bool]:
-    """Yield whether dcp runs without a process group, and silence its warning that it does."""
-    alone = world is None or world.mesh is None
-    with warnings.catch_warnings():
-        if alone:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield alone
+def is_alone(world: World | None) -> bool:
+    """Return whether dcp runs without a process group, and silence its warning that it does."""
+    # For good: a block with filters of its own would be every thread's.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    return world is None or world.mesh is None
 
 
-def write_state(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
-    """Write what is not a sharded tensor: the run's position, the model's shape, the generators."""
-    write_json(folder / TRAIN_STATE, state)
+def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
+    """Return what is not a sharded tensor: the run's position, the model's shape, the generators.
+
+    By the names of their files, as they are now.
+    """
     llama = unwrapped(model)
     assert isinstance(llama, Llama)
-    write_json(folder / MODEL, asdict(llama.config))
     # All ranks are seeded alike, so one set of generators serves all.
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state()
-    torch.save(generators, folder / GENERATORS)
+    stored = io.BytesIO()
+    torch.save(generators, stored)
+    return {
+        TRAIN_STATE: as_json(state),
+        MODEL: as_json(asdict(llama.config)),
+        GENERATORS: stored.getvalue(),
+    }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write whole files by their names."""
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+
+
+def staging_options(device: torch.device) -> StagingOptions:
+    """Return how tensors are copied to the host: on a GPU into pinned memory, kept for the next."""
+    on_gpu = device.type == "cuda"
+    return StagingOptions(
+        use_pinned_memory=on_gpu,
+        use_non_blocking_copy=on_gpu,
+        use_async_staging=False,
+        use_shared_memory=False,
+    )
 
 
 def make_empty(folder: Path) -> None:

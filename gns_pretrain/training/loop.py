@@ -61,7 +61,7 @@ def train(
     *,
     step: Callable[[Run, StepLog], list[Reading]] | None = None,
 ) -> bool:
-    """Train until the token budget is reached or a rank is asked to stop.
+    """Train until the token budget is reached or a rank is asked to stop; then all is saved.
 
     Args:
         should_stop: asked once after every step, on each rank; one True stops all of them.
@@ -79,7 +79,7 @@ def train(
         choose_batch_size(run, log)
         readings = take_step(run, log)
         done = adaptive.tokens >= run.token_budget
-        stopping = any_rank(should_stop(), run.world)
+        stopping = any_rank(should_stop() or run.checkpoints.has_failed, run.world)
         evaluating = (
             adaptive.steps == 1
             or done
@@ -96,6 +96,7 @@ def train(
             run.checkpoints.save(run.model, run.optimizer, run.state_dict())
         if evaluating or saving:
             log.restart_clock()
+    run.checkpoints.wait()
     return adaptive.tokens >= run.token_budget
 
 

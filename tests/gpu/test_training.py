@@ -99,6 +99,7 @@ def run_on(
         try:
             yield run
         finally:
+            run.checkpoints.close()
             run.batches.close()
             run.record.close()
 
