@@ -33,12 +33,14 @@ size of largest gain per sequence; the first has neither. Batch sizes are in seq
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign
+from gns_pretrain.geometry.norms import norms
 from gns_pretrain.geometry.square_root import trace_square_root
 
 # A coordinate below this share of its other half counts as zero: it is the rounding of S and D,
@@ -112,19 +114,36 @@ def check_num_samples(num_samples: int) -> None:
         )
 
 
-def euclidean_signal_total(mean: Tensor) -> Tensor:
-    """||g||_2^2, the denominator of Eq. 6; 0-dimensional."""
-    return mean.square().sum(dtype=torch.float64)
+def absolute_sums(values: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """sum_i |x_i|; 0-dimensional, float64.
+
+    Args:
+        values: [any], float32 or float64.
+        sizes: of k segments, one after the other in flat `values`; each has a sum then, [k].
+    """
+    if sizes is None:
+        return norms([values], 1.0)[0].double()
+    return norms(values.split(list(sizes)), 1.0).double()
 
 
-def manhattan_noise_total(variance: Tensor) -> Tensor:
-    """||sigma||_1 = sum_i sigma_i, whose square is the numerator of Eq. 13; 0-dimensional."""
-    return variance.sqrt().sum(dtype=torch.float64)
+def signed_sums(values: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """sum_i x_i, like `absolute_sums`: torch has norms of many tensors at a time, but no sums."""
+    return absolute_sums(values.clamp_min(0.0), sizes) - absolute_sums(values.clamp_max(0.0), sizes)
 
 
-def manhattan_signal_total(mean: Tensor) -> Tensor:
-    """||g||_1, whose square is the denominator of Eq. 13; 0-dimensional."""
-    return mean.abs().sum(dtype=torch.float64)
+def euclidean_signal_total(mean: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """||g||_2^2, the denominator of Eq. 6; as `absolute_sums`."""
+    return absolute_sums(mean.square(), sizes)
+
+
+def manhattan_noise_total(variance: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """||sigma||_1 = sum_i sigma_i, whose square is the numerator of Eq. 13; as `absolute_sums`."""
+    return absolute_sums(variance.sqrt(), sizes)
+
+
+def manhattan_signal_total(mean: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """||g||_1, whose square is the denominator of Eq. 13; as `absolute_sums`."""
+    return absolute_sums(mean, sizes)
 
 
 def nuclear_totals(
@@ -176,10 +195,17 @@ def half_means(
     )
 
 
-def euclidean_cross_totals(first: Tensor, second: Tensor) -> Tensor:
-    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2 of any shape; [3], float64, to be added over shards."""
-    products = (first * second, first.square(), second.square())
-    return torch.stack([product.sum(dtype=torch.float64) for product in products])
+def euclidean_cross_totals(
+    first: Tensor, second: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """<g_A, g_B>, ||g_A||^2 and ||g_B||^2, to be added over shards; [3] or [k, 3], float64.
+
+    Args:
+        sizes: of k segments, as in `absolute_sums`.
+    """
+    product = signed_sums(first * second, sizes)
+    squares = (absolute_sums(half.square(), sizes) for half in (first, second))
+    return torch.stack([product, *squares], dim=-1)
 
 
 def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
@@ -196,10 +222,11 @@ def euclidean_cross_signal(cross_totals: Tensor) -> Tensor:
     return product / 2 * inverse_norms.sum()
 
 
-def manhattan_cross_total(first: Tensor, second: Tensor) -> Tensor:
-    """s for p(g) = sign(g) of any shape, which adds up over shards; 0-dimensional, float64."""
-    gains = first * second.sign() + second * first.sign()
-    return gains.sum(dtype=torch.float64) / 2
+def manhattan_cross_total(
+    first: Tensor, second: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """s for p(g) = sign(g), which adds up over shards; as `absolute_sums`."""
+    return signed_sums(first * second.sign() + second * first.sign(), sizes) / 2
 
 
 def nuclear_cross_totals(first: Tensor, second: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:

@@ -61,6 +61,9 @@ from gns_pretrain.noise_scale.equations import (
 # the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
 CHUNK_ENTRIES = 2**23
 
+# Of rows that are read together, 64 MiB in float32: few kernels, whose results are as small.
+ROW_ENTRIES = 2**24
+
 GEOMETRIES: dict[str, type["Geometry"]] = {}  # by name; filled by defining a subclass
 
 
@@ -128,11 +131,27 @@ class SampleSums:
         """R."""
         return self.num_even + self.num_odd
 
+    def row_groups(self) -> Iterator[slice]:
+        """Neighbouring weights that `ROW_ENTRIES` hold the rows of, at least one at a time."""
+        start = entries = 0
+        for stop, mean in enumerate(self.means):
+            if start < stop and entries + mean.numel() > ROW_ENTRIES:
+                yield slice(start, stop)
+                start, entries = stop, 0
+            entries += mean.numel()
+        if self.means:
+            yield slice(start, len(self.means))
+
     def variance(self, index: int, *, batch_size: int) -> Tensor:
         """Per-sequence variance of each coordinate of this rank's rows of a weight (Eq. 20)."""
-        mean, samples = self.means[index], self.num_samples
-        mean_square = self.squares[index] / samples
-        return coordinate_variance(mean_square, mean, batch_size=batch_size, num_samples=samples)
+        return self.variance_of(self.squares[index], self.means[index], batch_size=batch_size)
+
+    def variance_of(self, squares: Tensor, mean: Tensor, *, batch_size: int) -> Tensor:
+        """The same of sum_j (g^j)^2 and g of any coordinates."""
+        samples = self.num_samples
+        return coordinate_variance(
+            squares / samples, mean, batch_size=batch_size, num_samples=samples
+        )
 
     def halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
         """g_A and g_B of a weight's rows or of a whole matrix."""
@@ -272,11 +291,12 @@ class Euclidean(Geometry):
         """sum_j ||g^j||^2, ||g||^2; <g_A, g_B>, ||g_A||^2 and ||g_B||^2."""
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
         totals[:, 0] = sums.square_norms
-        for index, mean in enumerate(sums.means):
-            totals[index, 1] = euclidean_signal_total(mean)
+        for rows in sums.row_groups():
+            mean, sizes = joined(sums.means[rows])
+            totals[rows, 1] = euclidean_signal_total(mean, sizes)
             if sums.signed:
-                halves = sums.halves(mean, sums.signed[index])
-                totals[index, 2:] = euclidean_cross_totals(*halves)
+                halves = sums.halves(mean, joined(sums.signed[rows])[0])
+                totals[rows, 2:] = euclidean_cross_totals(*halves, sizes)
         return totals
 
     def noise_and_signal(
@@ -309,12 +329,15 @@ class Manhattan(Geometry):
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """sum_i sigma_i, ||g||_1 and s of the sign."""
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
-        for index, mean in enumerate(sums.means):
-            totals[index, 0] = manhattan_noise_total(sums.variance(index, batch_size=batch_size))
-            totals[index, 1] = manhattan_signal_total(mean)
+        for rows in sums.row_groups():
+            mean, sizes = joined(sums.means[rows])
+            squares = joined(sums.squares[rows])[0]
+            variance = sums.variance_of(squares, mean, batch_size=batch_size)
+            totals[rows, 0] = manhattan_noise_total(variance, sizes)
+            totals[rows, 1] = manhattan_signal_total(mean, sizes)
             if sums.signed:
-                halves = sums.halves(mean, sums.signed[index])
-                totals[index, 2] = manhattan_cross_total(*halves)
+                halves = sums.halves(mean, joined(sums.signed[rows])[0])
+                totals[rows, 2] = manhattan_cross_total(*halves, sizes)
         return totals
 
     def noise_and_signal(
@@ -383,6 +406,12 @@ class Nuclear(Geometry):
         """How many square roots took the slow route, if any: a GPU pays for those."""
         fallbacks = round(totals[3])
         return {"square_root_fallbacks": fallbacks} if fallbacks else {}
+
+
+def joined(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Rows of several weights, flat and one after the other, and how many entries each has."""
+    flat = [part.reshape(-1) for part in rows]
+    return flat[0] if len(flat) == 1 else torch.cat(flat), [len(part) for part in flat]
 
 
 def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:

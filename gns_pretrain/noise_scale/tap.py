@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.geometry.norms import norms
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.model.roles import Labels, MatrixChoice, matrix_shape, named_trainable
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
@@ -33,7 +34,7 @@ from gns_pretrain.noise_scale.weights import (
     owned_means,
     tapped_weights,
 )
-from gns_pretrain.parallel.collectives import euclidean_norms, reduce_over
+from gns_pretrain.parallel.collectives import reduce_over
 from gns_pretrain.parallel.sharding import ShardLayout, packed, unsharded_weights
 
 PROBE_ENTRIES = 2**10  # of each weight that are summed over samples to check the mean gradient
@@ -233,11 +234,9 @@ class GradientTap:
             [self._probes[i] for i in members],
             [probe_of(self.weights[i], sample) for i, sample in samples.items()],
         )
-        norms = euclidean_norms(list(samples.values()))
+        squared = norms(list(samples.values())).double().square()
         # One place at a time: a list as an index would be copied to the device, and waited for.
-        torch._foreach_add_(
-            [self.square_norms[i] for i in members], [norm.double().square() for norm in norms]
-        )
+        torch._foreach_add_([self.square_norms[i] for i in members], list(squared.unbind()))
         if self.needs.squares:
             self._scatter(members, [samples[i].square() for i in members], self.squares)
         if self.needs.signed_sums:

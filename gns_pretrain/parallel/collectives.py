@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gns_pretrain.errors import OneLineError
+from gns_pretrain.geometry.norms import norms
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import ShardLayout, local_shards, shard_groups
 
@@ -94,16 +95,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         by_groups.setdefault(shard_groups(tensor), []).append(tensor)
     squares = []
     for groups, members in by_groups.items():
-        square = torch.stack(euclidean_norms(local_shards(members))).square().sum()
+        square = norms(local_shards(members)).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         squares.append(square)
     return torch.stack(squares or [torch.zeros(())]).sum().sqrt().float()
-
-
-def euclidean_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Euclidean norm of each tensor, 0-dim: float64 on a CPU and float32 on a GPU."""
-    # A CPU adds up in the order of memory: of 16 M coordinates float32 loses 2e-4, and each layout
-    # another share. GPUs add in trees, and for float64 would write a copy first.
-    dtype = torch.float64 if all(t.device.type == "cpu" for t in tensors) else torch.float32
-    return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gns_pretrain.noise_scale import geometries as module
-from gns_pretrain.noise_scale.geometries import Nuclear, SampleSums
+from gns_pretrain.noise_scale.geometries import Euclidean, Manhattan, Nuclear, SampleSums
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 MATRICES, ROWS, COLUMNS = 24, 16, 20
@@ -96,6 +96,42 @@ def test_square_roots_that_took_eigenvalues_are_counted_once():
         sums.grams[i] = 0.5 * sums.grams[i]
     totals = totals_of(sums, batch_size=4, square_root="iterative")
     assert totals[:, Nuclear.columns.index("fallbacks")].sum() == 2
+
+
+def sums_of_rows() -> SampleSums:
+    """Weights of three sizes, one of them with rows on another rank alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 4), (50,), (0, 4), (20, 7), (2,)]
+    samples = [torch.randn(4, *size, generator=generator) for size in sizes]
+    return SampleSums(
+        num_even=2,
+        num_odd=2,
+        square_norms=torch.stack([each.double().square().sum() for each in samples]),
+        means=[each.mean(0) for each in samples],
+        squares=[each.square().sum(0) for each in samples],
+        signed=[each[0::2].sum(0) - each[1::2].sum(0) for each in samples],
+        grams={},
+        matrices={},
+        signed_matrices={},
+    )
+
+
+@pytest.mark.parametrize("geometry", [Euclidean, Manhattan])
+def test_totals_of_weights_do_not_depend_on_which_are_read_together(monkeypatch, geometry):
+    sums = sums_of_rows()
+    whole = geometry(NoiseScaleSettings()).totals(sums, batch_size=4)
+    for entries in (1, 60, 200):
+        monkeypatch.setattr(module, "ROW_ENTRIES", entries)
+        torch.testing.assert_close(
+            geometry(NoiseScaleSettings()).totals(sums, batch_size=4), whole, rtol=1e-14, atol=1e-14
+        )
+    monkeypatch.setattr(module, "ROW_ENTRIES", 60)
+    assert [(rows.start, rows.stop) for rows in sums.row_groups()] == [
+        (0, 1),
+        (1, 3),
+        (3, 4),
+        (4, 5),
+    ]
 
 
 @pytest.mark.parametrize("entries", [1, ROWS**2, 5 * ROWS**2])
