@@ -127,8 +127,14 @@ class Worker:
     """A thread that makes calls in order, so that none can hold its caller for ever."""
 
     def __init__(self) -> None:
+        self._last: Future | None = None
         self._calls: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the last call has not returned, so that another one would wait for it."""
+        return self._last is not None and not self._last.done()
 
     def call(self, action: Callable[[], T], seconds: float) -> T:
         """Return the call's result, or raise its error; TimeoutError if it takes longer."""
@@ -138,6 +144,7 @@ class Worker:
         """Make the call beside what its caller does next."""
         future: Future[T] = Future()
         self._calls.put((future, action))
+        self._last = future
         return future
 
     def end(self) -> None:

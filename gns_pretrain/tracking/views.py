@@ -3,7 +3,11 @@
 The series have the same names in W&B and TensorBoard.
 """
 
+import io
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +21,7 @@ AXES = ("step", "tokens", "samples")
 _PREFIXES = {"train": "train", "validation": "val", "batch_size": "batch_size"}
 _FLUSH_SECONDS = 30
 WAIT_SECONDS = 90.0  # W&B's own limits are below
+CLOSE_SECONDS = 10.0  # for a view that has failed
 MAX_QUOTED = 300  # letters of a failure's cause
 
 
@@ -53,7 +58,7 @@ class View(Protocol):
         """Show the finished run's summary."""
 
     def close(self) -> None:
-        """Release files and processes; also after finish()."""
+        """Release files and processes; also after finish(), or a failure."""
 
 
 class MayFail:
@@ -81,6 +86,7 @@ class MayFail:
         self._log = log
         self._wait_seconds = wait_seconds
         self._worker = Worker()
+        self._view: View | None = None
         self._view = self._attempt(open_view)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -102,8 +108,11 @@ class MayFail:
     def _attempt(self, action: Callable[[], T]) -> T | None:
         try:
             return self._worker.call(action, self._wait_seconds)
-        except Exception as error:
-            self._view = None
+        except (Exception, SystemExit) as error:
+            failed, self._view = self._view, None
+            if failed is not None and not self._worker.is_busy:
+                with suppress(Exception, SystemExit):
+                    self._worker.call(failed.close, CLOSE_SECONDS)
             cause = one_line(error)[:MAX_QUOTED]
             hint = (
                 "; pip install 'gns-pretrain[tracking]'" if isinstance(error, ImportError) else ""
@@ -116,7 +125,10 @@ class MayFail:
 
 
 class TensorboardView:
-    """Every series over optimizer steps, in event files under <run directory>/tensorboard.
+    """Every series over optimizer steps, in an event file under <run directory>/tensorboard.
+
+    Records are written in the calling thread: torch's SummaryWriter has one of its own, which
+    prints the traceback of a full disk and may not tell its caller.
 
     Args:
         resume_step: the step the run resumes from; 0 is a run that starts. Points of later steps,
@@ -124,21 +136,44 @@ class TensorboardView:
     """
 
     def __init__(self, run_directory: Path, *, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from torch.utils.tensorboard import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
 
-        self._writer = SummaryWriter(
-            str(run_directory / "tensorboard"),
-            purge_step=resume_step + 1 if resume_step > 0 else 0,
-            flush_secs=_FLUSH_SECONDS,
-        )
+        self._event, self._scalar = Event, scalar
+        self._pending = io.BytesIO()
+        self._records = RecordWriter(self._pending)
+        folder = run_directory / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads a folder's files in the order of their names.
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        self._path.touch(exist_ok=False)
+        self._add(file_version="brain.Event:2")
+        hidden_from = resume_step + 1 if resume_step > 0 else 0
+        self._add(step=hidden_from, session_log=SessionLog(status=SessionLog.START))
+        self._flush()
 
     def write(self, record: dict[str, Any]) -> None:
         """Plot a record's numbers at its step."""
         for name, value in series(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+            self._add(step=record["step"], summary=self._scalar(name, value))
+        if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+            self._flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Add nothing: the curves show it."""
 
     def close(self) -> None:
-        self._writer.close()
+        self._flush()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def _flush(self) -> None:
+        """Append what is pending to the file, which must still be there."""
+        with self._path.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(self._pending.getvalue())
+        self._pending.seek(0)
+        self._pending.truncate()
+        self._flushed = time.monotonic()

@@ -6,6 +6,7 @@ W&B holds nothing that metrics.jsonl lacks.
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,13 +38,23 @@ class WandbView:
     def __init__(
         self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
     ) -> None:
-        import wandb
-
         self._row: dict[str, float] = {}
         self._exit_code = 1  # a run that ends before finish() shows as failed
+        self._is_open = True
+        try:
+            self._run = self._start(run_directory, settings, config=config, run_id=run_id)
+        except BaseException:
+            self._end_service()
+            raise
+
+    def _start(
+        self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
+    ) -> Any:
+        import wandb
+
         # The question for an account on a terminal reads this limit from the global settings only.
         wandb.setup(settings=wandb.Settings(login_timeout=_TIMEOUT_SECONDS))
-        self._run = wandb.init(
+        run = wandb.init(
             dir=str(run_directory),
             # What is None here is W&B's to choose, by its environment variables and settings files.
             project=settings.project or unless_set("WANDB_PROJECT", DEFAULT_PROJECT),
@@ -68,9 +79,10 @@ class WandbView:
                 finish_timeout_raises=True,
             ),
         )
-        self._run.define_metric("trainer/step")
-        self._run.define_metric("*", step_metric="trainer/step")
-        self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+        run.define_metric("trainer/step")
+        run.define_metric("*", step_metric="trainer/step")
+        run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+        return run
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record to its step's row."""
@@ -86,14 +98,29 @@ class WandbView:
         self.close()
 
     def close(self) -> None:
-        """Log the last row and end the run; a second call does nothing."""
-        self._log_row()
-        self._run.finish(exit_code=self._exit_code)
+        """Log the last row, end the run and W&B's process; a second call does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        try:
+            self._log_row()
+            self._run.finish(exit_code=self._exit_code)
+        finally:
+            self._end_service()
+
+    def _end_service(self) -> None:
+        """End W&B's process here, where somebody else keeps the time: as Python exits, W&B waits
+        for it without a limit, and prints a traceback where it has died.
+        """
+        with suppress(Exception, SystemExit):
+            import wandb
+
+            wandb.teardown(exit_code=self._exit_code)
 
     def _log_row(self) -> None:
-        if self._row:
-            self._run.log(self._row)
-            self._row = {}
+        row, self._row = self._row, {}  # one that fails is not logged again by close()
+        if row:
+            self._run.log(row)
 
 
 def unless_set(variable: str, default: str) -> str | None:

@@ -1,16 +1,18 @@
 """Nobody who watches a run can stop it: neither the console nor a tracking service."""
 
+import atexit
+import multiprocessing.util
 import os
-import sys
-import threading
-import time
+import signal
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.tracking import views
+from gns_pretrain.tracking.jsonl import read_records
+from gns_pretrain.training import loop
 from tests.end_to_end import commands
 
 
@@ -40,51 +42,76 @@ def test_help_whose_reader_has_gone_ends_well(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-class SilentWandb(ModuleType):
-    """A wandb whose process never answers: one call of it does not return."""
-
-    def __init__(self, silent: str) -> None:
-        super().__init__("wandb")
-        self.silent, self.Settings, self.summary = silent, dict, {}
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def call(*arguments, **keywords):
-            if name == self.silent:
-                threading.Event().wait()
-            return self
-
-        return call
+WAIT_SECONDS = 2.0
 
 
-def silent_wandb(call: str) -> None:
-    import atexit
+class BadCore:
+    """Sabotage, for another process: a wandb-core that misbehaves.
 
-    sys.modules["wandb"] = SilentWandb(call)
-    views.WAIT_SECONDS = 0.5
-    views.MayFail.__init__.__kwdefaults__["wait_seconds"] = 0.5
-    atexit.register(threading.Event().wait)  # as wandb's own callback, which waits for its process
+    Args:
+        folder: for the script that stands in its place.
+        script: what the shell does; CORE is the real one, with its arguments.
+        mode: of the file.
+        hit: a signal that it gets after the fourth step.
+    """
 
-
-@pytest.mark.parametrize("call", ["setup", "finish"])
-def test_a_tracking_service_that_never_answers_holds_no_run(call, tmp_path, shards):
-    words = commands.arguments(tmp_path, shards, "metrics=wandb", steps=6)
-    began = time.monotonic()
-    assert commands.run(words, tmp_path / "log", SilentCall(call)) == 0
-    assert time.monotonic() - began < commands.PATIENCE_SECONDS
-    assert is_finished(tmp_path / "small")
-    log = Path(tmp_path / "log").read_text()
-    assert log.count("W&B failed and is left out from here on") == 1
-    assert "TimeoutError: no answer in" in log
-
-
-class SilentCall:
-    """Sabotage, for another process: `silent_wandb` of one call."""
-
-    def __init__(self, call: str) -> None:
-        self.call = call
+    def __init__(
+        self, folder: Path, script: str, mode: int = 0o755, hit: int | None = None
+    ) -> None:
+        self.folder, self.script, self.mode, self.hit = folder, script, mode, hit
 
     def __call__(self) -> None:
-        silent_wandb(self.call)
+        import wandb
+        from wandb.sdk.lib.service import service_process
+
+        core, number = self.folder / "core", self.folder / "number"
+        body = self.script.replace("CORE", f'{wandb.util.get_core_path()} "$@"')
+        core.write_text(f"#!/bin/sh\necho $$ > {number}\n{body}\n")
+        core.chmod(self.mode)
+        service_process.get_core_path = lambda: str(core)
+        if self.hit is None:
+            views.MayFail.__init__.__kwdefaults__["wait_seconds"] = WAIT_SECONDS
+        # A child of the fork server leaves without the exit callbacks that a command has.
+        multiprocessing.util.Finalize(None, atexit._run_exitfuncs, exitpriority=0)
+        one_step = loop.one_step
+
+        def hit_and_step(run: loop.Run, log: loop.StepLog) -> list[loop.Reading]:
+            if self.hit is not None and run.adaptive.steps == 4:
+                if self.hit == signal.SIGSTOP:
+                    run.record._views[-1]._wait_seconds = WAIT_SECONDS
+                os.kill(int(number.read_text()), self.hit)
+            return one_step(run, log)
+
+        loop.one_step = hit_and_step
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "hit", "cause"),
+    [
+        ("exit 3", 0o755, None, "TimeoutError"),  # wandb 0.31 waits for itself then
+        ("exec sleep 100", 0o755, None, "TimeoutError"),
+        ("exec CORE", 0o644, None, "TimeoutError"),
+        ("exec CORE", 0o755, signal.SIGKILL, "Connection"),
+        ("exec CORE", 0o755, signal.SIGSTOP, "TimeoutError"),
+    ],
+)
+def test_a_wandb_core_that_dies_or_hangs_holds_no_run(script, mode, hit, cause, tmp_path, shards):
+    pytest.importorskip("wandb")
+    words = commands.arguments(
+        tmp_path, shards, "metrics=wandb", "metrics.wandb.mode=offline", steps=20
+    )
+    try:
+        code = commands.run(words, tmp_path / "log", BadCore(tmp_path, script, mode, hit))
+    finally:
+        with suppress(FileNotFoundError, ProcessLookupError):  # what a stop has left behind
+            os.kill(int((tmp_path / "number").read_text()), signal.SIGKILL)
+    assert code == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    (failure,) = (line for line in lines if "W&B failed and is left out from here on" in line)
+    assert cause in failure
+    assert "Traceback (most recent call last):" not in lines
+    steps = [
+        r["step"] for r in read_records(tmp_path / "small/metrics.jsonl") if r["kind"] == "train"
+    ]
+    assert steps == list(range(1, 21))
+    assert is_finished(tmp_path / "small")

@@ -1,6 +1,8 @@
+import shutil
+
 import pytest
 
-from gns_pretrain.tracking.jsonl import TrainLine, ValidationLine
+from gns_pretrain.tracking.jsonl import TrainLine, ValidationLine, read_records
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 
@@ -69,3 +71,25 @@ def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
     train(record, 1, loss=3.0)
     record.close()
     assert points(tmp_path, "train/loss") == [(1, 3)]
+
+
+def test_a_deleted_folder_or_a_full_disk_ends_the_view_with_one_line(tmp_path, capfd):
+    for name, cause in {"deleted": "FileNotFoundError", "full": "No space left"}.items():
+        (tmp_path / name).mkdir()
+        record = open_record(tmp_path / name, resume_step=0)
+        (file,) = (tmp_path / name / "tensorboard").iterdir()
+        if name == "deleted":
+            shutil.rmtree(file.parent)
+        else:
+            file.unlink()
+            file.symlink_to("/dev/full")
+        for step in range(1, 50):
+            train(record, step, loss=1.0)
+        record.finish({})
+        record.close()
+        printed = capfd.readouterr()
+        assert printed.err == ""
+        (line,) = (line for line in printed.out.splitlines() if "TensorBoard" in line)
+        assert line.startswith("TensorBoard failed and is left out from here on")
+        assert cause in line
+        assert len(read_records(tmp_path / name / "metrics.jsonl")) == 49
