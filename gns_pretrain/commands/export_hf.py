@@ -9,13 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain.data.settings import DataSettings
+from tokenizers import Tokenizer
+
+from gns_pretrain.data.settings import DataSettings, TextOrigin
 from gns_pretrain.data.shards import META_FILE, checked_tokenizer, joint_fingerprint, read_meta
+from gns_pretrain.data.tokenization import as_in_training, read_tokenizer
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
-from gns_pretrain.runs.directory import CONFIG, read_settings
+from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
 from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.system.files import parse
 from gns_pretrain.system.terminal import write
@@ -26,7 +29,10 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step_* folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the data's own)")
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer.json, or the name of a model on the hub (default: the data's own)",
+    )
     parser.add_argument(
         "--max-positions",
         type=int,
@@ -39,17 +45,19 @@ def main() -> None:
     if arguments.json:
         write(json.dumps(row))
         return
-    tokenizer = row["tokenizer"] or "without a tokenizer: name one with --tokenizer"
-    write(
-        f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} "
-        f"positions, {tokenizer}"
+    line = (
+        f"{row['out']}: {row['parameters']:,} parameters, up to {row['max_positions']:,} positions"
     )
+    line += f", {row['tokenizer'] or 'without a tokenizer: name one with --tokenizer'}"
+    if row["bos_id"] is row["eos_id"] is None:
+        line += "; no bos and no eos: the run's data has none, or was not found"
+    write(line)
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the folder and describe it."""
     model = load_model(arguments.checkpoint)
-    text = text_of_run(arguments, model.config)
+    tokenizer, text = text_of_run(arguments, model.config)
     try:
         export_hf_folder(model, arguments.out, text)
     except OSError as error:
@@ -62,14 +70,19 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(arguments.checkpoint),
         "parameters": count_parameters(model.config).total,
         "max_positions": text.max_positions,
-        "tokenizer": str(text.tokenizer) if text.tokenizer else None,
+        "tokenizer": tokenizer,
         "bos_id": text.bos_id,
         "eos_id": text.eos_id,
     }
 
 
-def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedText:
-    """Find the tokenizer and its ids in the run's data, if that is still where config.yaml says."""
+def text_of_run(
+    arguments: argparse.Namespace, config: LlamaConfig
+) -> tuple[str | None, ExportedText]:
+    """Find the tokenizer, its name first, and the ids around a document.
+
+    They are those of the run's data, if it is still there; the ids stand in run.json, too.
+    """
     run_directory = arguments.checkpoint.resolve().parents[1]
     run_settings = read_settings(run_directory)
     if "data" not in run_settings:
@@ -82,19 +95,30 @@ def text_of_run(arguments: argparse.Namespace, config: LlamaConfig) -> ExportedT
     scaling = config.rope_scaling
     scaled = int(scaling.factor * scaling.original_sequence_length) if scaling.enabled else 0
     max_positions = arguments.max_positions or max(settings.sequence_length, scaled)
-    folder = settings.find_folder()
-    tokenizer = arguments.tokenizer
-    if not (folder / META_FILE).is_file():
-        return ExportedText(max_positions, tokenizer)
-    meta = read_meta(folder)
-    splits = (settings.train_split, settings.validation_split)
-    fingerprint = joint_fingerprint(meta.fingerprint(split) for split in splits)
-    if read_provenance(run_directory)["data_fingerprint"] != fingerprint:
-        if tokenizer is None:
+    provenance = read_provenance(run_directory)
+    origin: TextOrigin | None = None
+    if "data" in provenance:
+        source = run_directory / PROVENANCE
+        origin = parse(TextOrigin, provenance["data"], source=source, hint=hint)
+    name = arguments.tokenizer
+    is_there = origin is not None and (Path(origin.folder) / META_FILE).is_file()
+    folder = Path(origin.folder) if origin and is_there else settings.find_folder()
+    if (folder / META_FILE).is_file():
+        meta = read_meta(folder)
+        splits = (settings.train_split, settings.validation_split)
+        fingerprint = joint_fingerprint(meta.fingerprint(split) for split in splits)
+        if provenance["data_fingerprint"] == fingerprint:
+            origin = TextOrigin(str(folder), meta.bos_id, meta.eos_id)
+            name = name or checked_tokenizer(folder, meta)
+        elif name is None:
             raise InputError(
                 f"{folder} no longer holds the data of this run; name its tokenizer with "
                 "--tokenizer"
             )
-        return ExportedText(max_positions, tokenizer)
-    tokenizer = tokenizer or checked_tokenizer(folder, meta)
-    return ExportedText(max_positions, tokenizer, meta.bos_id, meta.eos_id)
+    tokenizer = Tokenizer.from_str(read_tokenizer(str(name))) if name else None
+    if origin is None:  # an old run, without its data
+        return name and str(name), ExportedText(max_positions, tokenizer)
+    if tokenizer is not None:
+        tokenizer = as_in_training(tokenizer, origin.bos_id)
+    text = ExportedText(max_positions, tokenizer, origin.bos_id, origin.eos_id)
+    return name and str(name), text

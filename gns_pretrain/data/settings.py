@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from gns_pretrain.data.embedded import ensure_embedded
-from gns_pretrain.data.shards import TokenShards
+from gns_pretrain.data.shards import TokenShards, read_meta
 from gns_pretrain.data.tokenization import MIN_BPE_VOCABULARY
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, folder_name
 
 EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class TextOrigin:
+    """What a run notes about its text, for whoever reads its checkpoints elsewhere or later."""
+
+    folder: str  # of the token shards, absolute
+    bos_id: int | None = None  # as in meta.json
+    eos_id: int | None = None
 
 
 @dataclass
@@ -45,6 +54,12 @@ class DataSettings(Settings):
         if self.path == EMBEDDED:
             return ensure_embedded(vocab_size=self.embedded_vocab_size)
         return Path(self.path)
+
+    def origin(self) -> TextOrigin:
+        """Where the text is, and the ids around its documents; InputError as of `read_meta`."""
+        folder = self.find_folder().resolve()
+        meta = read_meta(folder)
+        return TextOrigin(str(folder), meta.bos_id, meta.eos_id)
 
 
 def open_splits(settings: DataSettings) -> tuple[TokenShards, TokenShards]:

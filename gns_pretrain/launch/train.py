@@ -240,7 +240,8 @@ def taken(directory: Path, config: Config, fingerprint: str, world: World) -> It
                 refuse_another_run(directory, settings)
                 refuse_lost_checkpoints(directory)
                 remove_temporaries(directory)
-                write_provenance(directory, as_yaml(config), fingerprint)
+                origin = dataclasses.asdict(config.data.origin())
+                write_provenance(directory, as_yaml(config), fingerprint, origin)
                 append_start(directory, nodes=nodes, gpu=gpu_versions())
         yield
 

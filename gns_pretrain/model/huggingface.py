@@ -1,7 +1,8 @@
 """Models to and from the folders that transformers' LlamaForCausalLM reads and writes.
 
-The folder holds model.safetensors and config.json; an exported one also the tokenizer, if there is
-one. No weight is permuted: both store the same matrices and rotate the same pairs of coordinates.
+The folder holds model.safetensors and config.json; an exported one also the tokenizer and the ids
+that a text begins and ends with, if there are any. No weight is permuted: both store the same
+matrices and rotate the same pairs of coordinates.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from gns_pretrain.system.files import (
     read_json,
     shortened,
     whole_folder,
+    write_bytes,
     write_json,
 )
 
@@ -102,7 +104,7 @@ class ExportedText:
     """What a user of the exported folder needs to know about its text."""
 
     max_positions: int  # tokens; transformers' max_position_embeddings
-    tokenizer: Path | None = None  # a tokenizer.json, copied along
+    tokenizer: Any = None  # tokenizers.Tokenizer, which encodes a prompt as training did
     bos_id: int | None = None  # token before a document
     eos_id: int | None = None  # token after a document
 
@@ -196,6 +198,10 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     library = _safetensors()
     if folder.exists():
         raise InputError(f"--out {folder} exists already; name a new folder, or remove it first")
+    ends = {"bos": text.bos_id, "eos": text.eos_id}
+    ids = {name: token_id for name, token_id in ends.items() if token_id is not None}
+    if text.tokenizer is not None:
+        _check_tokenizer(text.tokenizer, ids, model.config.known_vocab_size)
     names = hf_names(model.config)
     tensors = {names[name]: value.contiguous() for name, value in model.state_dict().items()}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -204,32 +210,34 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
         write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
         # safetensors writes for its owner's eyes only; everything else follows the umask.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)
+        if ids:
+            generation = {f"{name}_token_id": token_id for name, token_id in ids.items()}
+            write_json(unfinished / "generation_config.json", generation)
         if text.tokenizer is not None:
-            _copy_tokenizer(text.tokenizer, unfinished, text, model.config.known_vocab_size)
+            write_bytes(unfinished / TOKENIZER_FILE, text.tokenizer.to_str(pretty=True).encode())
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": text.max_positions,
+                "add_bos_token": text.bos_id is not None,
+                "add_eos_token": False,
+            }
+            for name, token_id in ids.items():
+                settings[f"{name}_token"] = text.tokenizer.id_to_token(token_id)
+            write_json(unfinished / "tokenizer_config.json", settings)
 
 
-def _copy_tokenizer(source: Path, folder: Path, text: ExportedText, vocab_size: int) -> None:
-    """Put the tokenizer beside the weights, so that AutoTokenizer finds it."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(source))
-    except Exception as error:  # the library raises the base class
-        raise InputError(f"{source} cannot be read as a tokenizer: {error}") from error
-    if tokenizer.get_vocab_size() > vocab_size:
+def _check_tokenizer(tokenizer: Any, ids: dict[str, int], vocab_size: int) -> None:
+    """Refuse a tokenizer with ids beyond the model's, or without one of `ids`."""
+    hint = "name the tokenizer of the data it was trained on"
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= vocab_size:
         raise InputError(
-            f"{source} has {tokenizer.get_vocab_size()} tokens, more than the model's "
-            f"model.vocab_size={vocab_size}; name the tokenizer of the data it was trained on"
+            f"the tokenizer has the id {largest}, which the model's model.vocab_size={vocab_size} "
+            f"does not hold; {hint}"
         )
-    shutil.copyfile(source, folder / TOKENIZER_FILE)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": text.max_positions,
-    }
-    for key, token_id in (("bos_token", text.bos_id), ("eos_token", text.eos_id)):
-        if token_id is not None:
-            settings[key] = tokenizer.id_to_token(token_id)
-    write_json(folder / "tokenizer_config.json", settings)
+    for name, token_id in ids.items():
+        if tokenizer.id_to_token(token_id) is None:
+            raise InputError(f"the tokenizer has no token of {name}_id={token_id}; {hint}")
 
 
 def load_hf_folder(folder: Path) -> Llama:

@@ -2,7 +2,7 @@
 
 outputs/<run_name>/
     config.yaml     the resolved settings
-    run.json        fingerprint of the data, code revision, versions, W&B's id of the run
+    run.json        the data (fingerprint, folder, bos and eos), code revision, versions, W&B's id
     starts.jsonl    each start, and how it ended
     metrics.jsonl   the record
     summary.json    once the run is finished

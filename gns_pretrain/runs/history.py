@@ -29,14 +29,29 @@ FIRST_CHECKPOINT = "first_checkpoint"  # entry of run.json: the step of the firs
 ROOT = Path(__file__).parents[2]
 
 
-def write_provenance(directory: Path, config_text: str, data_fingerprint: str) -> None:
-    """Write config.yaml, and run.json if there is none; one without a run id gets one."""
+def write_provenance(
+    directory: Path,
+    config_text: str,
+    data_fingerprint: str,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.yaml, and run.json if there is none; one without a run id gets one.
+
+    Args:
+        directory: of the run.
+        config_text: its settings, as YAML.
+        data_fingerprint: of its data.
+        data: what else is known about it, and may be found elsewhere by the next start.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / CONFIG, config_text.encode())
     if not (directory / PROVENANCE).exists():
         values = {"data_fingerprint": data_fingerprint, "git_revision": git_revision()}
         write_json(directory / PROVENANCE, values | package_versions())
-    if "run_id" not in read_provenance(directory):
+    known = read_provenance(directory)
+    if data is not None and known.get("data") != data:
+        write_json(directory / PROVENANCE, known | {"data": dict(data)})
+    if "run_id" not in known:
         new_run_id(directory)
 
 

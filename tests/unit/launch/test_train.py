@@ -4,6 +4,7 @@ import signal
 from ctypes import c_bool
 from dataclasses import replace
 from multiprocessing.sharedctypes import RawValue
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gns_pretrain.launch import train as launch
 from gns_pretrain.launch.ranks import rank_info_from
 from gns_pretrain.launch.train import taken
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, shard_group_size
+from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.system import processes as cores
 from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest, threads_per_process
 from gns_pretrain.system.slurm import first_host
@@ -171,6 +173,14 @@ def test_what_a_killed_start_was_writing_goes_with_the_next(tmp_path, shards):
     half_written.write_text("{")
     with taken(tmp_path / "small", small_run(tmp_path, shards), "data", ALONE):
         assert not half_written.exists()
+
+
+def test_a_run_notes_where_its_data_is_and_the_ids_around_a_document(tmp_path, shards, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    config = small_run(tmp_path, Path(shards.name))
+    with taken(tmp_path / "small", config, "data", ALONE):
+        noted = read_provenance(tmp_path / "small")["data"]
+    assert noted == {"folder": str(shards.resolve()), "bos_id": None, "eos_id": 0}
 
 
 def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):

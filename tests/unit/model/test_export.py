@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -43,11 +44,15 @@ def data(tmp_path, shards) -> Path:
 
 
 @pytest.fixture
-def saved(tmp_path, data) -> Path:
-    """A checkpoint in its run's folder."""
-    config = small_run(tmp_path, data)
+def saved(tmp_path, data, monkeypatch) -> Path:
+    """A checkpoint in the folder of a run that was started beside its data, data.path=data."""
+    monkeypatch.chdir(tmp_path)
+    config = small_run(tmp_path, Path("data"))
     fingerprint = joint_fingerprint(split.fingerprint for split in open_splits(config.data))
-    write_provenance(tmp_path / "run", as_yaml(config), fingerprint)
+    origin = asdict(config.data.origin())
+    write_provenance(tmp_path / "run", as_yaml(config), fingerprint, origin)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     model = Llama(odd_model())
     model.init_weights(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
@@ -75,7 +80,53 @@ def replace_data(data: Path) -> None:
 def test_tokenizer_of_the_runs_data_comes_along(saved, data, tmp_path, monkeypatch):
     assert export(saved, tmp_path / "out", monkeypatch) == 0
     assert "own7" in (tmp_path / "out" / "tokenizer.json").read_text()
+    assert eos_of(tmp_path / "out") == (0, "own0")
+
+
+def eos_of(out: Path) -> tuple[int | None, str | None]:
+    config = json.loads((out / "config.json").read_text())
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    return config["eos_token_id"], tokenizer.get("eos_token")
+
+
+def test_ids_are_known_where_the_data_is_not(saved, data, tmp_path, monkeypatch, capsys):
+    kept = shutil.copy(data / "tokenizer.json", tmp_path / "kept.json")
+    shutil.rmtree(data)
+    assert export(saved, tmp_path / "out", monkeypatch) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+    assert "without a tokenizer: name one with --tokenizer" in capsys.readouterr().out
+    assert export(saved, tmp_path / "with", monkeypatch, "--tokenizer", str(kept)) == 0
+    assert eos_of(tmp_path / "with") == (0, "own0")
+
+
+def test_run_that_has_not_noted_its_data_is_exported_as_before(
+    saved, data, tmp_path, monkeypatch, capsys
+):
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    del provenance["data"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(provenance))
+    kept = str(data / "tokenizer.json")
+    assert export(saved, tmp_path / "out", monkeypatch, "--tokenizer", kept) == 0
+    assert "no bos and no eos: the run's data has none, or was not found" in capsys.readouterr().out
+    assert eos_of(tmp_path / "out") == (None, None)
+    monkeypatch.chdir(tmp_path)  # where data.path=data is right
+    assert export(saved, tmp_path / "here", monkeypatch) == 0
+    assert eos_of(tmp_path / "here") == (0, "own0")
+
+
+def test_data_that_has_moved_is_noted_by_the_next_start(tmp_path, data):
+    write_provenance(tmp_path / "run", "seed: 0", "print", {"folder": "old", "eos_id": 1})
+    write_provenance(tmp_path / "run", "seed: 0", "print", {"folder": "new", "eos_id": 1})
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert provenance["data"] == {"folder": "new", "eos_id": 1}
+    assert provenance["run_id"]
+
+
+def test_data_noted_wrongly_is_one_line(saved, tmp_path, monkeypatch, capsys):
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(provenance | {"data": {"folder": 1}}))
+    assert export(saved, tmp_path / "out", monkeypatch) == 2
+    assert "run.json holds an entry of the wrong type, 1 for str" in capsys.readouterr().err
 
 
 def test_tokenizer_of_other_data_at_the_same_path_is_refused(

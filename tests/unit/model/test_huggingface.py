@@ -1,14 +1,22 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from gns_pretrain.data.tokenization import (
+    DocumentEncoder,
+    as_in_training,
+    special_token_id,
+    vocabulary_size,
+)
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder, load_hf_folder
 from gns_pretrain.model.llama import Llama
+from tests.unit.data_samples import TOKENIZERS
 
 VOCABULARY = 97
 TEXT = ExportedText(max_positions=64)
@@ -16,7 +24,8 @@ TEXT = ExportedText(max_positions=64)
 
 def random_model(**changes):
     values = {"dim": 48, "num_layers": 2, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 80}
-    model = Llama(LlamaConfig(name="test", vocab_size=VOCABULARY, **(values | changes)))
+    values["vocab_size"] = VOCABULARY
+    model = Llama(LlamaConfig(name="test", **(values | changes)))
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -34,10 +43,8 @@ def logits(model):
         return model(tokens())
 
 
-def tokenizer_file(folder, size):
-    path = folder / "tokenizer.json"
-    Tokenizer(models.WordLevel({f"word{i}": i for i in range(size)}, "word0")).save(str(path))
-    return path
+def words(ids):
+    return Tokenizer(models.WordLevel({f"word{i}": i for i in ids}, "word0"))
 
 
 @pytest.fixture
@@ -158,23 +165,44 @@ def test_an_existing_folder_is_not_written_into(exported):
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
 
 
-def test_the_tokenizer_comes_along(tmp_path):
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_exported_tokenizer_begins_a_prompt_as_training_began_a_document(tmp_path, kind, has_bos):
+    from transformers import AutoTokenizer, GenerationConfig
 
-    path = tokenizer_file(tmp_path, VOCABULARY)
-    export_hf_folder(random_model(), tmp_path / "out", ExportedText(64, path, bos_id=3, eos_id=5))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (3, 5)
-    assert tokenizer.model_max_length == 64
+    tokenizer = TOKENIZERS[kind]()
+    bos_id = special_token_id(tokenizer, "bos", None) if has_bos else None
+    eos_id = special_token_id(tokenizer, "eos", None)
+    encoder = DocumentEncoder(tokenizer, dtype=np.dtype("uint16"), bos_id=bos_id, eos_id=eos_id)
+    text = ExportedText(64, as_in_training(tokenizer, bos_id), bos_id, eos_id)
+    model = random_model(vocab_size=vocabulary_size(tokenizer))
+    export_hf_folder(model, tmp_path / "out", text)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for document in ("a b", "ab ba  a", " a 数 b", ""):
+        ids = encoder.encode([document])[0].tolist()
+        assert ids[-1] == eos_id
+        assert exported(document)["input_ids"] == ids[:-1]
+    assert (exported.bos_token_id, exported.eos_token_id) == (bos_id, eos_id)
+    assert exported.model_max_length == 64
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (values["bos_token_id"], values["eos_token_id"]) == (3, 5)
+    assert (generation.bos_token_id, generation.eos_token_id) == (bos_id, eos_id)
+    assert (values["bos_token_id"], values["eos_token_id"]) == (bos_id, eos_id)
 
 
-def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(tmp_path):
-    path = tokenizer_file(tmp_path, VOCABULARY + 1)
-    with pytest.raises(InputError, match=r"98 tokens.*model\.vocab_size=97"):
-        export_hf_folder(random_model(), tmp_path / "out", ExportedText(64, path))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+@pytest.mark.parametrize(
+    ("ids", "eos_id", "message"),
+    [
+        (range(VOCABULARY + 1), 0, r"has the id 97, which the model's model\.vocab_size=97"),
+        ([*range(5), 900], 0, "has the id 900, which"),
+        (range(5), 7, "has no token of eos_id=7"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(tmp_path, ids, eos_id, message):
+    text = ExportedText(64, words(ids), eos_id=eos_id)
+    with pytest.raises(InputError, match=message):
+        export_hf_folder(random_model(), tmp_path / "out", text)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
