@@ -39,19 +39,50 @@ def matrix_sign(matrix: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
     Raises:
         InputError: a rank cut that the float64 Gram cannot resolve.
     """
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    wide = (matrix.mT if tall else matrix).double()
+    finite = torch.isfinite(wide).all(-1).all(-1)[..., None, None]
+    # Eigenvalue solvers raise on NaN; zeros stand in until the end.
+    gram = smaller_side_gram(torch.where(finite, wide, 0.0))
+    inverse, vectors = _inverse_singular_values(gram, rank_cut)
+    sign = (vectors * inverse.unsqueeze(-2)) @ (vectors.mT @ wide)
+    sign = torch.where(finite, sign, torch.nan)
+    return sign.mT if tall else sign
+
+
+def matrix_sign_product(product: Tensor, gram: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
+    """<F, P> of a matrix F and the matrix sign P of G, from matrices of the smaller side alone.
+
+        <F, P> = sum_i u_i^T F G^T u_i / s_i    with G G^T = U S^2 U^T and s_i > rank_cut * s_1
+
+    For tall matrices F^T G and G^T G take the place of F G^T and G G^T. u^T M u = u^T M^T u, so
+    that G F^T serves as well.
+
+    Args:
+        product: [..., s, s], float64; F G^T.
+        gram: same shape; G G^T.
+        rank_cut: as in `matrix_sign`.
+
+    Returns:
+        [...], float64; NaN where either matrix is not finite.
+
+    Raises:
+        InputError: a rank cut that the float64 Gram cannot resolve.
+    """
+    finite = torch.isfinite(gram + product).all(-1).all(-1)
+    gram = torch.where(finite[..., None, None], gram, 0.0)  # as in `matrix_sign`
+    inverse, vectors = _inverse_singular_values(gram, rank_cut)
+    along = (vectors * (product @ vectors)).sum(-2)  # u_i^T F G^T u_i
+    return torch.where(finite, (along * inverse).sum(-1), torch.nan)
+
+
+def _inverse_singular_values(gram: Tensor, rank_cut: float) -> tuple[Tensor, Tensor]:
+    """1 / s_i where s_i > rank_cut * s_1, else 0, [..., s]; and the vectors u_i, in columns."""
     if not _SMALLEST_RANK_CUT <= rank_cut < 1.0:
         raise InputError(
             f"rank_cut={rank_cut} must be at least {_SMALLEST_RANK_CUT} and below 1: a Gram matrix "
             f"does not resolve smaller singular values; use {RANK_CUT}"
         )
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    wide = (matrix.mT if tall else matrix).double()
-    finite = torch.isfinite(wide).all(-1).all(-1)[..., None, None]
-    # Eigenvalue solvers raise on NaN; zeros stand in until the end.
-    eigenvalues, vectors = torch.linalg.eigh(smaller_side_gram(torch.where(finite, wide, 0.0)))
-    largest = eigenvalues[..., -1:]
-    kept = eigenvalues > rank_cut**2 * largest
-    inverse_root = torch.where(kept, eigenvalues, 1.0).rsqrt() * kept
-    sign = (vectors * inverse_root.unsqueeze(-2)) @ (vectors.mT @ wide)
-    sign = torch.where(finite, sign, torch.nan)
-    return sign.mT if tall else sign
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > rank_cut**2 * eigenvalues[..., -1:]
+    return torch.where(kept, eigenvalues, 1.0).rsqrt() * kept, vectors

@@ -93,6 +93,8 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
     )
     noise_scale = config.noise_scale
     meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
+    if meter and saved:
+        meter.load_state_dict(saved)
     return Run(
         world=world,
         model=model,

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign
+from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign_product
 from gns_pretrain.geometry.norms import norms
 from gns_pretrain.geometry.square_root import trace_square_root
 
@@ -229,20 +229,33 @@ def manhattan_cross_total(
     return signed_sums(first * second.sign() + second * first.sign(), sizes) / 2
 
 
-def nuclear_cross_totals(first: Tensor, second: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
-    """s for p(G) = matrix sign of G, which adds up over matrices; [k], float64.
+def nuclear_cross_total(
+    first_gram: Tensor, second_gram: Tensor, product: Tensor, *, rank_cut: float = RANK_CUT
+) -> Tensor:
+    """s for p(G) = matrix sign of G, which adds up over matrices; 0-dimensional, float64.
 
-    A half of few tokens has fewer singular values than the matrix is wide. The cut leaves the
-    others out; without it rounding alone gives them directions, and s is off by tens of per cent.
+        s = 1/2 sum_i u_i^T K u_i / b_i + 1/2 sum_i v_i^T K v_i / a_i,    K = G_A G_B^T
+
+    with b_i and u_i singular values and left singular vectors of G_B, a_i and v_i those of G_A. A
+    half of few tokens has fewer singular values than the matrix is wide. The cut leaves the others
+    out; without it rounding alone gives them directions, and s is off by tens of per cent.
 
     Args:
-        first, second: [k, m, n]; G_A and G_B of k matrices.
+        first_gram, second_gram, product: [..., s, s], float64; G_A G_A^T, G_B G_B^T and K, or for
+            tall matrices G_A^T G_A, G_B^T G_B and G_A^T G_B: `cross_grams`.
         rank_cut: singular values below this share of the largest count as zero.
     """
+    grams = (first_gram, second_gram)
+    gains = [matrix_sign_product(product, gram, rank_cut=rank_cut) for gram in grams]
+    return (gains[0] + gains[1]) / 2
+
+
+def cross_grams(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `nuclear_cross_total` takes of two halves [..., m, n]; float64."""
     first, second = first.double(), second.double()
-    gains = first * matrix_sign(second, rank_cut=rank_cut)
-    gains += second * matrix_sign(first, rank_cut=rank_cut)
-    return gains.sum((-2, -1)) / 2
+    if first.shape[-2] > first.shape[-1]:
+        first, second = first.mT, second.mT
+    return first @ first.mT, second @ second.mT, first @ second.mT
 
 
 def noise_scale(noise: float, signal: float) -> float | None:

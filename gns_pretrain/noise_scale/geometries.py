@@ -35,16 +35,18 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.geometry.square_root import smaller_side_gram
+from gns_pretrain.geometry.square_root import default_mode, smaller_side_gram, trace_square_root
 from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import (
     coordinate_variance,
     corrected_inflection_batch,
+    cross_grams,
     dual_norm_fraction_batch,
     euclidean_cross_signal,
     euclidean_cross_totals,
     euclidean_fraction_batch,
     euclidean_signal_total,
+    gram_covariance,
     half_means,
     inflection_batch,
     manhattan_cross_total,
@@ -52,13 +54,13 @@ from gns_pretrain.noise_scale.equations import (
     manhattan_signal_total,
     maximum_efficiency_batch,
     noise_scale,
-    nuclear_cross_totals,
+    nuclear_cross_total,
     nuclear_totals,
     small_sample_factor,
 )
 
-# Of Grams whose roots are taken together, 64 MiB in float64. Eight such tensors live at a time in
-# the exact mode and 26 in the iterative one, beside the owned Grams and however many those are.
+# Of Grams whose roots are iterated together, 64 MiB in float64. 26 such tensors live at a time,
+# beside the owned Grams and however many those are.
 CHUNK_ENTRIES = 2**23
 
 # Of rows that are read together, 64 MiB in float32: few kernels, whose results are as small.
@@ -192,9 +194,20 @@ class SampleSums:
         )
 
 
+@dataclass(frozen=True)
+class SpectralTotal:
+    """One of a weight's totals that takes eigenvalues: by LAPACK, one matrix at a time."""
+
+    weight: int  # index
+    column: int  # of `Geometry.columns`
+    function: Callable[..., Tensor]  # of `matrices`; 0-dimensional, float64
+    matrices: tuple[Tensor, ...]  # [s, s] each, float64, used by nothing else
+
+
 class GeometryChoices(Protocol):
     """What a geometry reads of `NoiseScaleSettings`."""
 
+    read_after_steps: int
     parameters: str
     nuclear_parameters: str
     nuclear_local_batch_factor: bool
@@ -246,8 +259,16 @@ class Geometry(ABC):
         """Return one rank's part of each weight's totals; they add up over weights and ranks.
 
         Returns:
-            [W, columns], float64: by default the roots of N and of M, and the cross-fitted s.
+            [W, columns], float64: by default the roots of N and of M, and the cross-fitted s. Zero
+            for what `spectral_totals` has.
         """
+
+    def spectral_totals(self, sums: SampleSums, batch_size: int) -> Iterator[SpectralTotal]:
+        """Yield those totals that may be computed on the host, while the next steps train.
+
+        An iterator, because the device then holds the matrices of one weight at a time.
+        """
+        return iter(())
 
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
@@ -370,28 +391,53 @@ class Nuclear(Geometry):
         """Matrices inside the model; embedding and output too with nuclear_parameters=all_2d."""
         return role in self.needs.matrices
 
+    def _takes_eigenvalues(self, device: torch.device) -> bool:
+        """Whether square roots are taken by eigenvalues: read later, those cost the step less."""
+        mode = self.settings.square_root
+        if mode == "auto":
+            mode = "exact" if self.settings.read_after_steps else default_mode(device)
+        return mode == "exact"
+
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
-        """tr C^(1/2), ||G||_S1 and s of the matrix sign; a chunk's fallbacks on its first weight.
+        """tr C^(1/2) and ||G||_S1 by iteration; a chunk's fallbacks on its first weight.
 
         Fallbacks are square roots that took the exact route after all.
         """
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        if self._takes_eigenvalues(totals.device):
+            return totals
         for members in chunks_of_one_size(sums.grams):
             noise, signal, num_fallbacks = nuclear_totals(
                 torch.stack([sums.grams[i] for i in members]) / sums.num_samples,
                 torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in members]),
                 batch_size=batch_size,
                 num_samples=sums.num_samples,
-                mode=self.settings.square_root,
+                mode="iterative",
             )
             # One row at a time: a list as an index would be copied to the device, and waited for.
             for index, *values in zip(members, noise, signal, strict=True):
                 totals[index, :2] = torch.stack(values)
             totals[members[0], 3] = num_fallbacks
-        for index, signed in sums.signed_matrices.items():
-            first, second = sums.halves(sums.matrices[index], signed)
-            totals[index, 2] = nuclear_cross_totals(first[None], second[None])[0]
         return totals
+
+    def spectral_totals(self, sums: SampleSums, batch_size: int) -> Iterator[SpectralTotal]:
+        """s of the matrix sign; and tr C^(1/2) and ||G||_S1 by eigenvalues."""
+        takes_eigenvalues = self._takes_eigenvalues(sums.square_norms.device)
+        for index, mean in sums.matrices.items():
+            # First, because it takes longest.
+            if index in sums.signed_matrices:
+                halves = sums.halves(mean, sums.signed_matrices[index])
+                yield SpectralTotal(index, 2, nuclear_cross_total, cross_grams(*halves))
+            if takes_eigenvalues:
+                gram_of_mean = smaller_side_gram(mean.double())
+                covariance = gram_covariance(
+                    sums.grams[index] / sums.num_samples,
+                    gram_of_mean,
+                    batch_size=batch_size,
+                    num_samples=sums.num_samples,
+                )
+                yield SpectralTotal(index, 0, exact_trace, (covariance,))
+                yield SpectralTotal(index, 1, exact_trace, (gram_of_mean,))
 
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
@@ -412,6 +458,11 @@ def joined(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Rows of several weights, flat and one after the other, and how many entries each has."""
     flat = [part.reshape(-1) for part in rows]
     return flat[0] if len(flat) == 1 else torch.cat(flat), [len(part) for part in flat]
+
+
+def exact_trace(gram: Tensor) -> Tensor:
+    """tr C^(1/2) of one matrix."""
+    return trace_square_root(gram[None], mode="exact").values[0]
 
 
 def chunks_of_one_size(grams: dict[int, Tensor]) -> Iterator[list[int]]:

@@ -5,20 +5,22 @@ of kilobytes.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from operator import or_
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.roles import Labels, MatrixChoice, labels_of
 from gns_pretrain.noise_scale.equations import check_num_samples
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, Needs, SampleSums
+from gns_pretrain.noise_scale.host_spectra import HostSpectra, PendingTotal
 from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import reduce_over
@@ -36,6 +38,29 @@ class Reading:
     parts: dict[str, Measurement]  # by kind of parameter and by block, where asked for
     seconds: float  # host time of the whole step's measurement, all geometries together
     details: dict[str, Any] = field(default_factory=dict)  # of the geometry, for the record
+    step: int = 0  # that was measured, by `NoiseMeter.step`
+
+
+@dataclass
+class Pending:
+    """A measurement between its step and the one at whose end it is read."""
+
+    step: int
+    due: int  # step at whose end it is read
+    readings: list[Reading] | None = None  # once they are known
+    totals: "RankTotals | None" = None  # before
+
+
+@dataclass
+class RankTotals:
+    """One rank's part of a measurement, before ranks are joined."""
+
+    tables: list[Tensor]  # [W, columns] of each geometry, float64, on the device
+    on_host: list[list[PendingTotal]]  # of each geometry, what its table still lacks
+    agreement: Tensor  # [W, 2]; see `GradientTap`
+    num_samples: int
+    batch_size: int
+    seconds: float  # host time so far
 
 
 class NoiseMeter:
@@ -56,6 +81,10 @@ class NoiseMeter:
     step takes two at least. Each sample's loss is divided by the number of samples of its rank, so
     that `.grad` is the mean over samples when `read` is called: after the last backward pass and
     before clipping, on all ranks. Measuring changes no gradient by a bit.
+
+    With `read_after_steps=D` `read` returns a reading at the end of the D-th step after the one
+    measured, and [] before; eigenvalues, which the nuclear scale takes, are computed meanwhile by
+    threads of the host. `read` is then called at every step, and `read_pending` after the last.
 
     Args:
         model: any module, plain or after DDP, fully_shard (FSDP2, HSDP), parallelize_module or
@@ -92,7 +121,10 @@ class NoiseMeter:
         names = [tapped.name for tapped in self.tap.weights]
         self._kinds = {tapped.name: tapped.role.name.lower() for tapped in self.tap.weights}
         self._kinds |= labels_of(names, kinds, "kinds") if kinds is not None else {}
-        self._measured = False  # whether the last step was
+        self._step = 0
+        self._measured = False  # whether the last step was, and has not been read
+        self._pending: list[Pending] = []  # oldest first
+        self._host = HostSpectra(self.tap.device)
 
     def step(self, step: int) -> AbstractContextManager[None]:
         """Measure the optimizer step within, if it is its turn.
@@ -103,16 +135,21 @@ class NoiseMeter:
         if step < 1:
             raise InputError(f"meter.step({step}): steps count from 1")
         self._measured = False
-        return self.measure() if self.settings.measures_at(step) else nullcontext()
+        if not self.settings.measures_at(step):
+            self._step = step
+            return nullcontext()
+        self._step = step - 1
+        return self.measure()
 
     @contextmanager
     def measure(self, *, first_round: int = 0) -> Iterator[None]:
-        """Measure the optimizer step within.
+        """Measure the optimizer step within, which follows the last one.
 
         Args:
             first_round: samples of each rank that came before, of the same batch: parities, which
                 cross-fitted estimates go by, count from there.
         """
+        self._step += 1
         with self.tap.listening(first_round=first_round):
             yield
         self._measured = True
@@ -133,20 +170,63 @@ class NoiseMeter:
                 `get_scale()`, if `unscale_` comes after.
 
         Returns:
-            Empty if the step was not measured.
+            Those of this step, or of an earlier one with `read_after_steps`; empty where none is
+            due.
 
         Raises:
             InputError: fewer than two samples; or `.grad` is not the mean of the samples, because
                 it was not zero before, or was clipped, unscaled or zeroed since, or because some
                 backward pass was no sample.
         """
-        if not self._measured:
-            return []
-        self._measured = False
-        with self.tap.measuring():
-            readings = self.readings_of(self.tap.sums(loss_scale=loss_scale), batch_size)
-            self.tap.release()
-        return [replace(reading, seconds=self.tap.seconds) for reading in readings]
+        if self._measured:
+            self._measured = False
+            later = self.settings.read_after_steps
+            with self.tap.measuring():
+                sums = self.tap.sums(loss_scale=loss_scale)
+                totals = self._totals(sums, batch_size, on_host=later > 0)
+                self.tap.release()
+            totals.seconds = self.tap.seconds
+            self._pending.append(Pending(self._step, self._step + later, totals=totals))
+        due = [each for each in self._pending if each.due <= self._step]
+        self._pending = [each for each in self._pending if each.due > self._step]
+        return [reading for each in due for reading in self._finished(each)]
+
+    def read_pending(self) -> list[Reading]:
+        """Return what is measured and not read yet: after the last step, on all ranks."""
+        pending, self._pending = self._pending, []
+        return [reading for each in pending for reading in self._finished(each)]
+
+    def without_this_step(self, readings: list[Reading]) -> list[Reading]:
+        """Drop what the current step measured, from what it read and from what is pending."""
+        self._pending = [each for each in self._pending if each.step != self._step]
+        return [reading for reading in readings if reading.step != self._step]
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step has been measured and not been read, by `read_after_steps`."""
+        return bool(self._pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is pending, fit for JSON, the same on every rank; all ranks together.
+
+        It is waited for, and read at its step all the same. Empty where nothing is pending.
+        """
+        pending = [
+            {
+                "step": each.step,
+                "due": each.due,
+                "readings": [asdict(reading) for reading in self._finished(each)],
+            }
+            for each in self._pending
+        ]
+        return {"pending_readings": pending} if pending else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, on this or another number of ranks."""
+        self._pending = [
+            Pending(each["step"], each["due"], [reading_from(r) for r in each["readings"]])
+            for each in state.get("pending_readings", [])
+        ]
 
     @torch.no_grad()
     def sums(self) -> SampleSums:
@@ -157,28 +237,60 @@ class NoiseMeter:
     @torch.no_grad()
     def readings_of(self, sums: SampleSums, batch_size: int) -> list[Reading]:
         """Return readings from the sums of samples; all ranks together."""
+        return self._readings(self._totals(sums, batch_size))
+
+    def _totals(self, sums: SampleSums, batch_size: int, *, on_host: bool = False) -> RankTotals:
+        """Return this rank's totals; with `on_host` its threads compute those that may wait."""
         check_num_samples(sums.num_samples)
         if not isinstance(batch_size, int) or batch_size < 1 or batch_size % sums.num_samples:
             raise InputError(
                 f"batch_size={batch_size} is not a multiple of the {sums.num_samples} samples of "
                 "the step, which are of one size; give the sequences of all ranks together"
             )
-        of_rank = [geometry.totals(sums, batch_size) for geometry in self.geometries]
-        # One all-reduce of kilobytes, and one wait for the device.
+        tables = [geometry.totals(sums, batch_size) for geometry in self.geometries]
+        pending: list[list[PendingTotal]] = [[] for _ in tables]
+        for place, (geometry, table) in enumerate(zip(self.geometries, tables, strict=True)):
+            spectral = geometry.spectral_totals(sums, batch_size)
+            if on_host:
+                pending[place] = self._host.submit(spectral)
+                continue
+            for total in spectral:
+                table[total.weight, total.column] = total.function(*total.matrices)
+        agreement = self.tap.agreement
+        return RankTotals(tables, pending, agreement, sums.num_samples, batch_size, 0.0)
+
+    def _finished(self, pending: Pending) -> list[Reading]:
+        """Return the readings of a measurement, which its host threads are waited for."""
+        if pending.totals is not None:
+            readings = self._readings(pending.totals)
+            pending.readings = [replace(reading, step=pending.step) for reading in readings]
+            pending.totals = None
+        assert pending.readings is not None
+        return pending.readings
+
+    @torch.no_grad()
+    def _readings(self, totals: RankTotals) -> list[Reading]:
+        """Join the ranks' totals: one all-reduce of kilobytes, and one wait for the device."""
+        began = time.perf_counter()
+        tables = [
+            table + self._host.gathered(on_host, table) if on_host else table
+            for table, on_host in zip(totals.tables, totals.on_host, strict=True)
+        ]
+        counts = {"batch_size": totals.batch_size, "num_samples": totals.num_samples}
         # Filled there: a tensor that is copied to the device is waited for.
-        numbers = self.tap.agreement.new_ones(6)
-        for place, number in enumerate((sums.num_samples, batch_size), 1):
+        numbers = totals.agreement.new_ones(6)
+        for place, number in enumerate((totals.num_samples, totals.batch_size), 1):
             numbers[place] = number
             numbers[place + 3] = number**2
-        parts = [*(table.flatten() for table in of_rank), self.tap.agreement.flatten(), numbers]
+        parts = [*(table.flatten() for table in tables), totals.agreement.flatten(), numbers]
         joined = reduce_over(torch.cat(parts), self.tap.layout).cpu()
         *flat, agreement, numbers = joined.split([part.numel() for part in parts])
         check_ranks(numbers.tolist())
         self._check_agreement(agreement.view(-1, 2).tolist())
-        counts = {"batch_size": batch_size, "num_samples": sums.num_samples}
+        seconds = totals.seconds + time.perf_counter() - began
         readings = []
-        for geometry, totals, table in zip(self.geometries, flat, of_rank, strict=True):
-            rows = totals.view(table.shape).tolist()  # [weight][column]
+        for geometry, joint, table in zip(self.geometries, flat, tables, strict=True):
+            rows = joint.view(table.shape).tolist()  # [weight][column]
             weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.role)]
             whole = added(rows, weights)
             parts_of = {name: added(rows, some) for name, some in self._parts(weights).items()}
@@ -188,7 +300,7 @@ class NoiseMeter:
                     name: geometry.measure(estimate, part, **counts)
                     for name, part in parts_of.items()
                 }
-                readings.append(Reading(total, of_parts, 0.0, geometry.details(whole)))
+                readings.append(Reading(total, of_parts, seconds, geometry.details(whole)))
         return readings
 
     def _check_agreement(self, squares: list[list[float]]) -> None:
@@ -219,6 +331,13 @@ class NoiseMeter:
             if self.settings.per_layer and weight.block[-1].isdigit():  # not embedding or output
                 parts.setdefault(weight.block, []).append(index)
         return parts
+
+
+def reading_from(values: dict[str, Any]) -> Reading:
+    """Inverse of `dataclasses.asdict`."""
+    total = Measurement(**values["total"])
+    parts = {name: Measurement(**part) for name, part in values["parts"].items()}
+    return Reading(**values | {"total": total, "parts": parts})
 
 
 def check_ranks(sums: list[float]) -> None:

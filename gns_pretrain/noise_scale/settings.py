@@ -20,6 +20,7 @@ class MeterOptions(TypedDict, total=False):
     geometries: list[str]
     estimates: list[str]
     every_steps: int
+    read_after_steps: int
     parameters: str
     nuclear_parameters: str
     nuclear_local_batch_factor: bool
@@ -38,6 +39,8 @@ class NoiseScaleSettings(Settings):
     estimates: list[str] = field(default_factory=lambda: ["plug_in"])  # the paper's comes first
     # F; at step 1 and every F steps; the paper's value
     every_steps: Annotated[int, at_least(1, "step", hint="the paper measures every 100")] = 100
+    # D; a step is read at the end of the D-th one after it: eigenvalues are taken meanwhile; ours
+    read_after_steps: Annotated[int, at_least(0, "steps")] = 0
     # micro-batches that a step keeps where a policy changes the batch; ours
     min_samples: Annotated[
         int,
@@ -62,6 +65,12 @@ class NoiseScaleSettings(Settings):
             if isinstance(given := getattr(self, name), str):
                 raise InputError(f"noise_scale.{name}={given} is one name; use a list: [{given}]")
         super().__post_init__()
+        if self.read_after_steps >= self.every_steps:
+            raise InputError(
+                f"noise_scale.read_after_steps={self.read_after_steps} must be below "
+                f"noise_scale.every_steps={self.every_steps}, so that a measurement is read before "
+                "the next one"
+            )
         for name in ("geometries", "estimates"):
             given = getattr(self, name)
             if len(set(given)) < len(given):

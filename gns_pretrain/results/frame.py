@@ -32,7 +32,7 @@ from gns_pretrain.runs.directory import (
     run_directories,
 )
 from gns_pretrain.runs.identity import flatten, settings_of_run
-from gns_pretrain.tracking.jsonl import read_records
+from gns_pretrain.tracking.jsonl import READ_AT, read_records, written_at
 from gns_pretrain.tracking.wandb import tracked_runs
 
 with needs("results", "results are read with pandas"):
@@ -156,8 +156,8 @@ class Record:
     """What a file holds of a run: `lines` has a row for each of its lines, in the file's order.
 
     The columns: `where` it stands, `kind` of a metrics.jsonl's line (a row of a CSV has none: it
-    holds all of a step), and as float64, NaN where it holds nothing, COLUMNS and
-    noise/<geometry>/<estimate>/<part>.
+    holds all of a step), and as float64, NaN where it holds nothing, COLUMNS,
+    noise/<geometry>/<estimate>/<part> and READ_AT, the step at whose end a noise scale was read.
     """
 
     path: Path
@@ -259,6 +259,7 @@ def read_jsonl(path: Path) -> Record:
         elif kind == "noise":
             measured = (line["geometry"], line["estimate"])
             row = {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
+            row |= {READ_AT: written_at(line)}
         else:
             continue
         place = {"where": f"line {number}", "step": line.get("step"), "tokens": line.get("tokens")}

@@ -59,7 +59,8 @@ class RecordedRun:
     """
 
     steps: "DataFrame"
-    measurements: dict[int, Measurement]  # of one geometry and estimate, by step
+    # Of one geometry and estimate, by the step at whose end they were read.
+    measurements: dict[int, Measurement]
     averaged: bool  # they are the record's own averages, not to be averaged once more
     notes: list[str]  # what a reader should know about the file
 
@@ -122,7 +123,9 @@ def read_run(
     steps = steps[counts]
     measurements = {}
     if reads and noise:
-        measured = lines[lines["kind"] == "noise"] if ours else steps  # a CSV has all in one row
+        measured = steps  # a CSV has all in one row
+        if ours:
+            measured = lines[lines["kind"] == "noise"].set_index(frame.READ_AT)
         measured = measured[noise].dropna()
         measured = measured[frame.unrepeated(measured.index)]
         for step, top, *bottom in measured.itertuples():

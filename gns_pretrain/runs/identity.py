@@ -7,7 +7,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
     run_name, table, cell                   yes      no       no
     seed                                    yes      yes      no
     EXECUTION: where and how a run runs     no       no       no
-    SAMPLES: micro-batches                  no       (1)      (2)
+    SAMPLES: micro-batches, when read       no       (1)      (2)
     batch_size.shadows                      yes      yes      no
     bad_steps.*                             (4)      yes      yes
     other batch_size.* of a constant batch  yes      no       no      policy and initial aside
@@ -53,7 +53,12 @@ EXECUTION = (
     "data.verify",
     "scale",  # what a run takes from it stands in its own settings
 )
-SAMPLES = ("micro_batch_size", "batch_size.micro_batch_max", "batch_size.micro_batch_step")
+SAMPLES = (
+    "micro_batch_size",
+    "batch_size.micro_batch_max",
+    "batch_size.micro_batch_step",
+    "noise_scale.read_after_steps",
+)
 READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
 # What runs were trained with that are older than a setting.
 BEFORE_ADDED = {
@@ -61,6 +66,7 @@ BEFORE_ADDED = {
     "bad_steps.norm_factor": None,
     "bad_steps.window": 128,
     "bad_steps.max_consecutive": 10,
+    "noise_scale.read_after_steps": 0,
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -124,12 +124,20 @@ class StopRequest:
 
 
 class Worker:
-    """A thread that makes calls in order, so that none can hold its caller for ever."""
+    """Threads that make calls in order, so that none can hold its caller for ever.
 
-    def __init__(self) -> None:
+    Args:
+        num_threads: calls that are made at a time.
+    """
+
+    def __init__(self, num_threads: int = 1) -> None:
         self._last: Future | None = None
         self._calls: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self.threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(num_threads)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     @property
     def is_busy(self) -> bool:
@@ -148,16 +156,41 @@ class Worker:
         return future
 
     def end(self) -> None:
-        """End the thread after the calls so far."""
-        self._calls.put(None)
+        """End the threads after the calls so far."""
+        for _ in self.threads:
+            self._calls.put(None)
+
+    def stop_at_exit(self) -> None:
+        """Let this process end without the calls that have not begun.
+
+        A rank leaves from the midst of the others. Any other process waits for those: a thread that
+        returns from C++ to an interpreter that is gone aborts the process.
+        """
+        global _has_threads
+        _has_threads = True
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        if _is_leaving:
+            return
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()
+        self.end()
+        for thread in self.threads:
+            thread.join()
 
     def _work(self) -> None:
         while (given := self._calls.get()) is not None:
-            future, action = given
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
+            self._make(*given)
+            del given  # while the thread waits, nothing that the call held
+
+    @staticmethod
+    def _make(future: Future[T], action: Callable[[], T]) -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def result_of(future: Future[T], seconds: float | None = None) -> T:
@@ -178,7 +211,8 @@ def result_of(future: Future[T], seconds: float | None = None) -> T:
 
 _has_abandoned = False  # a call of a `Worker` has not returned
 _is_guarded = False  # `rank_process` has been entered
-_has_threads = False  # a process group has been started, and its threads with it
+_has_threads = False  # some have been started that may not outlive the interpreter
+_is_leaving = False  # by `end_process`
 
 
 @contextmanager
@@ -213,6 +247,8 @@ def note_process_group(num_ranks: int) -> None:
 
 def end_process(code: int) -> NoReturn:
     """Join threads, run exit callbacks and flush, in Python's order; then leave with `code`."""
+    global _is_leaving
+    _is_leaving = True
     try:
         if not _has_abandoned:
             threading._shutdown()  # type: ignore[attr-defined]

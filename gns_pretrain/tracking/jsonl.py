@@ -17,6 +17,7 @@ from gns_pretrain.system.files import flush_to_disk, write_bytes
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
 TAIL_BYTES = 2**16  # hold many lines
+READ_AT = "read_at_step"  # of a noise line: the step at whose end it was written, if a later one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,10 @@ class ValidationLine(Line):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseLine(Line):
-    """One measurement of the noise scale in one geometry, by one estimate."""
+    """One measurement of the noise scale in one geometry, by one estimate.
+
+    `step` is the one that was measured; `more` has READ_AT where it was read later.
+    """
 
     kind = "noise"
     geometry: str
@@ -190,7 +194,7 @@ def last_record(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def truncate_after_step(path: Path, step: int) -> None:
-    """Keep the lines whose "step" is at most `step`, byte for byte; drop a torn last line.
+    """Keep the lines written at `step` or before, byte for byte; drop a torn last line.
 
     A resumed run repeats the steps after its checkpoint; their old lines would be there twice. The
     new file is written beside and renamed, so that a kill leaves one of the two.
@@ -203,8 +207,9 @@ def truncate_after_step(path: Path, step: int) -> None:
         InputError: the record ends before that step, or a whole line is not a JSON object with an
             integer "step".
     """
-    kept = [(line, record["step"]) for line, record in _whole_lines(path) if record["step"] <= step]
-    last = max((step_of_line for _, step_of_line in kept), default=0)
+    lines = [(line, written_at(record)) for line, record in _whole_lines(path)]
+    kept = [(line, written) for line, written in lines if written <= step]
+    last = max((written for _, written in kept), default=0)
     if last < step:
         raise InputError(
             f"{path} ends at step {last:,}, but the checkpoint is of step {step:,}, so lines are "
@@ -213,6 +218,12 @@ def truncate_after_step(path: Path, step: int) -> None:
     content = b"".join(line for line, _ in kept)
     if path.exists() and len(content) != path.stat().st_size:
         write_bytes(path, content)
+
+
+def written_at(record: dict[str, Any]) -> int:
+    """Return the step at whose end a record was written; of a decision, the one after it."""
+    written: int = record.get(READ_AT, record["step"])
+    return written
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -228,7 +239,8 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    steps = (record.get("step"), record.get(READ_AT, 0)) if isinstance(record, dict) else (None,)
+    if not all(isinstance(step, int) for step in steps):
         raise InputError(
             f"{path}, line {number} is damaged: every line must be a JSON object with a step; "
             "restore the file, or start over with resume=never"

@@ -12,6 +12,7 @@ from gns_pretrain.system.files import must_write
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
     METRICS,
+    READ_AT,
     SUMMARY,
     JsonLines,
     Line,
@@ -19,6 +20,7 @@ from gns_pretrain.tracking.jsonl import (
     summarize,
     truncate_after_step,
     write_summary,
+    written_at,
 )
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.views import MayFail, TensorboardView, View
@@ -86,8 +88,11 @@ class Record:
             for name, value in line.as_record().items()
         }
         self._lines.write(record)
+        # Views go forward: what was read later is shown where it was read.
+        shown = record | shown | {"step": written_at(record)}
+        shown.pop(READ_AT, None)
         for view in self._views:
-            view.write(record | shown)
+            view.write(shown)
 
     def message(self, text: str) -> None:
         """Print one line above the progress bar."""

@@ -49,7 +49,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes beside weights and optimizer state, fit for JSON."""
-        state = self.adaptive.state_dict()
+        state = self.adaptive.state_dict() | (self.meter.state_dict() if self.meter else {})
         if self.bad_steps:
             state["bad_steps"] = self.bad_steps.state_dict()
         return state
@@ -73,7 +73,7 @@ def train(
     adaptive = run.adaptive
     log = StepLog(run.record, run.world)
     take_step = step or one_step
-    stopping = False
+    stopping = save_due = False
     while adaptive.tokens < run.token_budget and not stopping:
         tokens_before = adaptive.tokens
         choose_batch_size(run, log)
@@ -85,7 +85,9 @@ def train(
             or done
             or crossed(run.evaluation.every_tokens, before=tokens_before, after=adaptive.tokens)
         )
-        saving = done or stopping or adaptive.steps % run.checkpoint.every_steps == 0
+        save_due |= adaptive.steps % run.checkpoint.every_steps == 0
+        # A save would wait for the host threads of a pending reading, and so comes with it.
+        saving = done or stopping or (save_due and not (run.meter and run.meter.pending))
         if readings or evaluating or saving or adaptive.steps % run.metrics.log_every == 0:
             log.flush()
         record_noise(run.record, adaptive.steps, readings, adaptive.averages)
@@ -94,6 +96,7 @@ def train(
         if saving:
             run.record.sync()
             run.checkpoints.save(run.model, run.optimizer, run.state_dict())
+            save_due = False
         if evaluating or saving:
             log.restart_clock()
     run.checkpoints.wait()
@@ -136,9 +139,13 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
         batch_size=adaptive.batch_size,
         meter=meter_of_step(run),
         bad_steps=run.bad_steps,
+        step=adaptive.steps + 1,
     )
+    readings = result.readings
+    if run.meter and is_last_step(run):
+        readings = [*readings, *run.meter.read_pending()]
     epoch, tokens_before = run.batches.epoch(adaptive.samples), adaptive.tokens
-    adaptive.observe(reading.total for reading in result.readings)
+    adaptive.observe(reading.total for reading in readings)
     log.add(adaptive, result, lr=lr, tokens_before=tokens_before)
     if run.bad_steps and result.skipped:
         log.flush()
@@ -149,14 +156,20 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
             f"step {adaptive.steps:,}: every sequence of the training data has been used; "
             "from here on they repeat, in another order each epoch"
         )
-    return result.readings
+    return readings
+
+
+def is_last_step(run: Run) -> bool:
+    """Whether the coming step reaches the token budget."""
+    adaptive = run.adaptive
+    return adaptive.tokens + adaptive.batch_size * run.sequence_length >= run.token_budget
 
 
 def meter_of_step(run: Run) -> NoiseMeter | None:
-    """Return the noise meter if the coming step is to be measured and can be."""
+    """Return the noise meter, unless it is to measure the coming step and cannot."""
     step = run.adaptive.steps + 1
     if run.meter is None or not run.meter.settings.measures_at(step):
-        return None
+        return run.meter
     if run.adaptive.accumulation * run.world.num_data_ranks < 2:
         run.record.message(
             f"step {step:,}: the noise scale is not measured: it compares at least 2 micro-batches "

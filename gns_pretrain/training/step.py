@@ -24,7 +24,7 @@ class StepResult:
 
     loss: Tensor  # 0-dim float32, nats per token, mean over this rank's micro-batches
     gradient_norm: Tensor  # 0-dim float32, before clipping, over all ranks
-    readings: list[Reading] = field(default_factory=list)  # of the noise scale, on a measured step
+    readings: list[Reading] = field(default_factory=list)  # of the noise scale, read in this step
     skipped: str | None = None  # why the weights were left as they were
 
 
@@ -38,6 +38,7 @@ def train_step(
     batch_size: int,
     meter: NoiseMeter | None = None,
     bad_steps: BadSteps | None = None,
+    step: int | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
@@ -45,10 +46,11 @@ def train_step(
         micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
         gradient_clip: largest global gradient norm; None clips nothing.
         batch_size: sequences of the step over all ranks.
-        meter: measures the noise scale in this step, if given.
+        meter: of the noise scale.
         bad_steps: leaves the update out, and what was measured, if it finds the step bad.
+        step: its number, from 1, by which the meter measures and reads; None measures this step.
     """
-    with meter.measure() if meter else nullcontext():
+    with nullcontext() if meter is None else meter.measure() if step is None else meter.step(step):
         losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
     readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):
@@ -57,8 +59,10 @@ def train_step(
         skipped = bad_steps.reason(loss, norm) if bad_steps else None
         if skipped is None:
             optimizer.step()
+        elif meter:
+            readings = meter.without_this_step(readings)
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, readings if skipped is None else [], skipped)
+    return StepResult(loss, norm, readings, skipped)
 
 
 def accumulate_gradients(

@@ -13,7 +13,7 @@ from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
 from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine
+from gns_pretrain.tracking.jsonl import READ_AT, NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.training.step import StepResult
 
@@ -21,12 +21,16 @@ from gns_pretrain.training.step import StepResult
 def record_noise(
     record: Record, step: int, readings: Iterable[Reading], averages: Mapping[str, NoiseTracker]
 ) -> None:
-    """Write a line for each reading of a step and the averages (after it) that it has entered."""
+    """Write a line for each reading and the averages (after it) that it has entered.
+
+    `step` is the one that ends: that which was measured, or a later one.
+    """
     for reading in readings:
         total = reading.total
         if total.skip_reason is not None:
             record.message(
-                f"step {step:,}: the measurement is left out of the averages: {total.skip_reason}"
+                f"step {reading.step:,}: the measurement is left out of the averages: "
+                f"{total.skip_reason}"
             )
             continue
         tracker = averages[f"{total.geometry}/{total.estimate}"]
@@ -38,8 +42,10 @@ def record_noise(
                 name: {"noise": part.noise, "signal": part.signal}
                 for name, part in reading.parts.items()
             }
+        if step != reading.step:
+            more[READ_AT] = step
         line = NoiseLine(
-            step=step,
+            step=reading.step,
             geometry=total.geometry,
             estimate=total.estimate,
             noise=total.noise,

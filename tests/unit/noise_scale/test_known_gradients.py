@@ -216,7 +216,8 @@ def test_nuclear_cross_fitted_signal_is_the_gain_of_half_the_batch(
 ) -> None:
     gradient = KnownGradient(*shape)
     batch_size = batch_sizes(1000)[regime]
-    signals = equations.nuclear_cross_totals(*halves(gradient.samples(batch_size)))
+    grams = equations.cross_grams(*halves(gradient.samples(batch_size)))
+    signals = equations.nuclear_cross_total(*grams)
     steps = directions.matrix_sign(gradient.means(batch_size // 2, NUM_DRAWS))
     gains = (steps * gradient.mean).sum((1, 2))
     assert agree(signals, gains)

@@ -93,6 +93,9 @@ def test_what_counts_in_every_run(change, same, policy, measured):
         ("linear_ramp", False, {"micro_batch_size": 8}, {RESUME}),
         ("constant", False, {"batch_size__micro_batch_max": 16}, ALL),
         ("adaptive", True, {"batch_size__micro_batch_max": 16}, {RESUME}),
+        # So does when readings come.
+        ("constant", True, {"noise_scale__read_after_steps": 8}, {RESUME, CURVE}),
+        ("adaptive", True, {"noise_scale__read_after_steps": 8}, {RESUME}),
         # How something is measured counts where it is.
         ("constant", False, {"noise_scale__every_steps": 10}, {RECORD, CURVE}),
         ("constant", True, {"noise_scale__every_steps": 10}, {CURVE}),

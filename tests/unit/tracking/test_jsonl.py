@@ -115,6 +115,19 @@ def test_truncating_goes_by_the_step_not_by_the_position(tmp_path):
     assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
 
 
+def test_truncating_goes_by_when_a_late_line_was_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = b'{"step":4}\n{"step":5}\n{"step":2,"read_at_step":5}\n{"step":6}\n'
+    path.write_bytes(lines)
+    truncate_after_step(path, 5)
+    assert path.read_bytes() == lines[: -len(b'{"step":6}\n')]
+    truncate_after_step(path, 4)
+    assert path.read_bytes() == b'{"step":4}\n'
+    path.write_bytes(b'{"step":2,"read_at_step":"5"}\n')
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        truncate_after_step(path, 5)
+
+
 def test_a_record_that_ends_before_its_checkpoint_is_refused_and_left_as_it_is(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(InputError, match="ends at step 0, but the checkpoint is of step 5"):

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import pytest
 
+from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
     BatchSizeLine,
     NoiseLine,
@@ -144,6 +145,17 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_record(tm
     record.close()
     open_record(tmp_path, resume_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_views_show_a_late_noise_line_where_it_was_read(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ConsoleView, "write", lambda view, record: shown.append(record))
+    record = open_record(tmp_path)
+    noise(record, step=100, more={"read_at_step": 108})
+    record.close()
+    (line,) = read_records(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["read_at_step"]) == (100, 108)
+    assert shown == [{key: v for key, v in line.items() if key != "read_at_step"} | {"step": 108}]
 
 
 def test_the_summary_spans_the_lines_from_before_a_resume(tmp_path):

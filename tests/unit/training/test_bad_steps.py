@@ -65,9 +65,12 @@ def lines_of(folder):
     return [without_times(line) for line in read_records(folder / "small" / "metrics.jsonl")]
 
 
-def test_a_run_skips_bad_steps_records_them_and_resumes_exactly(tmp_path, shards, monkeypatch):
+@pytest.mark.parametrize("later", [0, 6])  # read in the bad step 7: step 1
+def test_a_run_skips_bad_steps_records_them_and_resumes_exactly(
+    later, tmp_path, shards, monkeypatch
+):
     bad = {7: math.nan, 13: 50.0, 14: math.inf}
-    measured = NoiseScaleSettings(["manhattan"], every_steps=7)
+    measured = NoiseScaleSettings(["manhattan"], every_steps=7, read_after_steps=later)
     changes = {"bad_steps": SKIP, "noise_scale": measured, "steps": 16}
     with monkeypatch.context() as patch:
         scale_gradients(patch, bad)

@@ -37,7 +37,7 @@ def measured(noise: float, signal: float = 1.0) -> Measurement:
 
 
 def test_noise_line_has_the_measurement_its_averages_and_their_spread():
-    (line,) = recorded(Reading(measured(5.0), {}, 0.1), measured(3.0)).lines
+    (line,) = recorded(Reading(measured(5.0), {}, 0.1, step=7), measured(3.0)).lines
     # Half of 5 and a quarter of 3, over three quarters.
     assert line == {
         "kind": "noise",
@@ -56,16 +56,21 @@ def test_noise_line_has_the_measurement_its_averages_and_their_spread():
     }
 
 
+def test_noise_line_of_an_earlier_step_says_when_it_was_read():
+    (line,) = recorded(Reading(measured(5.0), {}, 0.1, step=4)).lines
+    assert (line["step"], line["read_at_step"]) == (4, 7)
+
+
 def test_noise_line_counts_slow_square_roots_and_has_parts_where_there_are_some():
     details = {"square_root_fallbacks": 3}
-    reading = Reading(measured(5.0), {"norm": measured(1.0, 2.0)}, 0.1, details)
+    reading = Reading(measured(5.0), {"norm": measured(1.0, 2.0)}, 0.1, details, 7)
     (line,) = recorded(reading).lines
     assert line["square_root_fallbacks"] == 3
     assert line["parts"] == {"norm": {"noise": 1.0, "signal": 2.0}}
 
 
 def test_measurement_that_is_not_finite_gives_a_message_and_no_line():
-    record = recorded(Reading(measured(math.nan), {}, 0.1), measured(3.0))
+    record = recorded(Reading(measured(math.nan), {}, 0.1, step=7), measured(3.0))
     assert record.lines == []
     assert record.messages == [
         "step 7: the measurement is left out of the averages: nuclear noise is nan"
