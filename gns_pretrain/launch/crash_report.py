@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gns_pretrain.errors import OneLineError
+from gns_pretrain.parallel.mesh import NO_RENDEZVOUS
 from gns_pretrain.runs.history import append_end
 from gns_pretrain.system.files import write_json
 from gns_pretrain.system.slurm import node_name
@@ -29,6 +30,7 @@ from gns_pretrain.system.terminal import write
 
 # What gloo, NCCL and torch's store report when another rank is gone or silent (torch 2.11 to 2.13).
 SIGNS_OF_ANOTHER_RANK = (
+    NO_RENDEZVOUS,
     "closed by peer",
     "reset by peer",
     "Broken pipe",

@@ -4,6 +4,7 @@ nothing set, launch.nproc_per_node=1    one process
 nothing set, launch.nproc_per_node=N    this command starts N ranks on this machine
 RANK set                                torchrun, or anything that sets its variables
 a SLURM step of several tasks           srun or the SLURM launcher, with one task a GPU
+a shell of such a step (srun --pty)     nothing set: whoever types here starts no other task
 """
 
 import logging
@@ -12,7 +13,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from ctypes import c_bool
 from multiprocessing import forkserver, resource_tracker
@@ -23,42 +24,92 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from gns_pretrain.errors import EXIT_ORPHANED
+from gns_pretrain.errors import EXIT_ORPHANED, InputError
 from gns_pretrain.parallel.mesh import RankInfo
 from gns_pretrain.system.processes import STOP_SIGNALS, StopRequest
 from gns_pretrain.system.slurm import first_host
 
+# What launchers set for each rank, as far as it is needed.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
 AGENT_LOG = "torch.distributed.elastic.multiprocessing.api"
 SPAWN_LOG = "torch.multiprocessing.spawn"  # warns of each rank that is ended after another failed
 
 
 def rank_info_from(environment: Mapping[str, str]) -> RankInfo | None:
-    """This process's rank, if a launcher has set one."""
-    if "RANK" in environment:
-        ranks = int(environment["WORLD_SIZE"])
+    """This process's rank, if a launcher has set one.
+
+    Raises:
+        InputError: a launcher's variables are there in part, or are no numbers of a rank.
+    """
+    # The step's own count: a job's SLURM_NTASKS is also set in its batch shell, outside any step.
+    tasks = number_in(environment, "SLURM_STEP_NUM_TASKS", at_least=1, default=1)
+    in_step = tasks > 1 and not ("SLURM_PTY_PORT" in environment and is_typed_in_a_shell())
+    if "RANK" in environment or (environment.keys() & {"WORLD_SIZE", "LOCAL_RANK"} and not in_step):
+        alone = environment.get("WORLD_SIZE") == "1"
+        require(environment, TORCHRUN[:2] if alone else TORCHRUN)
+        ranks = number_in(environment, "WORLD_SIZE", at_least=1)
+        number_in(environment, "MASTER_PORT", below=2**16, default=0)
         return RankInfo(
-            rank=int(environment["RANK"]),
+            rank=number_in(environment, "RANK", below=ranks),
             num_ranks=ranks,
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            ranks_per_node=int(environment.get("LOCAL_WORLD_SIZE", ranks)),
+            local_rank=number_in(environment, "LOCAL_RANK", below=ranks, default=0),
+            ranks_per_node=number_in(environment, "LOCAL_WORLD_SIZE", at_least=1, default=ranks),
             rendezvous="env://",
         )
-    # The step's own count: a job's SLURM_NTASKS is also set in its batch shell, outside any step.
-    ranks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if ranks == 1:
+    if not in_step:
         return None
+    require(environment, SRUN)
     # The ranks meet on the step's first node, at a port of the job: below those that Linux gives
     # to whoever asks for any (32768 and up).
     host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
-    port = environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 12000
+    port = 20000 + number_in(environment, "SLURM_JOB_ID") % 12000
+    port = number_in(environment, "MASTER_PORT", below=2**16, default=port)
     per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return RankInfo(
-        rank=int(environment["SLURM_PROCID"]),
-        num_ranks=ranks,
-        local_rank=int(environment["SLURM_LOCALID"]),
-        ranks_per_node=int(per_node[0]) if per_node else ranks,
+        rank=number_in(environment, "SLURM_PROCID", below=tasks),
+        num_ranks=tasks,
+        local_rank=number_in(environment, "SLURM_LOCALID", below=tasks),
+        ranks_per_node=int(per_node[0]) if per_node else tasks,
         rendezvous=f"tcp://{host}:{port}",
     )
+
+
+def require(environment: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse a launcher's variables of which some are missing."""
+    if missing := [name for name in names if not environment.get(name)]:
+        raise InputError(
+            f"a launcher sets {', '.join(names)} together, but the environment has no "
+            f"{' and no '.join(missing)}; start the command with torchrun or srun, or unset the "
+            "others for a command that starts its own ranks"
+        )
+
+
+def number_in(
+    environment: Mapping[str, str],
+    name: str,
+    *,
+    at_least: int = 0,
+    below: int | None = None,
+    default: int | None = None,
+) -> int:
+    """A variable's number, or its default where it is not set; InputError if it is none."""
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or int(text) < at_least or (below is not None and int(text) >= below):
+        limit = "" if below is None else f" below {below}"
+        raise InputError(
+            f"{name}={text} in the environment is not a number from {at_least}{limit}; start the "
+            "command with torchrun or srun, or unset it"
+        )
+    return int(text)
+
+
+def is_typed_in_a_shell() -> bool:
+    """Whether job control has given this command a process group of its own in its terminal.
+
+    In a step with a terminal this tells a shell's command from a task that srun has started.
+    """
+    return os.getpgrp() != os.getsid(0)
 
 
 def run_local_ranks(entrypoint: Callable[..., object], arguments: tuple[Any, ...], n: int) -> None:

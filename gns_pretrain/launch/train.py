@@ -109,6 +109,11 @@ def check_run(
     """
     ranks = config.launch.nproc_per_node if info is None else info.num_ranks
     ranks_per_node = info.ranks_per_node if info else ranks
+    if ranks == 1 < config.launch.nproc_per_node:
+        raise InputError(
+            f"launch.nproc_per_node={config.launch.nproc_per_node}, but RANK and WORLD_SIZE=1 in "
+            "the environment make this process the only rank; unset them, or leave the setting out"
+        )
     check_layout(config, num_ranks=ranks, ranks_per_node=ranks_per_node)
     directory = Path(config.output_directory) / config.run_name
     if config.resume == "never":

@@ -1,6 +1,7 @@
 """Ranks of a run, their devices, and the process group that joins them."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, at_most, one_of
 from gns_pretrain.system.processes import note_process_group
+from gns_pretrain.system.terminal import write
 
+NOTICE_SECONDS = 10.0  # after which a rank says for whom it waits
+NO_RENDEZVOUS = "this rank has not met"  # begins the error of one that waited in vain
 YEAR_SECONDS = 366 * 24 * 3600
 
 
@@ -147,16 +151,22 @@ def shard_group_size(settings: ParallelSettings, *, num_ranks: int, ranks_per_no
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """Return a rank's device, for auto a GPU if torch sees one; InputError if GPUs are too few."""
+    """Return a rank's device, for auto a GPU if torch sees one; InputError if GPUs are too few.
+
+    A SLURM task that sees one GPU takes it: the cluster may have bound one to each.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"launch.device={name} is not known; use one of auto, cpu, cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise InputError(
             f"launch.device={name} needs a GPU for each rank of a node, rank {local_rank} finds "
-            f"{count}; lower launch.nproc_per_node or use launch.device=cpu"
+            f"{count}; lower launch.nproc_per_node, use launch.device=cpu, or in SLURM request "
+            "--gpus-per-node=N or --gpus-per-task=1"
         )
     return torch.device("cuda", local_rank)
 
@@ -222,10 +232,38 @@ def start_process_group(place: RankInfo, device: torch.device, timeout: timedelt
     on_this_machine = any(host in place.rendezvous for host in ("//127.0.0.1", "//localhost"))
     if on_this_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        backend,
-        init_method=place.rendezvous,
-        rank=place.rank,
-        world_size=place.num_ranks,
-        timeout=timeout,
+    others = f"the {place.num_ranks - 1} others at {meeting_point(place)}"
+    notice = threading.Timer(
+        NOTICE_SECONDS,
+        write,
+        [
+            f"rank {place.rank} waits for {others}, {timeout.total_seconds():.0f} s at most; every "
+            "rank has to run this command"
+        ],
     )
+    notice.daemon = True
+    if place.local_rank == 0:
+        notice.start()
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=place.rendezvous,
+            rank=place.rank,
+            world_size=place.num_ranks,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{NO_RENDEZVOUS} {others}: {str(error).splitlines()[0]} Start all ranks; where a "
+            "node's own name is a loopback address, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+            "to the network interface between nodes"
+        ) from error
+    finally:
+        notice.cancel()
+
+
+def meeting_point(place: RankInfo) -> str:
+    """Where the ranks meet: host:port."""
+    if place.rendezvous == "env://":
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return place.rendezvous.partition("://")[2]

@@ -11,8 +11,9 @@ import torch
 
 from gns_pretrain.config.checks import check_batch_size, check_layout
 from gns_pretrain.errors import InputError, TrainingError, print_error
+from gns_pretrain.launch import ranks
 from gns_pretrain.launch import train as launch
-from gns_pretrain.launch.ranks import rank_info_from
+from gns_pretrain.launch.ranks import SRUN, TORCHRUN, rank_info_from
 from gns_pretrain.launch.train import taken
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, shard_group_size
 from gns_pretrain.runs.history import read_provenance
@@ -34,14 +35,24 @@ def test_batch_shell_of_a_job_is_no_rank_of_it():
     assert rank_info_from(batch_shell) is None
 
 
+def torchrun(**more: str) -> dict[str, str]:
+    return {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "29500",
+    } | more
+
+
 def test_torchrun_variables_give_the_place():
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert rank_info_from(environment) == RankInfo(5, 8, 1, 4, "env://")
+    assert rank_info_from(torchrun()) == RankInfo(5, 8, 1, 4, "env://")
+    assert rank_info_from({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo(rendezvous="env://")
 
 
 def test_torchrun_inside_slurm_counts_as_torchrun():
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}
-    assert rank_info_from(environment) == RankInfo(0, 2, 0, 2, "env://")
+    assert rank_info_from(srun() | torchrun()) == RankInfo(5, 8, 1, 4, "env://")
 
 
 def srun(**more: str) -> dict[str, str]:
@@ -63,6 +74,44 @@ def test_srun_meeting_point_can_be_set():
     place = rank_info_from(srun(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"))
     assert place is not None
     assert place.rendezvous == "tcp://127.0.0.1:29500"
+
+
+def without(environment: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key != name}
+
+
+@pytest.mark.parametrize("name", [*TORCHRUN, *SRUN])
+def test_a_launchers_variables_that_are_there_in_part_are_refused(name):
+    full = torchrun() if name in TORCHRUN else srun()
+    with pytest.raises(InputError, match=f"the environment has no {name};"):
+        rank_info_from(without(full, name))
+    if name not in ("MASTER_ADDR", "SLURM_STEP_NODELIST"):
+        with pytest.raises(InputError, match=f"{name}=one in the environment is not a number"):
+            rank_info_from(full | {name: "one"})
+
+
+def test_variables_that_only_name_the_others_make_no_rank():
+    assert rank_info_from({"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}) is None
+    # A batch script may export it for its tasks, whose ranks srun numbers.
+    assert rank_info_from(srun(WORLD_SIZE="16")) == rank_info_from(srun())
+    with pytest.raises(InputError, match=r"RANK=8 in the environment is not a number .* below 8"):
+        rank_info_from(torchrun(RANK="8"))
+
+
+def test_what_is_typed_in_a_shell_of_a_slurm_step_is_no_task(monkeypatch):
+    monkeypatch.setattr(ranks, "is_typed_in_a_shell", lambda: True)
+    assert rank_info_from(srun()) is not None  # no terminal: the task that srun has started
+    assert rank_info_from(srun(SLURM_PTY_PORT="4242")) is None
+    monkeypatch.setattr(ranks, "is_typed_in_a_shell", lambda: False)
+    assert rank_info_from(srun(SLURM_PTY_PORT="4242")) is not None
+
+
+def test_a_launchers_only_rank_is_not_asked_to_start_more(tmp_path, shards):
+    config = small_run(tmp_path, shards)
+    config.launch.nproc_per_node = 2
+    with pytest.raises(InputError, match=r"launch.nproc_per_node=2, but RANK and WORLD_SIZE=1"):
+        launch.check_run(config, RankInfo())
+    launch.check_run(config, RankInfo(0, 4, 0, 2, "env://"))
 
 
 @pytest.mark.parametrize(
