@@ -1,8 +1,9 @@
 """Measure the gradient noise scale of a checkpoint without training it.
 
     gns-pretrain measure-noise --checkpoint outputs/RUN/checkpoints/step_00000488 \\
-        --data data/c4 --num-sequences 64 --micro-batch-size 4 --sequence-length 128
+        --data data/c4 --num-sequences 64 --micro-batch-size 4
 
+--data embedded measures a run on the embedded text, as `gns-pretrain train` makes it by default.
 The first N sequences of the validation split, in file order, are one batch, cut into samples of
 --micro-batch-size sequences. Also: torchrun --nproc-per-node 2 -m gns_pretrain measure-noise ...
 """

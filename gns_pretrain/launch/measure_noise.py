@@ -7,7 +7,7 @@ micro-batches of equal size. Anyone can compute the same numbers from the same t
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,19 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.data.batches import read_in_order
+from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
-from gns_pretrain.model.huggingface import load_hf_folder
+from gns_pretrain.model.huggingface import CONFIG_FILE, load_hf_folder
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, SampleSums
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS, NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
+from gns_pretrain.runs.directory import CONFIG, read_settings
+from gns_pretrain.system.files import parse, read_json
 from gns_pretrain.training.checkpoint import load_model
 from gns_pretrain.training.step import accumulate_gradients
+
+PAPER_LENGTH = 2048  # tokens of a sequence in the paper
 
 
 @dataclass
@@ -37,11 +42,14 @@ class MeasurementRequest(Settings):
     section: ClassVar[str] = "--"
 
     checkpoint: Annotated[Path, About("a step_* folder or a Hugging Face Llama folder")]
-    data: Annotated[Path, About("token-shard folder with a validation split")]
+    data: Annotated[Path, About("token-shard folder with a validation split, or embedded")]
     num_sequences: Annotated[int, at_least(1), About("the batch, in sequences")]
     micro_batch_size: Annotated[int, at_least(1), About("sequences of a sample")]
-    # the paper's
-    sequence_length: Annotated[int, at_least(1), About("tokens of a sequence")] = 2048
+    sequence_length: Annotated[
+        int | None,
+        at_least(1),
+        About("tokens of a sequence (default: the run's; of a Hugging Face model 2048 at most)"),
+    ] = None
     geometry: Annotated[list[str], key_of(GEOMETRIES), About("default: all three")] = field(
         default_factory=lambda: list(GEOMETRIES)
     )
@@ -104,7 +112,9 @@ class Report:
     batch_size: int  # sequences
     # Each with the standard error of its noise scale, in sequences; None if unknown.
     estimated: list[tuple[Measurement, float | None]]
-    notes: list[str] = field(default_factory=list)  # a line for each interval that is not given
+    notes: list[str] = field(
+        default_factory=list
+    )  # a line each: what is missing, or unlike training
 
     def as_dict(self) -> dict[str, Any]:
         """Convert for JSON: a geometry's first estimate by itself, others under their names."""
@@ -142,15 +152,20 @@ def measure(request: MeasurementRequest) -> Report | None:
     )
     ranks = rank_info_from(os.environ) or RankInfo()
     rounds = request.rounds(ranks.num_ranks)
-    tokens = TokenShards.open(request.data, "validation")
-    available = tokens.num_sequences(request.sequence_length)
+    is_hf = (request.checkpoint / CONFIG_FILE).is_file()
+    own = None if is_hf else data_of_run(request.checkpoint)
+    trained = positions_of_hf(request.checkpoint) if is_hf else own and own.sequence_length
+    length = request.sequence_length or min(trained or PAPER_LENGTH, PAPER_LENGTH)
+    if own and not request.sequence_length:
+        length = own.sequence_length
+    folder = replace(own or DataSettings(), path=str(request.data)).find_folder()
+    tokens = TokenShards.open(folder, "validation")
+    available = tokens.num_sequences(length)
     if request.num_sequences > available:
         raise InputError(
             f"--num-sequences={request.num_sequences} is more than the {available} validation "
-            f"sequences of --sequence-length={request.sequence_length} in {request.data}; "
-            f"use at most {available}"
+            f"sequences of --sequence-length={length} in {request.data}; use at most {available}"
         )
-    is_hf = (request.checkpoint / "config.json").is_file()
     llama = (load_hf_folder if is_hf else load_model)(request.checkpoint)
     if llama.config.known_vocab_size < tokens.vocab_size:
         raise InputError(
@@ -165,16 +180,34 @@ def measure(request: MeasurementRequest) -> Report | None:
     with joined(ranks, ParallelSettings(), device) as world:
         model = parallelize(llama.to(device), world, compute_dtype=torch.float32)
         batch = [
-            read_in_order(
-                tokens, request.sequence_length, start, start + request.micro_batch_size
-            ).to(device)
+            read_in_order(tokens, length, start, start + request.micro_batch_size).to(device)
             for start in starts
         ]
         estimated = estimate(model, NoiseMeter(model, settings), batch, request)
     if ranks.rank != 0:
         return None
     notes = request.missing_intervals(ranks.num_ranks)
+    if trained and length > trained:
+        notes.append(
+            f"--sequence-length={length} goes beyond the {trained} tokens that the model was "
+            "trained on, so this is not the noise scale of its training"
+        )
     return Report(rounds * ranks.num_ranks, request.num_sequences, estimated, notes)
+
+
+def data_of_run(checkpoint: Path) -> DataSettings | None:
+    """Settings of the text that a step_* folder's run trains on; None outside a run directory."""
+    directory = checkpoint.resolve().parent.parent
+    values = read_settings(directory).get("data")
+    if values is None:
+        return None
+    return parse(DataSettings, values, source=directory / CONFIG, hint="restore it")
+
+
+def positions_of_hf(folder: Path) -> int | None:
+    """Tokens of context that a Hugging Face model's config.json names, if it does."""
+    positions = read_json(folder / CONFIG_FILE, hint="restore it").get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def estimate(

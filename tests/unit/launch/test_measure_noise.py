@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from gns_pretrain.data import settings
 from gns_pretrain.data.batches import read_in_order
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.measure_noise import MeasurementRequest, Report, measure
+from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint import Checkpoints, load_model
 from tests.settings import SEQUENCE_LENGTH, odd_model
 
 ROOT = Path(__file__).parents[3]
@@ -108,6 +111,51 @@ def test_micro_batches_of_another_size_keep_the_euclidean_signal(checkpoint, sha
 def test_bad_request_is_named(changes, message, checkpoint, shards):
     with pytest.raises(InputError, match=message):
         measure(request(checkpoint, shards, **changes))
+
+
+@pytest.fixture
+def run(model, tmp_path) -> Path:
+    """A step folder in a run directory, of a run on embedded text of its own vocabulary."""
+    text = {"path": "embedded", "sequence_length": SEQUENCE_LENGTH, "embedded_vocab_size": 300}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": text}))
+    state = {"step": 1}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, world=ALONE)
+    return checkpoints.save(model, AdamWSettings().build(model), state)
+
+
+def test_a_runs_own_length_is_measured_and_a_longer_one_is_noted(run, shards, tmp_path):
+    quick = {"geometry": ["euclidean"], "interval": False}
+    alone, notes = content(measure(request(run, shards, sequence_length=None, **quick)))
+    assert notes == []
+    same, _ = content(measure(request(run, shards, **quick)))
+    assert alone == same
+    beyond = f"goes beyond the {SEQUENCE_LENGTH} tokens that the model was trained on"
+    _, notes = content(measure(request(run, shards, sequence_length=20, **quick)))
+    assert beyond in notes[0]
+    # A Hugging Face model names its positions.
+    export_hf_folder(load_model(run), tmp_path / "hf", ExportedText(SEQUENCE_LENGTH))
+    exported, notes = content(
+        measure(request(tmp_path / "hf", shards, sequence_length=None, **quick))
+    )
+    assert notes == []
+    assert exported == same
+    _, notes = content(measure(request(tmp_path / "hf", shards, sequence_length=20, **quick)))
+    assert beyond in notes[0]
+
+
+def test_embedded_text_is_that_of_the_run(run, shards, monkeypatch):
+    made = []
+
+    def ensure_embedded(*, vocab_size: int) -> Path:
+        made.append(vocab_size)
+        return shards
+
+    monkeypatch.setattr(settings, "ensure_embedded", ensure_embedded)
+    quick = {"geometry": ["euclidean"], "interval": False}
+    assert measure(request(run, Path("embedded"), **quick)) == measure(
+        request(run, shards, **quick)
+    )
+    assert made == [300]
 
 
 def content(report: Report | None) -> tuple[dict, list[str]]:
