@@ -3,7 +3,6 @@
 Each function raises an InputError at the first rule that is broken.
 """
 
-import dataclasses
 import math
 
 import torch
@@ -115,9 +114,7 @@ def check_memory(
     weights while they are initialized, the token ids of a micro-batch and two bytes for each number
     that goes into a block, or into one block where activations are recomputed.
     """
-    model = config.model
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=data_vocab_size)
+    model = config.model.of_data(data_vocab_size)
     parameters = count_parameters(model).total
     kind = config.parallel.resolved_kind(num_ranks)
     tensor_size = config.parallel.tensor_size

@@ -23,6 +23,7 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.bad_steps import BadStepSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
+from gns_pretrain.training.initialize import InitSettings
 from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
 
 MAX_CORES = 4096  # more than any node has
@@ -106,6 +107,8 @@ class Config(Settings):
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")] = "auto"
     # torch.compile each block: auto (on GPUs) | always | never
     compile: Annotated[str, one_of("auto", "always", "never")] = "auto"
+    # what the run begins from; see `InitSettings`
+    init: dict[str, Any] = field(default_factory=lambda: {"from": None, "what": "weights"})
     model: LlamaConfig = MISSING
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -122,6 +125,7 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.initial  # checks itself
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.run_name):
             raise InputError(
                 f"run_name={self.run_name!r} is a folder's name; use letters, digits and ._=,+- "
@@ -137,6 +141,13 @@ class Config(Settings):
                 f"scale={self.scale.name} is not of Table 3's larger model; "
                 f"use scale={self.scale.table3}"
             )
+
+    @property
+    def initial(self) -> InitSettings:
+        """What the run begins from; InputError for a name that is none of its settings."""
+        if unknown := self.init.keys() - {"from", "what"}:
+            raise InputError(f"init.{min(unknown)}: there is no such setting; leave it out")
+        return InitSettings(self.init.get("from"), self.init.get("what", "weights"))
 
     @property
     def initial_total_steps(self) -> int:

@@ -14,7 +14,7 @@ from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
 from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.optim.base import keep_token_half_life, remember_peaks
+from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update_half_life
 from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
@@ -25,14 +25,24 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.wandb import unless_set
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.initialize import Source, begin_from
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
 
 
-def build_run(config: Config, world: World, directory: Path, *, run_id: str = "") -> Run:
+def build_run(
+    config: Config,
+    world: World,
+    directory: Path,
+    *,
+    run_id: str = "",
+    source: Source | None = None,
+) -> Run:
     """Build what a run needs, on every rank, at its first step or from its last checkpoint.
 
-    `run_id` is its id at a tracking service, needed on the main rank where one is used.
+    Args:
+        run_id: its id at a tracking service, needed on the main rank where one is used.
+        source: what it begins from, where it has no checkpoint yet.
     """
     torch.manual_seed(config.seed)
     training, validation = open_splits(staged(config.data))
@@ -50,6 +60,11 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
         on_save=partial(note_checkpoint, directory),
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)
+    resumed = saved is not None
+    if not resumed and source:
+        saved = begin_from(source, config.initial, model, optimizer, world)
+        if saved and config.batch_size.policy == "constant":
+            saved |= {"batch_size": config.batch_size.initial, "lr_multiplier": 1.0}
     forced = adaptive.load_state_dict(saved) if saved else None
     bad_steps = BadSteps(config.bad_steps, world) if config.bad_steps.skip else None
     if bad_steps and saved and "bad_steps" in saved:
@@ -59,15 +74,20 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
             directory,
             shown_as(config),
             is_main=world.is_main,
-            resume_step=adaptive.steps,
+            resume_step=adaptive.steps if resumed else 0,
             config=dataclasses.asdict(config),
             token_budget=config.token_budget,
             run_id=run_id,
         )
     for line in damaged:
         record.message(f"{line}; the one before it is used")
-    if saved:
+    if resumed:
         record.message(f"resumed from step {adaptive.steps:,}, {adaptive.tokens:,} tokens")
+    elif source:
+        begins = f"goes on from step {adaptive.steps:,}" if saved else "begins with the weights"
+        record.message(f"{begins} of {source.folder}")
+        if saved and not forced:
+            update_half_life(optimizer, adaptive.batch_size, lr_multiplier=adaptive.lr_multiplier)
     if forced:
         apply_decision(forced, adaptive.steps + 1, optimizer, record)
     for prefix, policy in config.batch_size.policies:
@@ -118,11 +138,8 @@ def build_run(config: Config, world: World, directory: Path, *, run_id: str = ""
 
 def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.nn.Module:
     """Build the model with its first weights, compiled where asked, and parallelize it."""
-    shape = config.model
-    if shape.vocab_size is None:
-        shape = dataclasses.replace(shape, vocab_size=data_vocab_size)
     with world.device:
-        model = Llama(shape)
+        model = Llama(config.model.of_data(data_vocab_size))
     model.init_weights(config.seed)
     on_gpu = world.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and on_gpu):

@@ -57,6 +57,7 @@ from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import checkpoint_folders
+from gns_pretrain.training.initialize import Source, check_source, find_source
 from gns_pretrain.training.loop import train
 
 
@@ -142,6 +143,17 @@ def check_run(
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
+    if not checkpoint_folders(directory / CHECKPOINTS):
+        # Rank 0 reads it whole, or the launcher.
+        source = find_source(config.initial, verify=info is None or info.rank == 0)
+        if source:
+            check_source(
+                config.initial,
+                source,
+                model=config.model.of_data(splits[0].vocab_size),
+                sequence_length=config.data.sequence_length,
+                token_budget=config.token_budget,
+            )
     return directory, fingerprint
 
 
@@ -179,7 +191,11 @@ def run_rank(
             directory = from_main(directory, world)
             if from_main(world.is_main and is_finished(directory), world):
                 if world.is_main:
-                    write(f"{directory} is finished; resume=never restarts it in a fresh directory")
+                    write(
+                        f"{directory} is finished; resume=never restarts it in a fresh directory, "
+                        f"and under another run_name init.from={directory} init.what=all goes on "
+                        "from it to a larger token_budget"
+                    )
                 return EXIT_FINISHED
             code = train_in(directory, config, fingerprint, world, reporter=reporter, stop=stop)
             # srun ends the others as soon as one has exited with a code; rank 0 may be busy with
@@ -213,10 +229,10 @@ def train_in(
     shared, stage_to = config.launch.compile_cache, config.data.stage_to
     with ExitStack() as resources, reporter.capture():
         resources.enter_context(compile_cache(shared, stage_to, keep=world.is_main))
-        resources.enter_context(taken(directory, config, fingerprint, world))
+        source = resources.enter_context(taken(directory, config, fingerprint, world))
         reporter.set_run_directory(directory)
         run_id = read_provenance(directory)["run_id"] if world.is_main else ""
-        run = build_run(config, world, directory, run_id=run_id)
+        run = build_run(config, world, directory, run_id=run_id, source=source)
         resources.callback(run.record.close)
         resources.callback(run.batches.close)
         resources.callback(run.checkpoints.close)
@@ -232,10 +248,17 @@ def train_in(
 
 
 @contextmanager
-def taken(directory: Path, config: Config, fingerprint: str, world: World) -> Iterator[None]:
-    """Lock the run directory on rank 0 and write what the run is; all ranks raise a refusal."""
+def taken(
+    directory: Path, config: Config, fingerprint: str, world: World
+) -> Iterator[Source | None]:
+    """Lock the run directory on rank 0 and write what the run is; all ranks raise a refusal.
+
+    Yields:
+        What the run begins from; None where it is nothing, or the run has a checkpoint of its own.
+    """
     nodes = gathered(node_name(), world)
     settings = identifying_settings(dataclasses.asdict(config), fingerprint)
+    source = None
     with ExitStack() as lock:
         with errors_of_main(world), must_write(directory):
             if world.is_main:
@@ -245,10 +268,13 @@ def taken(directory: Path, config: Config, fingerprint: str, world: World) -> It
                 refuse_another_run(directory, settings)
                 refuse_lost_checkpoints(directory)
                 remove_temporaries(directory)
+                if not checkpoint_folders(directory / CHECKPOINTS):
+                    source = find_source(config.initial, verify=False)  # check_run has
+                init = source.as_record(config.initial) if source else None
                 origin = dataclasses.asdict(config.data.origin())
-                write_provenance(directory, as_yaml(config), fingerprint, origin)
+                write_provenance(directory, as_yaml(config), fingerprint, origin, init)
                 append_start(directory, nodes=nodes, gpu=gpu_versions())
-        yield
+        yield from_main(source, world)
 
 
 def refuse_lost_checkpoints(directory: Path) -> None:

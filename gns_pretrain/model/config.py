@@ -1,6 +1,6 @@
 """Settings of a Llama 3 model, and the number of parameters that they make."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, NamedTuple
 
 from gns_pretrain.errors import InputError
@@ -82,6 +82,10 @@ class LlamaConfig(Settings):
     def head_dim(self) -> int:
         """Width of one head."""
         return self.dim // self.num_heads
+
+    def of_data(self, vocab_size: int) -> "LlamaConfig":
+        """Return the shape with the data's vocabulary size, where it is left to the data."""
+        return self if self.vocab_size is not None else replace(self, vocab_size=vocab_size)
 
     @property
     def known_vocab_size(self) -> int:

@@ -34,6 +34,7 @@ def write_provenance(
     config_text: str,
     data_fingerprint: str,
     data: Mapping[str, Any] | None = None,
+    init: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.yaml, and run.json if there is none; one without a run id gets one.
 
@@ -42,12 +43,14 @@ def write_provenance(
         config_text: its settings, as YAML.
         data_fingerprint: of its data.
         data: what else is known about it, and may be found elsewhere by the next start.
+        init: what the run begins from, if anything.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / CONFIG, config_text.encode())
     if not (directory / PROVENANCE).exists():
         values = {"data_fingerprint": data_fingerprint, "git_revision": git_revision()}
-        write_json(directory / PROVENANCE, values | package_versions())
+        began = {"init": init} if init else {}
+        write_json(directory / PROVENANCE, {**values, **began, **package_versions()})
     known = read_provenance(directory)
     if data is not None and known.get("data") != data:
         write_json(directory / PROVENANCE, known | {"data": dict(data)})

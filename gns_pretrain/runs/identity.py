@@ -10,6 +10,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
     SAMPLES: micro-batches, when read       no       (1)      (2)
     batch_size.shadows                      yes      yes      no
     bad_steps.*                             (4)      yes      yes
+    evaluation.every_tokens                 no       yes      yes
     other batch_size.* of a constant batch  yes      no       no      policy and initial aside
     noise_scale.*                           yes      (3)      (2)
     all others, the data's fingerprint      yes      yes      yes
@@ -18,6 +19,8 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
 (2) where the batch size is not constant; measuring by itself leaves the training bits unchanged.
 (3) where something is measured; noise_scale.geometries, which says so, always.
 (4) no: skipping begins with the next bad step, so that a run which one has ended can go on.
+
+Another run may begin where one stands, with whatever settings: `training.initialize`.
 """
 
 from collections.abc import Mapping
@@ -59,9 +62,12 @@ SAMPLES = (
     "batch_size.micro_batch_step",
     "noise_scale.read_after_steps",
 )
+FREE_ON_RESUME = ("bad_steps", "evaluation.every_tokens")
 READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
 # What runs were trained with that are older than a setting.
 BEFORE_ADDED = {
+    "init.from": None,
+    "init.what": "weights",
     "bad_steps.skip": False,
     "bad_steps.norm_factor": None,
     "bad_steps.window": 128,
@@ -91,7 +97,7 @@ def decides(name: str, settings: Mapping[str, Any], purpose: Purpose) -> bool:
     if _is_one_of(name, EXECUTION):
         return False
     if purpose is Purpose.RESUME:
-        return name not in SAMPLES and not _is_one_of(name, ("bad_steps",))
+        return name not in SAMPLES and not _is_one_of(name, FREE_ON_RESUME)
     if name in NAMES:
         return False
     if name == "seed" or name == "batch_size.shadows":
@@ -124,7 +130,7 @@ def changes_run_name(name: str, *, policy: str) -> bool:
 
 def identifying_settings(settings: Mapping[str, Any], data_fingerprint: str) -> dict[str, Any]:
     """Nested settings as a flat mapping, and the data's fingerprint among them."""
-    return flatten(settings) | {FINGERPRINT: data_fingerprint}
+    return BEFORE_ADDED | flatten(settings) | {FINGERPRINT: data_fingerprint}
 
 
 def settings_of_run(directory: Path) -> dict[str, Any]:
@@ -164,7 +170,10 @@ def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
             f"{directory / CONFIG} is damaged (no settings in it); restore it, or use another "
             "run_name"
         )
-    hint = "use another run_name, or resume=never to restart in a fresh directory"
+    hint = (
+        "use another run_name, which init.from and init.what=all let go on from this one, or "
+        "resume=never to restart in a fresh directory"
+    )
     changed = [
         f"{name} was {known.get(name)} and is now {settings.get(name)}"
         for name in differing_settings(known, settings)

@@ -92,8 +92,9 @@ class BadSteps:
         if self.consecutive > self.settings.max_consecutive:
             raise TrainingError(
                 f"step {step}: {why}, as in {self.settings.max_consecutive} steps before it, all "
-                "that bad_steps.max_consecutive skips; lower optimizer.lr or look at the data, and "
-                "start again under another run_name",
+                "that bad_steps.max_consecutive skips; look at the data, or go on from an earlier "
+                "checkpoint under another run_name (init.from=, init.what=all) with a lower "
+                "optimizer.lr",
                 on_all_ranks=True,
             )
 

@@ -237,19 +237,7 @@ class Checkpoints:
                     on_all_ranks=True,
                 )
             return None, []
-        tensors = tensors_of(model, optimizer)
-        load_tensors(tensors, chosen, self.world)
-        set_model_state_dict(model, tensors["model"])
-        # Not strict, because a rule without momentum has no state for its parameters; nothing can
-        # be missing, since dcp.load was asked for every tensor of this optimizer.
-        options = StateDictOptions(strict=False)
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-        generators = stored_generators(chosen)
-        torch.set_rng_state(generators["cpu"])
-        # A kind of device that was not saved keeps its own.
-        if "cuda" in generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state(generators["cuda"])
-        return json.loads((chosen / TRAIN_STATE).read_text()), damaged
+        return load_checkpoint(chosen, model, optimizer, self.world), damaged
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run something on the main rank; raise its failure on every rank."""
@@ -277,6 +265,36 @@ class Checkpoints:
         folders = checkpoint_folders(self.directory)
         for old in folders[folders.index(newest) + self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    hyperparameters: bool = True,
+) -> dict[str, Any]:
+    """Load a whole one into model, optimizer and random generators; return its further state.
+
+    Args:
+        hyperparameters: whether the optimizer takes those, too, or keeps its own.
+    """
+    tensors = tensors_of(model, optimizer)
+    own = {} if hyperparameters else {"param_groups": tensors["optimizer"].pop("param_groups")}
+    load_tensors(tensors, checkpoint, world)
+    tensors["optimizer"].update(own)
+    set_model_state_dict(model, tensors["model"])
+    # Not strict, because a rule without momentum has no state for its parameters; nothing can be
+    # missing, since dcp.load was asked for every tensor of this optimizer.
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
+    generators = stored_generators(checkpoint)
+    torch.set_rng_state(generators["cpu"])
+    # A kind of device that was not saved keeps its own.
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
+    return json.loads((checkpoint / TRAIN_STATE).read_text())
 
 
 def load_model(checkpoint: Path) -> Llama:

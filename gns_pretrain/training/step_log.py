@@ -125,7 +125,7 @@ def raise_unless_finite(step: int, name: str, value: float) -> None:
     if not math.isfinite(value):
         raise TrainingError(
             f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "
-            "this step: lower optimizer.lr or look at the data, and start again under another "
-            "run_name, or resume with bad_steps.skip=true",
+            "this step: resume with bad_steps.skip=true, or go on from its last checkpoint under "
+            "another run_name (init.from=, init.what=all) with a lower optimizer.lr",
             on_all_ranks=True,
         )
