@@ -4,12 +4,18 @@ Each function raises an InputError at the first rule that is broken.
 """
 
 import math
+from functools import reduce
+from operator import or_
 
 import torch
 
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, counted
-from gns_pretrain.model.config import count_parameters
+from gns_pretrain.model.config import LlamaConfig, count_parameters
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import Role, parameter_roles
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs
+from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.parallel.mesh import shard_group_size
 from gns_pretrain.system.processes import machine_memory
 
@@ -110,12 +116,18 @@ def check_memory(
 ) -> None:
     """Refuse a model or a micro-batch that cannot fit, before anything is built or written.
 
-    Counted is what every run holds at least: float32 weights and gradients, sharded or not, whole
-    weights while they are initialized, the token ids of a micro-batch and two bytes for each number
-    that goes into a block, or into one block where activations are recomputed.
+    Counted is what every run holds at least, so that nothing that fits is refused: weights and the
+    optimizer's state, sharded or not, and beside them, when a backward pass begins, the token ids
+    of a micro-batch and two bytes for each number that goes into a block (one block where
+    activations are recomputed), and when it ends, float32 gradients and a measurement's sums. While
+    they are initialized, weights are whole.
     """
     model = config.model.of_data(data_vocab_size)
-    parameters = count_parameters(model).total
+    counts = count_parameters(model)
+    parameters = counts.total
+    matrices = counts.in_blocks - 2 * model.dim * model.num_layers  # two norms a block
+    of_matrix, of_other = state_bytes(config.optimizer)
+    state = of_matrix * matrices + of_other * (parameters - matrices)
     kind = config.parallel.resolved_kind(num_ranks)
     tensor_size = config.parallel.tensor_size
     shards = 1 if kind in ("single", "ddp") else num_ranks
@@ -123,21 +135,22 @@ def check_memory(
         shards = tensor_size * shard_group_size(
             config.parallel, num_ranks=num_ranks, ranks_per_node=ranks_per_node
         )
-    weights = max(4 * parameters // tensor_size, 8 * parameters // shards)
     tokens = config.micro_batch_size * config.data.sequence_length
     blocks = 1 if model.activation_checkpointing else model.num_layers
     micro_batch = tokens * (8 + 2 * model.dim * blocks // tensor_size)
     on_gpu = device == "cuda"
     ranks = 1 if on_gpu else ranks_per_node
     there = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine_memory()
-    needed = ranks * (weights + micro_batch)
+    gradients = 4 * parameters // shards + measurement_bytes(config, model) // num_ranks
+    held = (4 * parameters + state) // shards
+    needed = ranks * max(4 * parameters // tensor_size, held + max(micro_batch, gradients))
     if needed > there:
         raise InputError(
-            f"model.name={model.name} with {parameters:,} parameters and micro_batch_size="
-            f"{config.micro_batch_size} x data.sequence_length={config.data.sequence_length} needs "
-            f"at least {needed:,} bytes on {counted(ranks, 'rank')}, but the "
-            f"{'GPU' if on_gpu else 'machine'} has {there:,}; use a smaller model or micro-batch, "
-            "or shard over more ranks"
+            f"model.name={model.name} with {parameters:,} parameters, optimizer="
+            f"{config.optimizer.name} and micro_batch_size={config.micro_batch_size} x "
+            f"data.sequence_length={config.data.sequence_length} needs at least {needed:,} bytes "
+            f"on {counted(ranks, 'rank')}, but the {'GPU' if on_gpu else 'machine'} has {there:,}; "
+            "use a smaller model or micro-batch, or shard over more ranks"
         )
     copies = ranks_per_node * 4 * parameters // shards  # at least: of the weights
     there, held = machine_memory(), 0 if on_gpu else needed
@@ -146,3 +159,45 @@ def check_memory(
             f"checkpoint.asynchronous=true copies at least {copies:,} bytes to the memory of the "
             f"machine, {there:,}, beside {held:,} of the run; use checkpoint.asynchronous=false"
         )
+
+
+def state_bytes(settings: OptimizerSettings) -> tuple[int, int]:
+    """Bytes of an optimizer's state for a number in a block's matrix, and for any other, at least.
+
+    They are what is left of a step over a tiny model: tensors of a parameter's own shape.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = Llama(
+            LlamaConfig("tiny", 2, 1, num_heads=1, num_kv_heads=1, ffn_dim=2, vocab_size=2)
+        )
+        optimizer = settings.build(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    held: dict[bool, list[int]] = {True: [], False: []}
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        states = optimizer.state.get(parameter, {}).values()
+        same = (s for s in states if isinstance(s, torch.Tensor) and s.shape == parameter.shape)
+        held[roles[name] is Role.MATRIX].append(sum(tensor.element_size() for tensor in same))
+    return min(held[True]), min(held[False])
+
+
+def measurement_bytes(config: Config, model: LlamaConfig) -> int:
+    """Bytes that a measurement adds over all ranks, at least; 0 where the run is over before one
+    with an optimizer's state.
+
+    Args:
+        model: with the vocabulary's size.
+    """
+    measured = config.noise_scale
+    step_tokens = config.batch_size.initial * config.data.sequence_length
+    if config.token_budget // step_tokens <= measured.every_steps:
+        return 0
+    needs = reduce(or_, (GEOMETRIES[n](measured).needs for n in measured.geometries), Needs())
+    signed = any(estimate == "cross_fitted" for _, estimate in measured.measured)
+    sums = needs.squares + signed  # float32, of every coordinate
+    kv_dim = model.num_kv_heads * model.head_dim
+    sides = [model.dim] * 2 + [kv_dim] * 2 + [min(model.dim, model.ffn_dim)] * 3
+    grams = model.num_layers * sum(side**2 for side in sides) if needs.matrices else 0  # float64
+    return 4 * sums * count_parameters(model).total + 8 * grams

@@ -1,23 +1,31 @@
 """What is typed after `gns-pretrain train` gives settings, or one line that says what to mend."""
 
+import re
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from gns_pretrain.config.checks import state_bytes
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.train import check_run
+from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.runs.identity import flatten
 from gns_pretrain.system import processes
+from gns_pretrain.training.step import accumulate_gradients
+from tests.settings import VOCABULARY
 
 BUDGET_SECONDS = 10.0  # of the fuzzer
 BEGAN: dict[str, float] = {}
@@ -109,6 +117,58 @@ def test_memory_counts_every_rank_of_a_machine_and_its_share(base, monkeypatch):
     monkeypatch.setattr("gns_pretrain.config.checks.machine_memory", lambda: 10**6)
     with pytest.raises(InputError, match="on 2 ranks, but the machine has 1,000,000"):
         checked(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "of_matrix", "of_other"),
+    [
+        (["optimizer=adamw"], 8, 8),
+        (["optimizer=muon"], 4, 8),
+        (["optimizer=specsgd"], 0, 8),
+        (["optimizer=signum"], 4, 4),
+        (["optimizer=signsgd"], 0, 0),
+        (["optimizer=custom", "optimizer.class_path=torch.optim.NAdam"], 8, 8),
+        # Of one number for a row and one for a column, nothing has the weight's own shape.
+        (["optimizer=custom", "optimizer.class_path=torch.optim.Adafactor"], 0, 0),
+    ],
+)
+def test_an_optimizers_state_is_counted_by_a_step_over_a_tiny_model(
+    words, of_matrix, of_other, base
+):
+    before = torch.get_rng_state()
+    assert state_bytes(checked([*base, *words]).optimizer) == (of_matrix, of_other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_that_is_counted_is_held_in_a_measured_step(base, monkeypatch):
+    measured = ["noise_scale=all", "noise_scale.estimates=[plug_in,cross_fitted]"]
+    measured += ["noise_scale.every_steps=10", "optimizer=adamw"]
+    shape = {"dim": 48, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 80}
+    words = [*base, *measured, *(f"model.{name}={size}" for name, size in shape.items())]
+    config = checked(words)
+    model = Llama(LlamaConfig("held", **shape, vocab_size=VOCABULARY))
+    meter = NoiseMeter(model, config.noise_scale)
+    optimizer = config.optimizer.build(model)
+    batch = list(torch.randint(VOCABULARY, (2, 1, 9)))
+    for _ in range(2):
+        with meter.measure():
+            accumulate_gradients(model, batch, accumulation=2, meter=meter)
+        optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    tensors += [*meter.tap.squares, *meter.tap.signed_sums, *meter.tap.grams.values()]
+    held = sum(tensor.nbytes for tensor in tensors)
+
+    monkeypatch.setattr("gns_pretrain.config.checks.machine_memory", lambda: 0)
+    with pytest.raises(InputError, match="optimizer=adamw") as refusal:
+        checked(words)
+    needed = int(re.search(r"at least ([0-9,]+) bytes", str(refusal.value))[1].replace(",", ""))
+    assert 0.99 * held < needed <= held
+    # A run that is over before it measures beside the optimizer's state holds less.
+    with pytest.raises(InputError) as refusal:
+        checked([*words, "noise_scale.every_steps=100"])
+    less = int(re.search(r"at least ([0-9,]+) bytes", str(refusal.value))[1].replace(",", ""))
+    sums = sum(tensor.nbytes for tensor in [*meter.tap.squares, *meter.tap.signed_sums])
+    assert less < needed - sums
 
 
 def test_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
