@@ -193,7 +193,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.known_vocab_size)
-        self._blocks_compiled = False
+        self.blocks_compiled = False
         self._softmax: Softmax = softmax_
         self._frequencies = inverse_frequencies(config)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -210,9 +210,8 @@ class Llama(nn.Module):
             per token, [], float32, in nats.
         """
         x = self.embedding(tokens).to(self.compute_dtype)  # [B, T, D]
-        if self._blocks_compiled and x.shape[0] > 1:
-            # Without it the first change of the batch size would compile a second graph.
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+        if self.blocks_compiled:
+            mark_batch_dynamic(x)
         cos, sin = self._rotary_tables(tokens.shape[1], tokens.device)
         for block in self.layers:
             x = block(x, cos, sin)
@@ -235,7 +234,7 @@ class Llama(nn.Module):
         for block in self.layers:
             block.compile(backend=backend)
         self._softmax = compiled_softmax_(backend)
-        self._blocks_compiled = True
+        self.blocks_compiled = True
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return tables for T positions, computed once for a length and device.
@@ -288,6 +287,15 @@ class Llama(nn.Module):
                 yield linear.weight, 0.02
             for linear in (attention.wo, feed_forward.w2, feed_forward.w3):
                 yield linear.weight, 0.02 / math.sqrt(2 * (index + 1))
+
+
+def mark_batch_dynamic(x: Tensor) -> None:
+    """Let a compiled block take other batch sizes than x's without a second graph.
+
+    A batch of one stays out of it: the compiler treats a size of one as a constant.
+    """
+    if x.shape[0] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
 def parameter_kind(name: str) -> str:

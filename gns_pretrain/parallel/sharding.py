@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.llama import Llama, mark_batch_dynamic
 from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.tensor import split_over_tensor_ranks
@@ -373,9 +373,17 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
         split_over_tensor_ranks(model, world.mesh["tensor"])
     for block in model.layers:
         fully_shard(block, mesh=world.data_mesh, mp_policy=precision)
+        if model.blocks_compiled:
+            # After FSDP2's own hook, which hands the block another tensor, without the mark.
+            block.register_forward_pre_hook(torch._dynamo.disable(mark_input_dynamic))
     # Embedding, last norm and output stay in the root's group: a tied weight has two uses.
     fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
     return model
+
+
+def mark_input_dynamic(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """`mark_batch_dynamic` as a forward pre-hook of a block; the compiler must not trace it."""
+    mark_batch_dynamic(inputs[0])
 
 
 @contextmanager
