@@ -2,12 +2,14 @@
 
 import atexit
 import ctypes
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from gns_pretrain.noise_scale.host_spectra import host_threads
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.system.processes import note_process_group, rank_process
 
@@ -32,6 +35,7 @@ ENDS: dict[str, tuple[BaseException | None, int]] = {
 }
 FULL_DISK = "full disk"
 ALONE = "alone"
+COMPUTING, COMPUTING_ALONE = "computing", "computing alone"
 AT_EXIT = ["callback", "printed", "printed by C", "thread"]
 
 
@@ -60,6 +64,24 @@ def keep_a_gloo_thread_busy(group: Any) -> None:
             return
 
 
+def keep_the_host_threads_busy(*, for_ever: bool) -> None:
+    """Let each return from C++ again and again, and have further calls wait."""
+    threads = host_threads()
+    begun: SimpleQueue[bool] = SimpleQueue()
+
+    def compute() -> None:
+        begun.put(True)
+        times = itertools.count() if for_ever else range(200)
+        for _ in times:
+            torch.linalg.eigvalsh(torch.eye(100))
+
+    for _ in threads.threads:
+        threads.start(compute)
+    for _ in threads.threads:
+        begun.get()
+    threads.start(lambda: print("begun too late"))
+
+
 class Marker:
     """Tells that the interpreter was finalized."""
 
@@ -73,7 +95,9 @@ def end_as(way: str) -> None:
     threading.Thread(target=lambda: (threading.main_thread().join(), print("thread"))).start()
     print("printed")
     ctypes.CDLL(None).puts(b"printed by C")
-    if way == ALONE:
+    if way in (COMPUTING, COMPUTING_ALONE):
+        keep_the_host_threads_busy(for_ever=way == COMPUTING)
+    if way in (ALONE, COMPUTING, COMPUTING_ALONE):
         sys.exit(75)
     with joined(RankInfo(), ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         assert world.mesh is not None
@@ -86,14 +110,14 @@ def end_as(way: str) -> None:
 def fork_ranks(folder: Path) -> None:
     """Fork a process for every way to end, which returns into the program's end; write codes."""
     children = {}
-    for way in (*ENDS, FULL_DISK, ALONE):
+    for way in (*ENDS, FULL_DISK, ALONE, COMPUTING, COMPUTING_ALONE):
         pid = os.fork()
         if pid == 0:
             output = Path("/dev/full") if way == FULL_DISK else folder / f"{way}.out"
             for stream, path in ((1, output), (2, folder / f"{way}.err")):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
             sys.modules["marker"] = Marker()
-            with rank_process():
+            with nullcontext() if way == COMPUTING_ALONE else rank_process():
                 end_as(way)
             return
         children[way] = pid
@@ -137,6 +161,15 @@ def test_process_that_joined_nobody_is_finalized(ended):
     assert codes[ALONE] == 75
     assert sorted((folder / f"{ALONE}.out").read_text().splitlines()) == AT_EXIT
     assert (folder / f"{ALONE}.err").read_text() == "finalized\n"
+
+
+@pytest.mark.parametrize("way", [COMPUTING, COMPUTING_ALONE])
+def test_process_whose_host_threads_compute_leaves_with_its_code(way, ended):
+    folder, codes = ended
+    errors = (folder / f"{way}.err").read_text()
+    assert codes[way] == 75, errors
+    assert sorted((folder / f"{way}.out").read_text().splitlines()) == AT_EXIT
+    assert errors == ("finalized\n" if way == COMPUTING_ALONE else "")
 
 
 def test_program_of_a_rank_that_would_be_finalized_is_refused():
