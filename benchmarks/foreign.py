@@ -102,9 +102,9 @@ class ForeignLoop:
             )
         ]
 
-    def step(self, meter: NoiseMeter) -> list[Reading]:
-        """Take one optimizer step, which is measured if the meter has geometries."""
-        with meter.step(1):
+    def step(self, meter: NoiseMeter, number: int = 1) -> list[Reading]:
+        """Take one optimizer step, which the meter measures by its number, if at all."""
+        with meter.step(number):
             for index, inputs in enumerate(self.batch, 1):
                 if isinstance(self.model, FSDPModule):
                     self.model.set_requires_gradient_sync(index == len(self.batch))

@@ -1,6 +1,7 @@
 """What the benchmarks share: options of subcommands, workload, stopwatch and provenance."""
 
 import gc
+import itertools
 import os
 import platform
 import re
@@ -31,7 +32,7 @@ from gns_pretrain.fields import About, Settings, at_least, one_of
 from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.train import gpu_versions
 from gns_pretrain.model.config import LlamaConfig, RopeScaling
-from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
@@ -170,8 +171,14 @@ class Workload:
         self.tokens = run.adaptive.batch_size * run.sequence_length
         self._cursor = 0
 
-    def meter(self, geometry: str) -> NoiseMeter:
-        return NoiseMeter(self.run.model, geometries=[geometry])
+    def meter(self, geometry: str, read_after_steps: int = 0) -> NoiseMeter:
+        """Return a meter for `until_read`."""
+        return NoiseMeter(
+            self.run.model,
+            geometries=[geometry],
+            every_steps=read_after_steps + 1,
+            read_after_steps=read_after_steps,
+        )
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Return the next step's micro-batches."""
@@ -182,9 +189,12 @@ class Workload:
         )
 
     def step(
-        self, meter: NoiseMeter | None = None, micro_batches: Iterable[Tensor] | None = None
+        self,
+        meter: NoiseMeter | None = None,
+        micro_batches: Iterable[Tensor] | None = None,
+        number: int | None = None,
     ) -> StepResult:
-        """Take one training step, measured or not."""
+        """Take one training step, measured or not; by its number, if it has one."""
         return train_step(
             self.run.model,
             self.run.optimizer,
@@ -193,7 +203,35 @@ class Workload:
             gradient_clip=self.run.gradient_clip,
             batch_size=self.run.adaptive.batch_size,
             meter=meter,
+            step=number,
         )
+
+    def until_read(self, meter: NoiseMeter) -> Callable[[], list[Reading]]:
+        return until_read(lambda number: self.step(meter, number=number).readings, meter)
+
+
+def until_read(
+    step: Callable[[int], list[Reading]], meter: NoiseMeter
+) -> Callable[[], list[Reading]]:
+    """Return calls that each take a measured step and those up to its reading, which they return.
+
+    Args:
+        step: takes the step of a number; returns what was read in it.
+        meter: whose `every_steps` is one above its `read_after_steps`.
+    """
+    every = meter.settings.every_steps
+    numbers = itertools.count(every)
+    return lambda: [step(next(numbers)) for _ in range(every)][-1]
+
+
+def repeated(step: Callable[[], object], count: int) -> Callable[[], None]:
+    """Return a call that takes `count` steps."""
+
+    def steps() -> None:
+        for _ in range(count):
+            step()
+
+    return steps
 
 
 @contextmanager
@@ -259,9 +297,13 @@ class Timings(NamedTuple):
         low, middle, high = self.quartiles(above, below)
         return {name: round(middle, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}
 
-    def cost(self, measured: str, plain: str) -> Row:
-        """Return the extra time of a measured step in per cent, and its share at F = 100."""
-        low, middle, high = (100 * (q - 1) for q in self.quartiles(measured, plain))
+    def cost(self, measured: str, plain: str, *, steps: int = 1) -> Row:
+        """Return the extra time of a measurement in per cent of a step, and its share at F = 100.
+
+        Args:
+            steps: that are timed together.
+        """
+        low, middle, high = (100 * steps * (q - 1) for q in self.quartiles(measured, plain))
         return {
             "extra_seconds": round(self.median(measured) - self.median(plain), 5),
             "cost_every_step_percent": round(middle, 2),

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,20 @@ from typing import Annotated
 import torch
 
 from benchmarks.foreign import FOREIGN_MODELS, ForeignLoop
-from benchmarks.harness import ModelCommand, Pairs, Row, Timings, paired, workload
+from benchmarks.harness import (
+    ModelCommand,
+    Pairs,
+    Row,
+    Timings,
+    paired,
+    repeated,
+    until_read,
+    workload,
+)
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least, one_of
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
-from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined, pick_device
 
@@ -35,6 +45,9 @@ class NoiseScale(ModelCommand):
         default_factory=lambda: ["plug_in"]
     )
     square_root: Annotated[str, About("auto, iterative or exact")] = "auto"
+    read_after_steps: Annotated[
+        int, at_least(0), About("steps that a reading comes later; timed together (default: 0)")
+    ] = 0
     foreign: Annotated[
         str,
         one_of("none", *FOREIGN_MODELS),
@@ -57,7 +70,13 @@ class NoiseScale(ModelCommand):
     def run(self) -> Iterator[Row]:
         """Yield a row for each number of ranks and geometry; costs are medians of paired ratios."""
         for num_ranks, geometry in product(self.ranks, self.geometry):
-            settings = NoiseScaleSettings([geometry], self.estimate, square_root=self.square_root)
+            settings = NoiseScaleSettings(
+                [geometry],
+                self.estimate,
+                every_steps=self.read_after_steps + 1,
+                read_after_steps=self.read_after_steps,
+                square_root=self.square_root,
+            )
             timings, seconds = self.on_ranks(num_ranks, settings)
             yield {
                 "measured": "noise_scale",
@@ -65,11 +84,11 @@ class NoiseScale(ModelCommand):
                 "estimates": ", ".join(self.estimate),
                 "ranks": num_ranks,
                 "model": self.model if self.foreign == "none" else f"transformers' {self.foreign}",
-                **self.options("square_root", "samples", "micro_batch_size"),
+                **self.options("square_root", "read_after_steps", "samples", "micro_batch_size"),
                 **self.options("sequence_length", "pairs"),
-                "plain_step_seconds": round(timings.median("plain"), 4),
+                "plain_step_seconds": round(timings.median("plain") / settings.every_steps, 4),
                 "measurement_seconds": round(seconds, 4),
-                **timings.cost("measured", "plain"),
+                **timings.cost("measured", "plain", steps=settings.every_steps),
             }
 
     def on_ranks(self, num_ranks: int, settings: NoiseScaleSettings) -> tuple[Timings, float]:
@@ -99,7 +118,7 @@ class NoiseScale(ModelCommand):
                 sequence_length=self.sequence_length,
             ) as work:
                 meter = NoiseMeter(work.run.model, settings)
-                return self.timed(work.step, lambda: work.step(meter).readings[0].seconds, world)
+                return self.timed(work.step, work.until_read(meter), world)
 
     def on_rank_foreign(self, settings: NoiseScaleSettings, world: World) -> tuple[Timings, float]:
         """The same of a model that is not ours, in a loop that is not."""
@@ -111,13 +130,17 @@ class NoiseScale(ModelCommand):
             sequence_length=self.sequence_length,
         )
         off, meter = NoiseMeter(loop.model), NoiseMeter(loop.model, settings)
-        return self.timed(lambda: loop.step(off), lambda: loop.step(meter)[0].seconds, world)
+        measured = until_read(partial(loop.step, meter), meter)
+        return self.timed(lambda: loop.step(off), measured, world)
 
     def timed(
-        self, plain: Callable[[], object], measured: Callable[[], float], world: World
+        self, plain: Callable[[], object], measured: Callable[[], list[Reading]], world: World
     ) -> tuple[Timings, float]:
-        """Time alternating steps; `measured` returns the seconds that the meter counts."""
+        """Time alternating steps; also return the seconds that the meter itself counts."""
         own: list[float] = []
-        steps = {"plain": plain, "measured": lambda: own.append(measured())}
+        steps: dict[str, Callable[[], object]] = {
+            "plain": repeated(plain, self.read_after_steps + 1),
+            "measured": lambda: own.append(measured()[0].seconds),
+        }
         timings = paired(steps, self.pairs, world)
         return timings, statistics.median(own[-self.pairs :])

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from benchmarks.harness import (
     compute_dtype,
     host_synchronisations,
     paired,
+    repeated,
     this_process,
 )
 from benchmarks.model import Model, flops_per_token
@@ -40,6 +40,9 @@ class Speed(StepCommand):
     product_size: Annotated[int, at_least(1), About("n of the n x n x n matmul")] = (
         8192 if ON_GPU else 1024
     )
+    read_after_steps: Annotated[
+        int, at_least(0), About("steps that a reading comes later; timed together (default: 0)")
+    ] = 0
     parts: Annotated[list[str], one_of(*PARTS), About("what to time (default: all of it)")] = field(
         default_factory=lambda: list(PARTS)
     )
@@ -79,18 +82,21 @@ class Speed(StepCommand):
     def measure_steps(self, world: World, rate: float) -> Iterator[Row]:
         """Time AdamW's step without and with a measurement; `rate` is a matmul's FLOP/s."""
         with self.workload(world, "adamw") as work:
-            meters = {geometry: work.meter(geometry) for geometry in GEOMETRIES}
-            measured = {name: partial(work.step, meter) for name, meter in meters.items()}
-            steps: dict[str, Callable[[], Any]] = {"plain": work.step, **measured}
+            later = self.read_after_steps
+            meters = {geometry: work.meter(geometry, later) for geometry in GEOMETRIES}
+            measured = {name: work.until_read(meter) for name, meter in meters.items()}
+            plain = repeated(work.step, later + 1)
+            steps: dict[str, Callable[[], Any]] = {"plain": plain, **measured}
             timings = paired(steps, self.pairs, world)
-            tokens_per_second = work.tokens / timings.median("plain")
+            step_seconds = timings.median("plain") / (later + 1)
+            tokens_per_second = work.tokens / step_seconds
             token_flops = flops_per_token(self.shape(), self.sequence_length)
             waits = {name: host_synchronisations(step) for name, step in steps.items()}
             described = {**self.described("adamw"), "pairs": self.pairs}
             yield {
                 "measured": "step",
                 **described,
-                "seconds": round(timings.median("plain"), 5),
+                "seconds": round(step_seconds, 5),
                 "tokens_per_second": round(tokens_per_second),
                 "share_of_product_rate": round(tokens_per_second * token_flops / rate, 4),
                 "host_synchronisations": waits["plain"],
@@ -102,7 +108,8 @@ class Speed(StepCommand):
                     "geometry": geometry,
                     **described,
                     "samples": work.accumulation,
-                    **timings.cost(geometry, "plain"),
+                    "read_after_steps": later,
+                    **timings.cost(geometry, "plain", steps=later + 1),
                     "host_synchronisations": waits[geometry],
                 }
                 if peaks["plain"]:

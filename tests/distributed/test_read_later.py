@@ -18,7 +18,7 @@ SAVED_AT = 2  # between the measurement of step 1 and its reading at the end of 
 
 
 def steps(place: RankInfo, kind: str, later: int) -> tuple[list[list[tuple]], dict[str, Any]]:
-    """Train three steps; return what was read in each, and what the meter saves after the second."""
+    """Train three steps; return what was read in each, and what is saved after the second."""
     settings = replace(ALL, read_after_steps=later, per_layer=True)
     with joined(place, ParallelSettings(kind=kind), torch.device("cpu")) as world:
         model = Case(kind).laid(world)

@@ -52,6 +52,7 @@ def step_on(
         if compiled:
             llama.compile_blocks()
         model = parallelize(llama, world, compute_dtype=dtype)
+        meter = NoiseMeter(model, settings) if settings else None
         result = train_step(
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
@@ -59,14 +60,18 @@ def step_on(
             accumulation=FEW.count,
             gradient_clip=1.0,
             batch_size=FEW.count,
-            meter=NoiseMeter(model, settings) if settings else None,
+            meter=meter,
         )
+        if meter:
+            result = replace(result, readings=[*result.readings, *meter.read_pending()])
         return result, [part.detach().clone() for part in local_shards(model.parameters())]
 
 
+@pytest.mark.parametrize("later", [0, 8])  # 8: eigenvalues are taken on the host
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_every_geometry_and_estimate_equals_the_dense_reference(gpu, kind):
-    assert_equal(values_of(step_on(gpu, kind, ALL)[0]), dense_reference(), kind)
+def test_every_geometry_and_estimate_equals_the_dense_reference(gpu, kind, later):
+    settings = replace(ALL, read_after_steps=later)
+    assert_equal(values_of(step_on(gpu, kind, settings)[0]), dense_reference(), kind)
 
 
 def test_iterative_square_roots_equal_the_dense_reference(gpu):
@@ -118,6 +123,25 @@ def test_host_never_waits_in_an_unmeasured_step(gpu, kind, optimizer, tmp_path, 
                 one_step(run, log)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["single", "fsdp"])
+def test_host_never_waits_in_a_measured_step_that_is_read_later(gpu, kind, tmp_path, shards):
+    measured = replace(ALL, every_steps=5, read_after_steps=3, square_root="auto")
+    with run_on(gpu, tmp_path, shards, kind, noise_scale=measured) as run:
+        log = StepLog(run.record, run.world)
+        for _ in range(9):  # learns the order of the blocks, compiles, pins memory
+            one_step(run, log)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                assert one_step(run, log) == []
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        readings = one_step(run, log)
+    assert {reading.step for reading in readings} == {10}
+    assert len(readings) == len(measured.measured)
 
 
 @pytest.mark.parametrize("kind", ["single", "fsdp"])

@@ -14,8 +14,10 @@ from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import register_configs
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
+from gns_pretrain.launch.build import build_adaptive_batch_size
 from gns_pretrain.model.config import count_parameters
 from gns_pretrain.model.llama import Llama
+from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim import OPTIMIZERS
 from gns_pretrain.parallel.mesh import World
@@ -137,6 +139,37 @@ def test_a_batch_grows_in_the_published_steps_at_the_papers_scale(cell, sizes):
     while len(grown) <= len(sizes):
         grown.append(feasible.at_least(grown[-1] + 1).batch_size)
     assert grown[1:] == sizes
+
+
+def batch_sizes(config: Config, later: int) -> list[int]:
+    """Of each step, as a growing noise scale has them that is read some steps late."""
+    adaptive = build_adaptive_batch_size(config, num_ranks=8)
+    taken = []
+    for step in range(1, 1001):
+        adaptive.decide()
+        taken.append(adaptive.batch_size)
+        measured = step - later
+        read = []
+        if measured > 0 and config.noise_scale.measures_at(measured):
+            read.append(Measurement(*config.batch_size.reads, 80.0 * measured**0.3, 1.0, 8, 64))
+        adaptive.observe(read)
+    return taken
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [["noise_scale=manhattan"], ["batch_size=norm_test", "noise_scale=euclidean"]],
+    ids=["adaptive", "norm_test"],
+)
+def test_late_readings_change_no_decision_at_the_papers_scale(policy):
+    config = composed("+experiment=table2/signum_adaptive", "scale=paper", *ANY_TUNING, *policy)
+    config.batch_size.warmup_fraction = 0.0
+    later = config.noise_scale.read_after_steps
+    expected = batch_sizes(config, 0)
+    assert len(set(expected)) > 2
+    assert batch_sizes(config, later) == expected
+    # One step more, and the measurement of step 1 misses the decision before step 10.
+    assert batch_sizes(config, later + 1) != expected
 
 
 def test_measuring_more_does_not_change_what_a_cell_follows():
