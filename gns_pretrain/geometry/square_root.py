@@ -67,6 +67,12 @@ def smaller_side_gram(matrix: Tensor) -> Tensor:
     return matrix.mT @ matrix if matrix.shape[-2] > matrix.shape[-1] else matrix @ matrix.mT
 
 
+def add_smaller_side_gram(total: Tensor, matrix: Tensor) -> None:
+    """Add a matrix's `smaller_side_gram` to a total [s, s] of its dtype, in place."""
+    wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    total.addmm_(wide, wide.mT)
+
+
 def trace_square_root(grams: Tensor, *, mode: str = "auto") -> SquareRootTraces:
     """tr C^(1/2) of each symmetric positive semi-definite matrix of a stack.
 
@@ -85,37 +91,52 @@ def trace_square_root(grams: Tensor, *, mode: str = "auto") -> SquareRootTraces:
     """
     if mode not in MODES:
         raise InputError(f"mode={mode} is unknown; use one of {', '.join(MODES)}")
-    assert grams.shape[1:] == (grams.shape[-1],) * 2, f"not a stack of squares: {grams.shape}"
+    if (default_mode(grams.device) if mode == "auto" else mode) == "exact":
+        grams, norms, usable = _usable(grams)
+        return SquareRootTraces(torch.where(usable, _exact(grams), norms * 0.0), 0)
+    values, proven = iterated_traces(grams)
+    fallbacks = (~proven).nonzero().squeeze(-1)  # the one synchronisation
+    if len(fallbacks):
+        values[fallbacks] = _exact(grams[fallbacks].double())
+    return SquareRootTraces(values, len(fallbacks))
+
+
+def iterated_traces(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """tr C^(1/2) by the iteration alone, chunk by chunk; the host waits for nothing.
+
+    Args:
+        grams: as in `trace_square_root`.
+
+    Returns:
+        Values [k], float64, NaN for a matrix that is not finite; and [k], bool: whether that one is
+        within `TOLERANCE` or not a number, so that it needs no eigenvalues.
+    """
+    grams, norms, usable = _usable(grams)
+    scales = torch.where(usable, norms, 1.0)
+    chunk = max(1, _CHUNK_ENTRIES // grams[0].numel()) if len(grams) else 1
+    parts = [
+        _proven_trace(part / scale[:, None, None])
+        for part, scale in zip(grams.split(chunk), scales.split(chunk), strict=True)
+    ]
+    values = torch.cat([value for value, _ in parts]) * scales.sqrt()
+    proven = torch.cat([proven for _, proven in parts])
+    return torch.where(usable, values, norms * 0.0), proven | ~usable
+
+
+def _usable(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Grams in float64, with identities for those without roots; their norms, and which have some.
+
+    Eigenvalue solvers raise on NaN; the identity stands in until the values are masked.
+    """
     grams = grams.double()
     norms = torch.linalg.matrix_norm(grams)
     usable = torch.isfinite(norms) & (norms > 0)
-    # Eigenvalue solvers raise on NaN; an identity stands in until the values are masked.
     identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    grams = torch.where(usable[:, None, None], grams, identity)
-    if (default_mode(grams.device) if mode == "auto" else mode) == "exact":
-        values, num_fallbacks = _exact(grams), 0
-    else:
-        values, num_fallbacks = _iterative_or_exact(grams, torch.where(usable, norms, 1.0), usable)
-    return SquareRootTraces(torch.where(usable, values, norms * 0.0), num_fallbacks)
+    return torch.where(usable[:, None, None], grams, identity), norms, usable
 
 
 def _exact(grams: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(grams).clamp_min(0.0).sqrt().sum(dim=-1)
-
-
-def _iterative_or_exact(grams: Tensor, norms: Tensor, usable: Tensor) -> tuple[Tensor, int]:
-    """Iterate chunk by chunk; take exact values where a matrix stays unproven, and count them."""
-    chunk = max(1, _CHUNK_ENTRIES // grams[0].numel()) if len(grams) else 1
-    parts = [
-        _proven_trace(part / norm[:, None, None])
-        for part, norm in zip(grams.split(chunk), norms.split(chunk), strict=True)
-    ]
-    values = torch.cat([value for value, _ in parts]) * norms.sqrt()
-    unproven = usable & ~torch.cat([proven for _, proven in parts])
-    fallbacks = unproven.nonzero().squeeze(-1)  # the one synchronisation
-    if len(fallbacks):
-        values[fallbacks] = _exact(grams[fallbacks])
-    return values, len(fallbacks)
 
 
 def _proven_trace(grams: Tensor) -> tuple[Tensor, Tensor]:

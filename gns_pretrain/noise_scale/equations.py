@@ -41,7 +41,7 @@ from torch import Tensor
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.directions import RANK_CUT, matrix_sign_product
 from gns_pretrain.geometry.norms import norms
-from gns_pretrain.geometry.square_root import trace_square_root
+from gns_pretrain.geometry.square_root import iterated_traces
 
 # A coordinate below this share of its other half counts as zero: it is the rounding of S and D,
 # which are sums of R float32 terms. At u = 6e-8 these are off by u sqrt(R / 2) of themselves where
@@ -147,8 +147,8 @@ def manhattan_signal_total(mean: Tensor, sizes: Sequence[int] | None = None) -> 
 
 
 def nuclear_totals(
-    mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int, mode: str
-) -> tuple[Tensor, Tensor, int]:
+    mean_gram: Tensor, gram_of_mean: Tensor, *, batch_size: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
     """tr C^(1/2) and ||G||_S1 of each matrix of a stack; summed over layers, then squared, Eq. 17.
 
     ||G||_S1 = tr (G G^T)^(1/2), and C needs that Gram anyway: both square roots are one batch.
@@ -156,17 +156,15 @@ def nuclear_totals(
     Args:
         mean_gram: [k, s, s], float64; Grams of the smaller side, averaged over samples.
         gram_of_mean: [k, s, s]; the same Gram of the mean gradients.
-        mode: of the square roots, see `trace_square_root`.
 
     Returns:
-        Noise and signal, [k], float64; and how many of the 2k roots the iteration could not prove.
+        Noise and signal, [2, k], float64, by iteration; and [2, k], bool: whether it proved them.
     """
     covariance = gram_covariance(
         mean_gram, gram_of_mean, batch_size=batch_size, num_samples=num_samples
     )
-    roots = trace_square_root(torch.cat([covariance, gram_of_mean]), mode=mode)
-    noise, signal = roots.values.split(len(mean_gram))
-    return noise, signal, roots.num_fallbacks
+    values, proven = iterated_traces(torch.cat([covariance, gram_of_mean]))
+    return values.view(2, -1), proven.view(2, -1)
 
 
 def half_means(

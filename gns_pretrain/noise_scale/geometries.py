@@ -399,26 +399,42 @@ class Nuclear(Geometry):
         return mode == "exact"
 
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
-        """tr C^(1/2) and ||G||_S1 by iteration; a chunk's fallbacks on its first weight.
-
-        Fallbacks are square roots that took the exact route after all.
-        """
+        """tr C^(1/2) and ||G||_S1 by iteration, or by eigenvalues where that is not proven."""
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
-        if self._takes_eigenvalues(totals.device):
+        if self._takes_eigenvalues(totals.device) or not sums.grams:
             return totals
-        for members in chunks_of_one_size(sums.grams):
-            noise, signal, num_fallbacks = nuclear_totals(
-                torch.stack([sums.grams[i] for i in members]) / sums.num_samples,
-                torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in members]),
-                batch_size=batch_size,
-                num_samples=sums.num_samples,
-                mode="iterative",
+        members, iterated = [], []
+        for chunk in chunks_of_one_size(sums.grams):
+            members += chunk
+            iterated.append(
+                nuclear_totals(
+                    torch.stack([sums.grams[i] for i in chunk]) / sums.num_samples,
+                    torch.stack([smaller_side_gram(sums.matrices[i].double()) for i in chunk]),
+                    batch_size=batch_size,
+                    num_samples=sums.num_samples,
+                )
             )
-            # One row at a time: a list as an index would be copied to the device, and waited for.
-            for index, *values in zip(members, noise, signal, strict=True):
-                totals[index, :2] = torch.stack(values)
-            totals[members[0], 3] = num_fallbacks
+        values, proven = (torch.cat(each, dim=1) for each in zip(*iterated, strict=True))
+        # One place at a time: a list as an index would be copied to the device, and waited for.
+        places = [totals[i, column] for column in (0, 1) for i in members]
+        torch._foreach_copy_(places, list(values.flatten().unbind()))
+        for column, of_column in enumerate(proven.tolist()):  # the device is waited for once
+            for i, is_proven in zip(members, of_column, strict=True):
+                if not is_proven:
+                    totals[i, column] = exact_trace(self._grams(sums, i, batch_size)[column])
+                    totals[i, 3] += 1
         return totals
+
+    def _grams(self, sums: SampleSums, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """C and G G^T of one matrix, whose square roots' traces are noise and signal."""
+        gram_of_mean = smaller_side_gram(sums.matrices[index].double())
+        covariance = gram_covariance(
+            sums.grams[index] / sums.num_samples,
+            gram_of_mean,
+            batch_size=batch_size,
+            num_samples=sums.num_samples,
+        )
+        return covariance, gram_of_mean
 
     def spectral_totals(self, sums: SampleSums, batch_size: int) -> Iterator[SpectralTotal]:
         """s of the matrix sign; and tr C^(1/2) and ||G||_S1 by eigenvalues."""
@@ -429,15 +445,8 @@ class Nuclear(Geometry):
                 halves = sums.halves(mean, sums.signed_matrices[index])
                 yield SpectralTotal(index, 2, nuclear_cross_total, cross_grams(*halves))
             if takes_eigenvalues:
-                gram_of_mean = smaller_side_gram(mean.double())
-                covariance = gram_covariance(
-                    sums.grams[index] / sums.num_samples,
-                    gram_of_mean,
-                    batch_size=batch_size,
-                    num_samples=sums.num_samples,
-                )
-                yield SpectralTotal(index, 0, exact_trace, (covariance,))
-                yield SpectralTotal(index, 1, exact_trace, (gram_of_mean,))
+                for column, gram in enumerate(self._grams(sums, index, batch_size)):
+                    yield SpectralTotal(index, column, exact_trace, (gram,))
 
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int

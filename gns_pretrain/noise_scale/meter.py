@@ -5,7 +5,6 @@ of kilobytes.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from gns_pretrain.noise_scale.equations import check_num_samples
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, Needs, SampleSums
 from gns_pretrain.noise_scale.host_spectra import HostSpectra, PendingTotal
 from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
+from gns_pretrain.noise_scale.stopwatch import Stopwatch
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.collectives import reduce_over
 
@@ -36,7 +36,9 @@ class Reading:
 
     total: Measurement
     parts: dict[str, Measurement]  # by kind of parameter and by block, where asked for
-    seconds: float  # host time of the whole step's measurement, all geometries together
+    # Of the whole step's measurement, all geometries together: the host's time on a CPU, the
+    # device's own on a GPU, without its wait for the step's other kernels.
+    seconds: float
     details: dict[str, Any] = field(default_factory=dict)  # of the geometry, for the record
     step: int = 0  # that was measured, by `NoiseMeter.step`
 
@@ -60,7 +62,7 @@ class RankTotals:
     agreement: Tensor  # [W, 2]; see `GradientTap`
     num_samples: int
     batch_size: int
-    seconds: float  # host time so far
+    stopwatch: Stopwatch
 
 
 class NoiseMeter:
@@ -185,7 +187,6 @@ class NoiseMeter:
                 sums = self.tap.sums(loss_scale=loss_scale)
                 totals = self._totals(sums, batch_size, on_host=later > 0)
                 self.tap.release()
-            totals.seconds = self.tap.seconds
             self._pending.append(Pending(self._step, self._step + later, totals=totals))
         due = [each for each in self._pending if each.due <= self._step]
         self._pending = [each for each in self._pending if each.due > self._step]
@@ -256,8 +257,8 @@ class NoiseMeter:
                 continue
             for total in spectral:
                 table[total.weight, total.column] = total.function(*total.matrices)
-        agreement = self.tap.agreement
-        return RankTotals(tables, pending, agreement, sums.num_samples, batch_size, 0.0)
+        numbers = sums.num_samples, batch_size
+        return RankTotals(tables, pending, self.tap.agreement, *numbers, self.tap.stopwatch)
 
     def _finished(self, pending: Pending) -> list[Reading]:
         """Return the readings of a measurement, which its host threads are waited for."""
@@ -271,23 +272,24 @@ class NoiseMeter:
     @torch.no_grad()
     def _readings(self, totals: RankTotals) -> list[Reading]:
         """Join the ranks' totals: one all-reduce of kilobytes, and one wait for the device."""
-        began = time.perf_counter()
-        tables = [
-            table + self._host.gathered(on_host, table) if on_host else table
-            for table, on_host in zip(totals.tables, totals.on_host, strict=True)
-        ]
         counts = {"batch_size": totals.batch_size, "num_samples": totals.num_samples}
-        # Filled there: a tensor that is copied to the device is waited for.
-        numbers = totals.agreement.new_ones(6)
-        for place, number in enumerate((totals.num_samples, totals.batch_size), 1):
-            numbers[place] = number
-            numbers[place + 3] = number**2
-        parts = [*(table.flatten() for table in tables), totals.agreement.flatten(), numbers]
-        joined = reduce_over(torch.cat(parts), self.tap.layout).cpu()
+        with totals.stopwatch.running():
+            tables = [
+                table + self._host.gathered(on_host, table) if on_host else table
+                for table, on_host in zip(totals.tables, totals.on_host, strict=True)
+            ]
+            # Filled there: a tensor that is copied to the device is waited for.
+            numbers = totals.agreement.new_ones(6)
+            for place, number in enumerate((totals.num_samples, totals.batch_size), 1):
+                numbers[place] = number
+                numbers[place + 3] = number**2
+            parts = [*(table.flatten() for table in tables), totals.agreement.flatten(), numbers]
+            joined = reduce_over(torch.cat(parts), self.tap.layout)
+        joined = joined.cpu()
+        seconds = totals.stopwatch.seconds()
         *flat, agreement, numbers = joined.split([part.numel() for part in parts])
         check_ranks(numbers.tolist())
         self._check_agreement(agreement.view(-1, 2).tolist())
-        seconds = totals.seconds + time.perf_counter() - began
         readings = []
         for geometry, joint, table in zip(self.geometries, flat, tables, strict=True):
             rows = joint.view(table.shape).tolist()  # [weight][column]

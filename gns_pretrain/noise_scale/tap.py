@@ -4,18 +4,21 @@ A sample is what the backward pass of one micro-batch leaves on one data-paralle
 measured step a hook on every weight sees that sample's gradient before accumulation and before any
 reduction, on one process, DDP, FSDP2, HSDP and tensor parallel alike; it changes nothing, so a
 measured step trains with the same bits as an unmeasured one, and once removed it costs nothing.
-What the estimators need of all samples is reduced at once, a block at a time:
+What the estimators need of all samples is reduced at once, a block at a time, with few kernels and
+collectives: its weights are neighbours in one flat tensor.
 
-    squares, signed gradients   reduce-scattered: every rank keeps its own rows, P / R floats each
-    Grams of the smaller side   reduced to the one rank that owns the matrix
+    squares, signed gradients   one reduce-scatter: every rank keeps its own rows, P / R floats each
+    Grams of the smaller side   one reduction to each rank that owns matrices of the block
 
 After the last backward pass `GradientTap.sums` adds the mean gradient, which is the optimizer's own
 before clipping: rows stay where they are, whole matrices go to their owners.
 """
 
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -25,9 +28,10 @@ from torch.profiler import record_function
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.norms import norms
-from gns_pretrain.geometry.square_root import smaller_side_gram
+from gns_pretrain.geometry.square_root import add_smaller_side_gram
 from gns_pretrain.model.roles import Labels, MatrixChoice, matrix_shape, named_trainable
 from gns_pretrain.noise_scale.geometries import Needs, SampleSums
+from gns_pretrain.noise_scale.stopwatch import Stopwatch
 from gns_pretrain.noise_scale.weights import (
     TappedWeight,
     owned_matrices,
@@ -59,22 +63,26 @@ class GradientTap:
         self.model = model
         seen = unsharded_weights(model)
         self.layout = ShardLayout.of_model(model, seen)
+        if needs != Needs():  # reduced during the backward pass, beside the gradient's own traffic
+            self.layout = self.layout.apart(next(iter(seen.values())).device)
         self.needs = needs
         self.weights = tapped_weights(model, self.layout, seen, needs.matrices, matrices, blocks)
         self.device = self.weights[0].weight.device
+        self._widths = [tapped.padded_rows for tapped in self.weights]
         self.square_norms: Tensor  # [weights], float64; this rank's samples, summed
-        self.squares: list[Tensor] = []  # own rows of each weight, flat, summed over all samples
-        self.signed_sums: list[Tensor] = []  # likewise, with +1 and -1 by the sample's parity
+        # Own rows of all weights, summed over all samples: squares and signed sums, as needed.
+        self.rows: Tensor  # [statistics, sum of padded_rows], float32
+        self.squares: list[Tensor] = []  # views of it, by weight
+        self.signed_sums: list[Tensor] = []  # likewise; +1 and -1 by the sample's parity
         self.grams: dict[int, Tensor] = {}  # whole, of the weights this rank owns, all samples
         self.agreement: Tensor  # [weights, 2], float64; see `_agreement`
-        self.seconds = 0.0  # host time spent on this step
+        self.stopwatch = Stopwatch(self.device)  # of this step
         self.armed = False
         # Blocks are reduced in one order on every rank: at first the reverse of the model's own,
         # after the first measured sample that in which gradients were complete.
-        members: dict[str, list[int]] = {}
-        for index, tapped in enumerate(self.weights):
-            members.setdefault(tapped.block, []).append(index)
-        self._order_blocks(list(reversed(members.values())))
+        counts = Counter(tapped.block for tapped in self.weights)  # which are neighbours
+        stops = list(accumulate(counts.values(), initial=0))
+        self._order_blocks([range(*ends) for ends in pairwise(stops)][::-1])
         self._order_is_known = False
         self._completed: list[int] = []  # blocks of this sample, in the order of their gradients
         self.waiting: dict[int, dict[int, Tensor]] = {}  # gradients of blocks not yet reduced
@@ -82,10 +90,10 @@ class GradientTap:
         self._in_sample = False
         self._first_round = 0
         self._rounds = 0  # samples of this rank
-        self._probes: list[Tensor] = []  # first rows of each weight, summed over own samples
-        self._under_way: list[tuple[dist.Work, Callable[[], None]]] = []
+        self._probes: list[Tensor] = []  # first rows of each weight, flat, summed over own samples
+        self._under_way: list[tuple[dist.Work, Callable[[], object]]] = []
 
-    def _order_blocks(self, blocks: list[list[int]]) -> None:
+    def _order_blocks(self, blocks: list[range]) -> None:
         self.blocks = blocks  # indices of weights, in the order in which blocks are reduced
         self._position = {i: place for place, members in enumerate(blocks) for i in members}
 
@@ -99,17 +107,12 @@ class GradientTap:
         self._check_weights()
         self._first_round = first_round
         self._rounds = 0
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch(self.device)
         self.square_norms = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
-        self.squares = self._zero_rows() if self.needs.squares else []
-        self.signed_sums = self._zero_rows() if self.needs.signed_sums else []
+        self._make_rows()
         self.grams = {}
-        self._probes = [
-            torch.zeros_like(
-                probe_of(tapped, torch.empty(tapped.part_shape, device="meta")), device=self.device
-            )
-            for tapped in self.weights
-        ]
+        sizes = [probe_of(w, w.part_on_meta()).numel() for w in self.weights]
+        self._probes = list(torch.zeros(sum(sizes), device=self.device).split(sizes))
         self.waiting.clear()
         self._completed.clear()
         self._under_way.clear()
@@ -157,15 +160,17 @@ class GradientTap:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Count host time as the measurement's, and name it for the profiler."""
-        started = time.perf_counter()
-        with record_function("measurement"):
+        """Count the time as the measurement's, and name it for the profiler."""
+        with self.stopwatch.running(), record_function("measurement"):
             yield
-        self.seconds += time.perf_counter() - started
 
-    def _zero_rows(self) -> list[Tensor]:
-        """Zeros for this rank's rows of every weight, flat, padded to the widest rank's."""
-        return [torch.zeros(tapped.padded_rows, device=self.device) for tapped in self.weights]
+    def _make_rows(self) -> None:
+        """Zeros for this rank's rows of every weight, padded to the widest rank's."""
+        statistics = self.needs.squares + self.needs.signed_sums
+        self.rows = torch.zeros(statistics, sum(self._widths), device=self.device)
+        by_weight = [list(row.split(self._widths)) for row in self.rows]
+        self.squares = by_weight.pop(0) if self.needs.squares else []
+        self.signed_sums = by_weight.pop(0) if self.needs.signed_sums else []
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
@@ -180,18 +185,23 @@ class GradientTap:
                 f"{self.weights[index].name} has a sparse gradient, which the noise scale does not "
                 "take; use sparse=False"
             )
+        position = self._position[index]
+        if position < self._reduced:
+            raise InputError(
+                f"{self.weights[index].name} got a second gradient in one sample; a sample takes "
+                "one backward pass: add losses up before it. A weight that several segments of a "
+                "reentrant activation checkpoint share needs use_reentrant=False"
+            )
+        arrived = self.waiting.setdefault(position, {})
+        if self.weights[index].seen is not self.weights[index].weight:
+            # FSDP2 only reads the gradient that autograd leaves in its copy: an alias serves, where
+            # autograd would clone a gradient that another holds.
+            gradient = gradient.detach()
+        arrived[index] = arrived[index] + gradient if index in arrived else gradient
+        if len(arrived) < len(self.blocks[position]):
+            return
+        self._completed.append(position)
         with self.measuring():  # within "backward", where autograd calls the hook
-            position = self._position[index]
-            if position < self._reduced:
-                raise InputError(
-                    f"{self.weights[index].name} got a second gradient in one sample; a sample "
-                    "takes one backward pass: add losses up before it. A weight that several "
-                    "segments of a reentrant activation checkpoint share needs use_reentrant=False"
-                )
-            arrived = self.waiting.setdefault(position, {})
-            arrived[index] = arrived[index] + gradient if index in arrived else gradient
-            if len(arrived) == len(self.blocks[position]):
-                self._completed.append(position)
             while len(self.waiting.get(self._reduced, ())) == len(self.blocks[self._reduced]):
                 self._reduce_next()
                 if self._reduced == len(self.blocks):
@@ -229,21 +239,16 @@ class GradientTap:
         members = sorted(gradients)
         if not members:
             return
-        samples = {i: self.weights[i].part_of(gradients[i]).float() for i in members}
-        torch._foreach_add_(
-            [self._probes[i] for i in members],
-            [probe_of(self.weights[i], sample) for i, sample in samples.items()],
-        )
+        samples = {i: self.weights[i].part_of(gradients[i]) for i in members}
+        probes = [probe_of(self.weights[i], sample).flatten() for i, sample in samples.items()]
+        probes = list(torch.cat(probes).float().split([len(probe) for probe in probes]))
+        torch._foreach_add_([self._probes[i] for i in members], probes)
         squared = norms(list(samples.values())).double().square()
         # One place at a time: a list as an index would be copied to the device, and waited for.
         torch._foreach_add_([self.square_norms[i] for i in members], list(squared.unbind()))
-        if self.needs.squares:
-            self._scatter(members, [samples[i].square() for i in members], self.squares)
-        if self.needs.signed_sums:
-            sign = 1.0 if self._index_of_sample % 2 == 0 else -1.0
-            self._scatter(members, [samples[i] * sign for i in members], self.signed_sums)
-        for i in members:
-            self._send_gram(i, gradients[i], samples[i])
+        if len(self.rows):
+            self._add_rows(samples)
+        self._add_grams(gradients, samples)
 
     @property
     def _index_of_sample(self) -> int:
@@ -251,57 +256,81 @@ class GradientTap:
         done = self._first_round + self._rounds
         return done * self.layout.num_data_ranks + self.layout.data_rank
 
-    def _scatter(self, members: list[int], tensors: list[Tensor], sums: list[Tensor]) -> None:
-        """Reduce-scatter whole tensors and add this rank's rows to its sums."""
-        moved = [self.weights[i].rows_first(part) for i, part in zip(members, tensors, strict=True)]
+    def _add_rows(self, samples: dict[int, Tensor]) -> None:
+        """Add squares and signed gradients of one block to this rank's rows, over all ranks."""
+        sign = 1.0 if self._index_of_sample % 2 == 0 else -1.0
+        whole = [self.weights[i].rows_first(sample) for i, sample in samples.items()]
         if self.layout.shard_group is None:
-            torch._foreach_add_([sums[i] for i in members], [t.reshape(-1) for t in moved])
+            flat = [tensor.reshape(-1).float() for tensor in whole]
+            if self.squares:
+                torch._foreach_addcmul_([self.squares[i] for i in samples], flat, flat)
+            if self.signed_sums:
+                torch._foreach_add_([self.signed_sums[i] for i in samples], flat, alpha=sign)
             return
-        buffer = packed(moved, self.layout.num_shards)
-        own = torch.empty_like(buffer[0])
+        sent = packed(whole, self.layout.num_shards)
+        if len(self.rows) == 2:
+            both = sent.new_empty(len(sent), 2, sent.shape[1])
+            torch.mul(sent, sent, out=both[:, 0])
+            torch.mul(sent, sign, out=both[:, 1])
+            sent = both
+        elif self.squares:
+            sent.square_()
+        else:
+            sent.mul_(sign)
+        # All of a block have come, with zeros for those without a gradient; they are neighbours.
+        start = sum(self._widths[: min(samples)])
+        own = self.rows[:, start : start + sent.shape[-1]]
+        received = torch.empty_like(own, memory_format=torch.contiguous_format)
         # torch 2.13 deprecates the older name, which is the only one that 2.11 has.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        work = scatter(own, buffer.flatten(), group=self.layout.shard_group, async_op=True)
-
-        def add() -> None:
-            widths = [sums[i].numel() for i in members]
-            for i, part in zip(members, own.split(widths), strict=True):
-                sums[i] += part
-
-        self._after(work, add)
-
-    def _send_gram(self, index: int, gradient: Tensor, sample: Tensor) -> None:
-        """Reduce a sample's Gram to the matrix's owner, if it has one."""
-        tapped = self.weights[index]
-        if tapped.owner is None:
-            return
-        if tapped.in_parts and isinstance(gradient, DTensor):
-            sample = gradient.full_tensor().float()
-        data_rank, part = tapped.owner
-        if part != self.layout.part:
-            return
-        # float64: where a sample has fewer tokens than the matrix is wide, float32 rounding fills
-        # the null space, and a square root makes 1e-3 of 1e-7.
-        gram = smaller_side_gram(sample.reshape(matrix_shape(sample)).double())
-        group = self.layout.data_group
-        work = (
-            None
-            if group is None
-            else dist.reduce(gram, group=group, group_dst=data_rank, async_op=True)
+        work = scatter(
+            received.flatten(), sent.flatten(), group=self.layout.shard_group, async_op=True
         )
+        self._under_way.append((work, lambda: own.add_(received)))
 
-        def add() -> None:
-            if data_rank == self.layout.data_rank:
-                self.grams[index] = self.grams[index] + gram if index in self.grams else gram
+    def _add_grams(self, gradients: dict[int, Tensor], samples: dict[int, Tensor]) -> None:
+        """Add the Grams of one block to those of their owners, one flat tensor to each of them."""
+        owners: dict[int, list[int]] = {}  # data-parallel ranks; of the Grams that this part makes
+        for i in samples:
+            if (owner := self.weights[i].owner) is not None and owner[1] == self.layout.part:
+                owners.setdefault(owner[0], []).append(i)
+        group = self.layout.data_group
+        grams = self.grams if group is None else {}
+        flats: dict[int, Tensor] = {}
+        for data_rank, members in owners.items():
+            new = [i for i in members if i not in grams]
+            sides = [min(matrix_shape(self.weights[i].weight)) for i in new]
+            # float64: where a sample has fewer tokens than the matrix is wide, float32 rounding
+            # fills the null space, and a square root makes 1e-3 of 1e-7.
+            areas = [side**2 for side in sides]
+            flats[data_rank] = torch.zeros(sum(areas), dtype=torch.float64, device=self.device)
+            views = flats[data_rank].split(areas)
+            grams |= {i: v.view(n, n) for i, v, n in zip(new, views, sides, strict=True)}
+        for i, sample in samples.items():
+            tapped = self.weights[i]
+            gradient = gradients[i]
+            if tapped.owner is not None and tapped.in_parts and isinstance(gradient, DTensor):
+                sample = gradient.full_tensor()
+            if i in grams:
+                matrix = sample.reshape(matrix_shape(tapped.weight))
+                add_smaller_side_gram(grams[i], matrix.double())
+        if group is None:
+            return
+        for data_rank, members in owners.items():
+            flat = flats[data_rank]
+            work = dist.reduce(flat, group=group, group_dst=data_rank, async_op=True)
+            assert work is not None
+            keep = partial(self._keep_grams, data_rank, {i: grams[i] for i in members})
+            self._under_way.append((work, keep))
 
-        self._after(work, add)
-
-    def _after(self, work: dist.Work | None, action: Callable[[], None]) -> None:
-        """Run an action once a collective is done; at once where none was needed."""
-        if work is None:
-            action()
+    def _keep_grams(self, data_rank: int, grams: dict[int, Tensor]) -> None:
+        """Add the reduced Grams of one sample to those before it, on their owner."""
+        if data_rank != self.layout.data_rank:
+            return
+        if grams.keys() <= self.grams.keys():
+            torch._foreach_add_([self.grams[i] for i in grams], list(grams.values()))
         else:
-            self._under_way.append((work, action))
+            self.grams |= grams
 
     def _finish(self) -> None:
         for work, action in self._under_way:
@@ -311,6 +340,7 @@ class GradientTap:
 
     def release(self) -> None:
         """Free the sums once they have been read."""
+        self.rows = torch.empty(0, 0)
         self.squares, self.signed_sums, self.grams, self._probes = [], [], {}, []
 
     def sums(self, *, loss_scale: float = 1.0) -> SampleSums:
@@ -321,15 +351,15 @@ class GradientTap:
                 divided by it.
         """
         self.agreement = self._agreement()
-        if self.layout.replica_group is not None:
-            for rows in (*self.squares, *self.signed_sums):
-                dist.all_reduce(rows, group=self.layout.replica_group)
+        if self.layout.replica_group is not None and len(self.rows):
+            dist.all_reduce(self.rows, group=self.layout.replica_group)
         # A sample's loss was divided by the rank's number of samples, so that gradients add up to
         # a mean.
         scale = self._rounds / loss_scale
-        torch._foreach_mul_([*self.squares, *self.grams.values(), self.square_norms], scale**2)
-        if self.signed_sums:
-            torch._foreach_mul_(self.signed_sums, scale)
+        factors = [scale**2] * self.needs.squares + [scale] * self.needs.signed_sums
+        for rows, factor in zip(self.rows, factors, strict=True):
+            rows *= factor
+        torch._foreach_mul_([*self.grams.values(), self.square_norms], scale**2)
         # Equal shard groups hold equal rows, of which only the first group's are counted, and of
         # weights that tensor-parallel ranks have whole only the first rank's.
         counts = [
@@ -361,7 +391,9 @@ class GradientTap:
             means=means,
             squares=without_padding(self.squares, means),
             signed=without_padding(self.signed_sums, means),
-            grams={i: self.grams.get(i, zero_gram(m)) for i, m in matrices.items()},
+            grams={
+                i: self.grams[i] if i in self.grams else zero_gram(matrices[i]) for i in matrices
+            },
             matrices=matrices,
             signed_matrices=signed_matrices,
         )
@@ -376,20 +408,19 @@ class GradientTap:
             [weights, 2], float64; of this rank's rows among the first few of each weight, to be
             added over ranks.
         """
-        flat = torch.cat([probe.reshape(-1) for probe in self._probes])
+        flat = torch.cat(self._probes)
         if self.layout.data_group is not None:
             dist.all_reduce(flat, group=self.layout.data_group)
         flat /= self.layout.num_data_ranks
         probes = flat.split([probe.numel() for probe in self._probes])
-        squares: list[Tensor] = []
-        for tapped, probe, entries in zip(self.weights, self._probes, probes, strict=True):
-            num_rows = tapped.part_shape[tapped.row_dim]
-            own = self.layout.rows_of(self.layout.shard, num_rows)
-            expected = entries.view_as(probe)[own]  # of the first rows, those that are this rank's
-            mean = tapped.mean_rows(1.0)[: len(expected)]
-            squares += [mean, expected - mean]
-        norms = torch._foreach_norm(squares)
-        return torch.stack(list(norms)).double().square().view(-1, 2)
+        means, expected = [], []
+        for tapped, entries in zip(self.weights, probes, strict=True):
+            shape = probe_of(tapped, tapped.part_on_meta()).shape
+            own = self.layout.rows_of(self.layout.shard, tapped.part_shape[tapped.row_dim])
+            expected.append(entries.view(shape)[own])  # of the first rows, this rank's
+            means.append(tapped.mean_rows(1.0)[: len(expected[-1])])
+        differences = torch._foreach_sub(expected, means)
+        return norms([*means, *differences]).double().square().view(2, -1).T
 
 
 def probe_of(tapped: TappedWeight, part: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from gns_pretrain.model.roles import (
     named_trainable,
     parameter_roles,
 )
-from gns_pretrain.parallel.matrix_ownership import MatrixExchange, balanced_owners
+from gns_pretrain.parallel.matrix_ownership import MatrixExchange, neighbouring_owners
 from gns_pretrain.parallel.sharding import (
     MatrixShards,
     ShardLayout,
@@ -72,8 +72,12 @@ class TappedWeight:
     @property
     def padded_rows(self) -> int:
         """Entries of the widest rank's rows."""
-        shape = self.rows_first(torch.empty(self.part_shape, device="meta")).shape
+        shape = self.rows_first(self.part_on_meta()).shape
         return rows_per_shard(shape[0], self.layout.num_shards) * shape[1:].numel()
+
+    def part_on_meta(self) -> Tensor:
+        """Return a tensor of the part's shape that has no memory."""
+        return torch.empty(self.part_shape, device="meta")
 
     def rows_first(self, part: Tensor) -> Tensor:
         """Return a view of a tensor of the part's shape whose rows come first."""
@@ -111,7 +115,7 @@ class TappedWeight:
         Args:
             flat: [padded_rows].
         """
-        own = self.own_rows(torch.empty(self.part_shape, device="meta"))
+        own = self.own_rows(self.part_on_meta())
         return flat[: own.numel()].view(own.shape).movedim(0, self.row_dim)
 
 
@@ -123,9 +127,10 @@ def tapped_weights(
     matrices: MatrixChoice | None = None,
     blocks: Labels | Sequence[str] | None = None,
 ) -> list[TappedWeight]:
-    """Return every trainable weight of a parallelized model, with what autograd reaches.
+    """Return every trainable weight of a parallelized model, a block at a time.
 
-    Weights of `owned_roles` with a matrix view have owners, balanced by the cost of a square root.
+    Weights of `owned_roles` with a matrix view have owners, balanced by the cost of a square root;
+    an owner's are neighbours, so that what a block sends goes to few ranks.
 
     Args:
         seen: of `unsharded_weights`.
@@ -138,6 +143,8 @@ def tapped_weights(
         TappedWeight(name, roles[name], weight, seen[name], block_of[name], layout)
         for name, weight in named_trainable(model)
     ]
+    order = list(dict.fromkeys(tapped.block for tapped in weights))
+    weights.sort(key=lambda tapped: order.index(tapped.block))
     for tapped in weights:
         if tapped.weight.is_complex():
             raise InputError(
@@ -152,7 +159,7 @@ def tapped_weights(
         num_parts = layout.num_parts if split else 1
         chosen = [i for i in owned if weights[i].in_parts == split]
         costs = [float(min(matrix_shape(weights[i].weight))) ** 3 for i in chosen]
-        owners = balanced_owners(costs, layout.num_data_ranks * num_parts)
+        owners = neighbouring_owners(costs, layout.num_data_ranks * num_parts)
         for i, owner in zip(chosen, owners, strict=True):
             weight = weights[i].weight
             # Signed sums are split like a sharded weight's rows, also where weights are whole.

@@ -39,6 +39,32 @@ def balanced_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
     return owners
 
 
+def neighbouring_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """Assign matrices in their order, the first to rank 0, so that the largest total is smallest.
+
+    Up to the cost of one matrix it is as balanced as `balanced_owners`; a rank's matrices are
+    neighbours, though, and can travel together.
+    """
+
+    def owners(limit: float) -> list[int]:
+        rank, load, assigned = 0, 0.0, []
+        for cost in costs:
+            if load + cost > limit:
+                rank, load = rank + 1, 0.0
+            load += cost
+            assigned.append(rank)
+        return assigned
+
+    low, high = max(costs, default=0.0), sum(costs)
+    for _ in range(50):
+        limit = (low + high) / 2
+        if owners(limit)[-1:] < [num_ranks]:
+            high = limit
+        else:
+            low = limit
+    return owners(high)
+
+
 class Transfer(NamedTuple):
     """Tensors that a collective in flight writes; keeps its input alive until `wait`."""
 

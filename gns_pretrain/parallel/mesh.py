@@ -178,6 +178,18 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 _LEFT: list[dist.ProcessGroup | None] = []
 
 
+def same_ranks(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Make another group of the same ranks, with the same timeout; all of them together."""
+    options = getattr(group._get_backend(device), "options", None)
+    made = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=options._timeout if options else None,
+        use_local_synchronization=True,
+    )
+    _LEFT.append(made)
+    return made
+
+
 @contextmanager
 def joined(place: RankInfo, settings: ParallelSettings, device: torch.device) -> Iterator[World]:
     """Join the other ranks for the length of the block; a single process joins nobody."""

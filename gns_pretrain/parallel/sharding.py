@@ -8,7 +8,7 @@ Under tensor parallelism the same holds of each rank's part of the weight.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama, mark_batch_dynamic
 from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
-from gns_pretrain.parallel.mesh import World
+from gns_pretrain.parallel.mesh import World, same_ranks
 from gns_pretrain.parallel.tensor import split_over_tensor_ranks
 
 
@@ -101,6 +100,21 @@ class ShardLayout:
             tensor_group=tensor_group,
         )
 
+    def apart(self, device: torch.device) -> "ShardLayout":
+        """Return the layout with a shard group of its own; all ranks of the group together.
+
+        What it reduces neither waits for other traffic nor delays it: FSDP2 gathers the next
+        block's weights over the group that the model has. Safe with NCCL because every rank issues
+        the collectives of both groups in one order, that of the backward pass. Where ranks leave
+        out different weights, those of DDP come at other moments on each rank and could otherwise
+        be mistaken for these.
+        """
+        if self.shard_group is None:
+            return self
+        own = same_ranks(self.shard_group, device)
+        shared = self.data_group is self.shard_group
+        return replace(self, shard_group=own, data_group=own if shared else self.data_group)
+
     @classmethod
     def of_model(cls, model: nn.Module, seen: dict[str, Tensor]) -> "ShardLayout":
         """Return this rank's layout of a plain model or one that DDP, FSDP2 or TP parallelized.
@@ -116,11 +130,6 @@ class ShardLayout:
             group = ddp.process_group
             rank, size = dist.get_rank(group), dist.get_world_size(group)
             several = group if size > 1 else None
-            if several and ddp.find_unused_parameters:
-                # Ranks that leave out different weights reach DDP's all-reduces at other moments:
-                # in a group of their own, other collectives cannot be mistaken for those.
-                ranks = dist.get_process_group_ranks(group)
-                several = dist.new_group(ranks, use_local_synchronization=True)
             return cls(rank, size, shard_group=several, data_group=several)
         weights = {clean_name(n): w for n, w in unwrapped(model).named_parameters()}
         sharded = {name: w for name, w in weights.items() if isinstance(w, DTensor)}
@@ -328,20 +337,18 @@ def rows_per_shard(num_rows: int, num_shards: int) -> int:
 
 
 def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
-    """Pack whole tensors [m_i, ...] of one dtype into a buffer whose row r is for shard r of S.
+    """Pack whole tensors [m_i, ...] into a buffer whose row r is for shard r of S, as FSDP2 does.
 
     Returns:
-        [S, sum_i ceil(m_i / S) * rest_i], padded with zeros.
+        [S, sum_i ceil(m_i / S) * rest_i], float32, padded with zeros.
     """
-    parts = []
-    for tensor in tensors:
-        rest = tensor.numel() // max(tensor.shape[0], 1)
-        width = rows_per_shard(tensor.shape[0], num_shards) * rest
-        flat = tensor.reshape(-1)
-        if missing := num_shards * width - flat.numel():  # F.pad copies even where it adds nothing
-            flat = F.pad(flat, (0, missing))
-        parts.append(flat.view(num_shards, width))
-    return torch.cat(parts, dim=1)
+    tensors = [t.contiguous() for t in tensors if t.numel()]
+    if len({t.dtype for t in tensors}) > 1:
+        tensors = [t.float() for t in tensors]
+    width = sum(rows_per_shard(len(t), num_shards) * t[0].numel() for t in tensors)
+    buffer = tensors[0].new_empty(num_shards, width, dtype=torch.float32)
+    torch._chunk_cat(tensors, 0, num_shards, out=buffer)
+    return buffer
 
 
 def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn.Module:

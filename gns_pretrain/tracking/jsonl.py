@@ -78,7 +78,9 @@ class NoiseLine(Line):
     signal_ema: float
     noise_scale_ema: float | None  # the smoothed ones' quotient, sequences
     num_samples: int  # micro-batches over all ranks
-    seconds: float  # extra wall time of the measurement
+    # of the whole measurement, all geometries together: host time on a CPU; on a GPU the time that
+    # its kernels and collectives take there, by events
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

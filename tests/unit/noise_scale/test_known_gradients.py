@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gns_pretrain.geometry import directions
-from gns_pretrain.geometry.square_root import smaller_side_gram
+from gns_pretrain.geometry.square_root import smaller_side_gram, trace_square_root
 from gns_pretrain.noise_scale import equations
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
@@ -193,12 +193,12 @@ def test_nuclear_estimates(regime: int, shape: tuple[int, int]) -> None:
     batch_size = batch_sizes(1000)[regime]
     samples = gradient.samples(batch_size, num_draws=500)
     wide = samples if shape[0] < shape[1] else samples.mT
-    noise, signal, _ = equations.nuclear_totals(
-        (wide @ wide.mT).mean(1),
-        smaller_side_gram(samples.mean(1)),
-        batch_size=batch_size,
-        num_samples=NUM_SAMPLES,
-        mode="exact",
+    gram_of_mean = smaller_side_gram(samples.mean(1))
+    covariance = equations.gram_covariance(
+        (wide @ wide.mT).mean(1), gram_of_mean, batch_size=batch_size, num_samples=NUM_SAMPLES
+    )
+    noise, signal = (
+        trace_square_root(grams, mode="exact").values for grams in (covariance, gram_of_mean)
     )
     # The signal is the nuclear norm of a batch's gradient, which noise drives up.
     batches = torch.linalg.svdvals(gradient.means(batch_size, num_draws=500)).sum(1)
