@@ -32,7 +32,7 @@ from benchmarks.profile import Profile
 from benchmarks.speed import Speed
 from benchmarks.startup import Startup
 from gns_pretrain.errors import InputError, print_error
-from gns_pretrain.fields import About, add_options, from_options
+from gns_pretrain.fields import About, add_options, at_home, from_options
 from gns_pretrain.system.terminal import Console, write
 
 
@@ -139,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
         add_options(sub, command)
         sub.add_argument(
             "--json",
+            type=at_home,
             nargs="?",
             const="-",
             metavar="FILE",

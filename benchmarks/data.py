@@ -23,7 +23,7 @@ from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.prepare import SplitPlan, SplitProgress, write_split
 from gns_pretrain.data.shards import TokenShards, token_dtype
 from gns_pretrain.data.tokenization import train_bpe, vocabulary_size
-from gns_pretrain.fields import About, at_least
+from gns_pretrain.fields import About, at_least, path_name
 from gns_pretrain.system.processes import available_cores
 
 RANDOM_TOKENS = 2**26  # 128 MiB of uint16: more than a processor's caches hold
@@ -36,9 +36,13 @@ DOCUMENTS_PER_CALL = 1000  # of the bare tokenizer
 class Data(Command):
     """Reading token shards, and preparing them from documents."""
 
-    data: Annotated[Path | None, About("token shards; default: random tokens")] = None
-    files: Annotated[list[str] | None, About("documents; default: the embedded text")] = None
-    tokenizer: Annotated[str | None, About("its file; default: a BPE of the embedded text")] = None
+    data: Annotated[Path | None, path_name(), About("token shards; default: random tokens")] = None
+    files: Annotated[
+        list[str] | None, path_name(), About("documents; default: the embedded text")
+    ] = None
+    tokenizer: Annotated[
+        str | None, path_name(), About("its file; default: a BPE of the embedded text")
+    ] = None
     sequence_length: Annotated[int, at_least(1), About("tokens, for reading")] = 2048
     seconds: Annotated[float, About("how long to read")] = 5.0
     rounds: Annotated[int, at_least(1), About("preparations of each file")] = 3

@@ -29,7 +29,7 @@ from benchmarks.harness import (
     synchronize,
     this_process,
 )
-from gns_pretrain.fields import About, at_least, one_of
+from gns_pretrain.fields import About, at_least, one_of, path_name
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
 
@@ -62,6 +62,7 @@ class Profile(StepCommand):
     operators: Annotated[int, at_least(0), About("how many of the costliest to name")] = 12
     trace: Annotated[
         Path | None,
+        path_name(),
         About("Chrome trace to write, .json or .json.gz, for chrome://tracing or ui.perfetto.dev"),
     ] = None
 

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import sys
 import types
 import typing
@@ -42,6 +43,7 @@ class Bound:
     text: str
     hint: str = ""
     choices: Collection[str] = ()
+    is_path: bool = False  # the field holds a path, or several
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,27 @@ def within(low: float, high: float, *, hint: str = "", exclusive: bool = False) 
     return Bound(lambda value: low <= value < high, text, hint)
 
 
-def folder_name() -> Bound:
-    """A path that is not empty, and that does not hold a `~`, which only a shell replaces."""
-    text = "is not a folder"
-    hint = "name one, written out or with $HOME instead of ~"
-    return Bound(lambda value: value != "" and not value.startswith("~"), text, hint)
+def path_name() -> Bound:
+    """A path, or each path of a list, that is not empty; Settings put the home directory for ~."""
+    return Bound(
+        lambda value: all(str(v) for v in _each(value)), "is not a path", "name one", is_path=True
+    )
+
+
+def at_home(path: str) -> str:
+    """Replace a leading ~ or ~user by that home directory; InputError if it is not known."""
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path drops what it takes for redundant
+    if expanded.startswith("~"):
+        raise InputError(f"{path}: this home directory is not known; write the path out")
+    return expanded
+
+
+def path_argument(text: str) -> Path:
+    """A path of a command line, for argparse: a shell leaves the ~ of --out=~/x as it is."""
+    try:
+        return Path(at_home(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def one_of(*choices: str, hint: str = "") -> Bound:
@@ -93,7 +111,7 @@ def key_of(registry: Collection[str], *, hint: str = "") -> Bound:
 
 
 class Settings:
-    """Base of a settings dataclass: checks its fields' bounds as it is made.
+    """Base of a settings dataclass: checks its fields' bounds as it is made, and expands paths.
 
     A subclass that defines `__post_init__` calls this one's first.
     """
@@ -102,6 +120,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.section)
+        cls: type = type(self)
+        for name, notes in _notes(cls).items():
+            if any(isinstance(note, Bound) and note.is_path for note in notes):
+                setattr(self, name, _paths_at_home(getattr(self, name)))
 
 
 def check_bounds(settings: Any, section: str) -> None:
@@ -211,6 +233,12 @@ def _reading(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is list:
         return {"nargs": "+", "type": typing.get_args(hint)[0]}
     return {"type": hint}
+
+
+def _paths_at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_paths_at_home(each) for each in value]
+    return value if value is None else type(value)(at_home(str(value)))
 
 
 def _each(value: Any) -> Iterable[Any]:

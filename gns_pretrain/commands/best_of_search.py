@@ -7,9 +7,7 @@ Under each search stand the best point's numbers as conf/scale/<scale>.yaml take
 them lie at an end of what was tried, where the search should go on.
 """
 
-from pathlib import Path
-
-from gns_pretrain.fields import script_parser
+from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.results.frame import runs_of_folders
 from gns_pretrain.results.search import FORMATS, searches
 from gns_pretrain.system.terminal import write
@@ -18,7 +16,7 @@ from gns_pretrain.system.terminal import write
 def main() -> None:
     parser = script_parser(__doc__)
     option = parser.add_argument
-    option("folders", nargs="+", type=Path, help="run directories or folders of them")
+    option("folders", nargs="+", type=path_argument, help="run directories or folders of them")
     option("--format", choices=FORMATS, default="text", help="default: text")
     given = parser.parse_args()
     found = searches(runs_of_folders(given.folders))

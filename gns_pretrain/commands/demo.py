@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import at_home
 from gns_pretrain.results.figures import draw
 from gns_pretrain.results.frame import read_curves
 from gns_pretrain.runs.directory import read_summary
@@ -40,7 +41,7 @@ def main() -> None:
         if code:
             sys.exit(code)
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    outputs, seed = Path(given.get("output_directory", "outputs")), given.get("seed", "0")
+    outputs, seed = Path(at_home(given.get("output_directory", "outputs"))), given.get("seed", "0")
     picture = outputs / f"demo-seed{seed}.png"
     runs = {label: outputs / f"demo-{experiment}-seed{seed}" for label, experiment in RUNS.items()}
     curves = {label: [read_curves(run)] for label, run in runs.items()}

@@ -15,7 +15,7 @@ from gns_pretrain.data.settings import DataSettings, TextOrigin
 from gns_pretrain.data.shards import META_FILE, checked_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.data.tokenization import as_in_training, read_tokenizer
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import script_parser
+from gns_pretrain.fields import at_home, path_argument, script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
@@ -27,8 +27,12 @@ from gns_pretrain.training.checkpoint import load_model
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step_* folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, required=True, help="a step_* folder of a run"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder to write; must not exist"
+    )
     parser.add_argument(
         "--tokenizer",
         help="tokenizer.json, or the name of a model on the hub (default: the data's own)",
@@ -100,7 +104,7 @@ def text_of_run(
     if "data" in provenance:
         source = run_directory / PROVENANCE
         origin = parse(TextOrigin, provenance["data"], source=source, hint=hint)
-    name = arguments.tokenizer
+    name = arguments.tokenizer and at_home(arguments.tokenizer)
     is_there = origin is not None and (Path(origin.folder) / META_FILE).is_file()
     folder = Path(origin.folder) if origin and is_there else settings.find_folder()
     if (folder / META_FILE).is_file():

@@ -11,9 +11,8 @@ there; a tick where one ends before the others); a label=PATH joins whatever has
 
 import json
 import sys
-from pathlib import Path
 
-from gns_pretrain.fields import script_parser
+from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw, notes_on_ends
 from gns_pretrain.results.frame import grouped, named_noise, read_curves
 from gns_pretrain.system.terminal import write
@@ -26,7 +25,11 @@ def main() -> None:
         "runs", nargs="+", metavar="PATH|LABEL=PATH", help="run directory, folder of them, or CSV"
     )
     option(
-        "--out", type=Path, action="append", required=True, help="file.png or file.pdf; repeatable"
+        "--out",
+        type=path_argument,
+        action="append",
+        required=True,
+        help="file.png or file.pdf; repeatable",
     )
     option("--x", choices=AXIS_LABELS, default="step", help="x-axis (default: step)")
     option(

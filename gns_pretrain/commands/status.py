@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.live import Live
 
-from gns_pretrain.fields import script_parser
+from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.launch.status import status_view, statuses
 from gns_pretrain.system.slurm import job_states
 from gns_pretrain.system.terminal import Console, write
@@ -28,7 +28,9 @@ WIDTH = 160  # of a table that is not shown on a terminal
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="the folder of a run, or one that holds some")
+    parser.add_argument(
+        "folder", type=path_argument, help="the folder of a run, or one that holds some"
+    )
     parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between refreshes (5)")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead")

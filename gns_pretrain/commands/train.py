@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
+from gns_pretrain.config.typed import as_typed
 from gns_pretrain.errors import InputError, OneLineError, print_error
 from gns_pretrain.launch.sweep import failed_runs_raise
 from gns_pretrain.launch.train import launch
@@ -19,6 +20,7 @@ from gns_pretrain.launch.train import launch
 
 def main() -> None:
     """Let Hydra compose the settings of the command line; train a run, or start a sweep's."""
+    sys.argv[1:] = map(as_typed, sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
     start = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
     try:

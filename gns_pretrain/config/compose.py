@@ -37,7 +37,8 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
     assert isinstance(config, Config)
     refuse_additions(config)
     if config.table is not None:
-        config.run_name += name_of_overrides(overrides, policy=config.batch_size.policy)
+        more = name_of_overrides(overrides, policy=config.batch_size.policy)
+        config = dataclasses.replace(config, run_name=config.run_name + more)  # checked as it is
     return config
 
 

@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from gns_pretrain.config.schema import Config
+from gns_pretrain.fields import at_home
 from gns_pretrain.optim import OPTIMIZERS
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
@@ -22,6 +23,7 @@ CHOICES = {
 
 def register_configs() -> None:
     """Register the schemas, from which each group's YAML files begin, and conf/tables.yaml."""
+    OmegaConf.register_new_resolver("home", at_home, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema_train", node=Config)
     for field in fields(Config):

@@ -14,7 +14,7 @@ from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings, sizes_for
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, at_most, folder_name, one_of, positive
+from gns_pretrain.fields import Settings, at_least, at_most, one_of, path_name, positive
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OptimizerSettings
@@ -27,6 +27,7 @@ from gns_pretrain.training.initialize import InitSettings
 from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
 
 MAX_CORES = 4096  # more than any node has
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
 MAX_RUN_NAME = 200  # letters; file systems take 255, and temporary names are longer
 
 
@@ -83,7 +84,7 @@ class LaunchSettings(Settings):
     # of a CPU rank; null: its share of cores
     threads: Annotated[int | None, at_least(1), at_most(MAX_CORES)] = None
     # folder that keeps compiled kernels between starts; null: no
-    compile_cache: Annotated[str | None, folder_name()] = None
+    compile_cache: Annotated[str | None, path_name()] = None
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Config(Settings):
     """The whole configuration of `gns-pretrain train`."""
 
     run_name: str = MISSING  # folder under output_directory; the same on every rank, no time in it
-    output_directory: Annotated[str, folder_name()] = "outputs"
+    output_directory: Annotated[str, path_name()] = "outputs"
     # auto: resume the run | never: start it again in a fresh directory
     resume: Annotated[str, one_of("auto", "never")] = "auto"
     seed: int = 0  # of the weights and of the data's order
@@ -126,7 +127,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.initial  # checks itself
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.run_name):
+        if not re.fullmatch(RUN_NAME, self.run_name):
             raise InputError(
                 f"run_name={self.run_name!r} is a folder's name; use letters, digits and ._=,+- "
                 "and begin with a letter or a digit"
@@ -134,7 +135,7 @@ class Config(Settings):
         if len(self.run_name) > MAX_RUN_NAME:
             raise InputError(
                 f"run_name={self.run_name[:40]}... has {len(self.run_name)} letters, a folder's "
-                f"name has at most {MAX_RUN_NAME}; use a shorter run_name"
+                f"name has at most {MAX_RUN_NAME}; give a shorter one, as in: run_name=..."
             )
         if self.table == "table3" and self.scale.table3 not in (None, self.scale.name):
             raise InputError(

@@ -27,6 +27,7 @@ from gns_pretrain.data.tokenization import (
     vocabulary_size,
 )
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import at_home
 from gns_pretrain.system.files import folder_lock, sha256_of, whole_folder, write_bytes
 from gns_pretrain.system.processes import available_cores
 from gns_pretrain.system.terminal import Console
@@ -53,7 +54,14 @@ def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Pat
         InputError: the cache cannot be written; the packages' sources are not installed.
     """
     if cache is None:
-        cache = Path(os.environ.get("GNS_PRETRAIN_CACHE") or "~/.cache/gns_pretrain").expanduser()
+        given = os.environ.get("GNS_PRETRAIN_CACHE") or "~/.cache/gns_pretrain"
+        try:
+            cache = Path(at_home(given))
+        except InputError as error:
+            raise InputError(
+                f"the embedded text has no folder: the home directory of {given} is not known; "
+                "name one, written out, in the environment variable GNS_PRETRAIN_CACHE"
+            ) from error
     settings = _settings(vocab_size)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = cache / f"embedded-{digest[:16]}"

@@ -8,7 +8,7 @@ from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.shards import TokenShards, read_meta
 from gns_pretrain.data.tokenization import MIN_BPE_VOCABULARY
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, folder_name
+from gns_pretrain.fields import Settings, at_least, path_name
 
 EMBEDDED = "embedded"
 
@@ -29,13 +29,13 @@ class DataSettings(Settings):
     section: ClassVar[str] = "data"
 
     # embedded (docstrings of installed packages), or a token-shard folder; given
-    path: Annotated[str, folder_name()] = "???"
+    path: Annotated[str, path_name()] = "???"
     sequence_length: Annotated[int, at_least(1)] = 256  # tokens of context; 2048 in the paper
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json
     verify: bool | None = None  # check the shards' sha256 first; null: if they are below 256 MiB
     # folder on a node's own disk to copy shards to; null: none
-    stage_to: Annotated[str | None, folder_name()] = None
+    stage_to: Annotated[str | None, path_name()] = None
     # Entries of the BPE trained on the embedded text.
     embedded_vocab_size: Annotated[
         int, at_least(MIN_BPE_VOCABULARY, hint="all bytes and two special tokens")

@@ -3,6 +3,7 @@
 A tokenizer is a tokenizer.json: a file, a name on the hub, or a byte-level BPE trained here.
 """
 
+import errno
 import json
 import secrets
 from collections.abc import Iterable
@@ -41,9 +42,16 @@ def read_tokenizer(name: str) -> str:
         return Tokenizer.from_pretrained(name).to_str()
     except Exception as error:
         raise InputError(
-            f"--tokenizer={name} is neither a file nor a model on the hub "
-            f"({one_line(error)}); give a tokenizer.json, or --train-bpe"
+            f"--tokenizer={name} is neither a file nor a model on the hub ({one_line(error)}); "
+            + hub_hint(error, "give a tokenizer.json, or --train-bpe")
         ) from error
+
+
+def hub_hint(error: BaseException, otherwise: str) -> str:
+    """What to do about an error of Hugging Face's libraries, which keep files under HF_HOME."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        return "name a folder that can be written in the environment variable HF_HOME"
+    return otherwise
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -18,7 +18,7 @@ from gns_pretrain.data.batches import read_in_order
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError, counted
-from gns_pretrain.fields import About, Settings, at_least, key_of, one_of
+from gns_pretrain.fields import About, Settings, at_least, key_of, one_of, path_name
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
 from gns_pretrain.model.huggingface import CONFIG_FILE, load_hf_folder
@@ -41,8 +41,12 @@ class MeasurementRequest(Settings):
 
     section: ClassVar[str] = "--"
 
-    checkpoint: Annotated[Path, About("a step_* folder or a Hugging Face Llama folder")]
-    data: Annotated[Path, About("token-shard folder with a validation split, or embedded")]
+    checkpoint: Annotated[
+        Path, path_name(), About("a step_* folder or a Hugging Face Llama folder")
+    ]
+    data: Annotated[
+        Path, path_name(), About("token-shard folder with a validation split, or embedded")
+    ]
     num_sequences: Annotated[int, at_least(1), About("the batch, in sequences")]
     micro_batch_size: Annotated[int, at_least(1), About("sequences of a sample")]
     sequence_length: Annotated[

@@ -7,6 +7,7 @@ with it. What it prints goes to `<output_directory>/logs/<run_name>.log`.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gns_pretrain.config.compose import as_yaml
-from gns_pretrain.config.schema import Config
+from gns_pretrain.config.schema import RUN_NAME, Config
 from gns_pretrain.errors import EXIT_FINISHED, EXIT_STOPPED, InputError, TrainingError, counted
 from gns_pretrain.launch.build import shown_as
 from gns_pretrain.runs.directory import (
@@ -144,10 +145,12 @@ def refuse_collision(known: PlannedRun, run: PlannedRun) -> None:
     differing = differing_settings(known.settings, run.settings)
     if not differing:
         return
-    name, value = differing[0], run.settings.get(differing[0])
-    hint = f"let run_name hold it, as in: 'run_name={known.name}-${{{name}}}'"
-    if name == FINGERPRINT or "/" in str(value):
-        hint = "start each by a command of its own, with a run_name of its own"
+    hint = "start each by a command of its own, with a run_name of its own"
+    for name in differing:
+        values = f"{known.settings.get(name)}{run.settings.get(name)}"
+        if name != FINGERPRINT and re.fullmatch(RUN_NAME, f"run{values}"):
+            hint = f"let run_name hold it, as in: 'run_name={known.name}-${{{name}}}'"
+            break
     raise InputError(
         f"run_name={known.name} is the name of two runs that differ in {', '.join(differing)}; "
         f"{hint}"

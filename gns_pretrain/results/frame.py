@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gns_pretrain.errors import InputError, needs
+from gns_pretrain.fields import at_home
 from gns_pretrain.runs.directory import (
     CONFIG,
     METRICS,
@@ -357,10 +358,13 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
 
 def _label_and_path(argument: str) -> tuple[str | None, Path]:
     """A path, or label=PATH; both may hold further equals signs."""
+    argument = at_home(argument)
     if Path(argument).exists() or "=" not in argument:
         return None, Path(argument)
     parts = argument.split("=")
-    splits = [("=".join(parts[:n]), Path("=".join(parts[n:]))) for n in range(1, len(parts))]
+    splits = [
+        ("=".join(parts[:n]), Path(at_home("=".join(parts[n:])))) for n in range(1, len(parts))
+    ]
     return next((split for split in splits if split[1].exists()), splits[-1])
 
 

@@ -392,7 +392,9 @@ def as_json(path: "DataFrame") -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = fields.script_parser(__doc__)
-    parser.add_argument("file", type=Path, help="published CSV, W&B export or metrics.jsonl")
+    parser.add_argument(
+        "file", type=fields.path_argument, help="published CSV, W&B export or metrics.jsonl"
+    )
     fields.add_options(parser, BatchSizeSettings, skip=["shadows"], show_defaults=False)
     fields.add_options(parser, RunSettings)
     parser.add_argument("--run", help="of a panel's export that holds several runs")

@@ -16,6 +16,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from gns_pretrain.errors import InputError, counted
+from gns_pretrain.fields import at_home
 from gns_pretrain.results.frame import (
     Runs,
     curve_files,
@@ -130,12 +131,12 @@ def make_table(
     layout = LAYOUTS[name]
     curves: dict[str, list[Path]] = {}
     folders = []
-    for source in sources:
+    for source in map(at_home, sources):
         cell, equals, path = source.partition("=")
         if not equals or Path(source).exists() or "/" in cell:  # a folder may have an = in its name
             folders.append(Path(source))
         elif cell in layout.cells:
-            curves.setdefault(cell, []).extend(curve_files(Path(path)))
+            curves.setdefault(cell, []).extend(curve_files(Path(at_home(path))))
         else:
             raise InputError(
                 f"{source}: {name} has no such cell; use one of {', '.join(layout.cells)}"

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, one_of
+from gns_pretrain.fields import Settings, one_of, path_name
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.huggingface import CONFIG_FILE, HINT, config_from_hf, load_hf_folder
 from gns_pretrain.parallel.mesh import World
@@ -48,7 +48,7 @@ class InitSettings(Settings):
 
     # init.from, which Python does not take for a name: a step_* folder, a run directory (its newest
     # whole checkpoint) or a Hugging Face Llama folder
-    source: str | None = None
+    source: Annotated[str | None, path_name()] = None
     what: Annotated[str, one_of("weights", "all")] = "weights"
 
 
@@ -92,7 +92,7 @@ def find_source(settings: InitSettings, *, verify: bool = True) -> Source | None
                 f"init.what={settings.what} needs something to go on from; give init.from=... too"
             )
         return None
-    given = Path(settings.source).expanduser().resolve()
+    given = Path(settings.source).resolve()
     name = f"init.from={settings.source}"
     if (config_file := given / CONFIG_FILE).is_file():
         if settings.what != "weights":

@@ -1,6 +1,8 @@
 import argparse
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pytest
@@ -16,6 +18,8 @@ from gns_pretrain.fields import (
     from_options,
     key_of,
     one_of,
+    path_argument,
+    path_name,
     positive,
     within,
 )
@@ -41,6 +45,45 @@ class Options(Settings):
     files: Annotated[list[str], About("to read")] = field(default_factory=list)
     bos: bool = True
     limit: float | None = None
+
+
+@dataclass
+class Paths(Settings):
+    section: ClassVar[str] = "--"
+
+    folder: Annotated[str, path_name()]
+    files: Annotated[list[str], path_name()] = field(default_factory=list)
+    cache: Annotated[Path | None, path_name()] = None
+
+
+def test_a_tilde_is_the_home_directory_wherever_a_path_is_given(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = Paths("~/a b", files=["~/*.jsonl", "b/~c", "./~d"], cache=Path("~/e"))
+    assert paths.folder == "/home/me/a b"
+    assert paths.files == ["/home/me/*.jsonl", "b/~c", "./~d"]
+    assert paths.cache == Path("/home/me/e")
+    assert Paths("~").folder == "/home/me"
+    assert Paths("x").cache is None
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=path_argument)
+    assert parser.parse_args(["--out=~/out"]).out == Path("/home/me/out")
+
+
+def test_home_directory_that_is_not_known_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, a user without a name
+    with pytest.raises(InputError, match=r"^~/a: this home directory is not known; write the path"):
+        Paths("~/a")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=path_argument)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out=~/a"])
+    assert "argument --out: ~/a: this home directory is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{"folder": ""}, {"folder": "a", "files": ["b", ""]}])
+def test_an_empty_path_is_refused(values):
+    with pytest.raises(InputError, match="is not a path; name one"):
+        Paths(**values)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from gns_pretrain.data.tokenization import hub_hint
 from gns_pretrain.errors import InputError, needs, one_line
 
 BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenizing, long against the cost of sending it
@@ -221,8 +222,8 @@ class HubDataset:
         except Exception as error:
             raise InputError(
                 f"--dataset={self._label} cannot be opened "
-                f"({type(error).__name__}: {one_line(error)}); check its name, its "
-                "splits and the network"
+                f"({type(error).__name__}: {one_line(error)}); "
+                + hub_hint(error, "check its name, its splits and the network")
             ) from error
 
     def sizes_read(self, cursor: Cursor) -> list[int]:
@@ -256,7 +257,8 @@ class HubDataset:
             origin = files[number] if number < len(files) else self._label
             raise InputError(
                 f"{origin}: reading failed after record {record} ({type(error).__name__}: "
-                f"{one_line(error)}); fix the file or the connection and repeat the command"
+                f"{one_line(error)}); "
+                + hub_hint(error, "fix the file or the connection and repeat the command")
             ) from error
 
 

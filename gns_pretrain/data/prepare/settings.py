@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from gns_pretrain.data.prepare.corpus import find_files
 from gns_pretrain.data.tokenization import MIN_BPE_VOCABULARY
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import About, Settings, at_least, one_of, within
+from gns_pretrain.fields import About, Settings, at_least, one_of, path_name, within
 from gns_pretrain.system.files import sha256_of
 
 C4 = "allenai/c4"
@@ -19,24 +19,24 @@ class PrepareSettings(Settings):
 
     section: ClassVar[str] = "--"
 
-    out: Annotated[str, About("folder to write; the same command resumes it")]
+    out: Annotated[str, path_name(), About("folder to write; the same command resumes it")]
     source: Annotated[
         str | None, one_of("hub", "local"), About("default: local if --train is given, else hub")
     ] = None
     dataset: Annotated[str, About("dataset on the hub, with a column `text`")] = C4
     dataset_config: Annotated[str | None, About("its configuration; en for C4")] = None
     train: Annotated[
-        list[str], About("files or globs: .json.gz .jsonl.gz .json .jsonl .parquet")
+        list[str], path_name(), About("files or globs: .json.gz .jsonl.gz .json .jsonl .parquet")
     ] = field(default_factory=list)
-    validation: Annotated[list[str], About("files or globs of the validation split")] = field(
-        default_factory=list
-    )
+    validation: Annotated[
+        list[str], path_name(), About("files or globs of the validation split")
+    ] = field(default_factory=list)
     validation_fraction: Annotated[
         float, within(0, 1), About("of the training documents, held out by a hash of their text")
     ] = 0.0
-    tokenizer: Annotated[str | None, About("tokenizer.json, or the name of a model on the hub")] = (
-        None
-    )
+    tokenizer: Annotated[
+        str | None, path_name(), About("tokenizer.json, or the name of a model on the hub")
+    ] = None
     train_bpe: Annotated[
         int | None,
         at_least(MIN_BPE_VOCABULARY, hint="all bytes and two special tokens"),

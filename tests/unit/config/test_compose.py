@@ -287,6 +287,12 @@ def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result():
     )
 
 
+def test_run_name_that_overrides_make_too_long_is_refused_with_the_way_to_shorten_it():
+    words = [f"scale.{name}.lr=0.{'1' * 60}" for name in ("signum", "adamw", "muon")]
+    with pytest.raises(InputError, match=r"has 2\d\d letters, .* at most 200; .*run_name=\.\.\."):
+        composed("+experiment=table2/signum_adaptive", "scale=demo", *words)
+
+
 def test_default_run_composes_and_names_itself():
     config = composed()
     assert config.run_name == "tiny-adamw-seed0"

@@ -1,8 +1,11 @@
 """What is typed after `gns-pretrain train` gives settings, or one line that says what to mend."""
 
+import importlib
+import pkgutil
 import re
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import gns_pretrain
 from gns_pretrain.config.checks import state_bytes
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
 from gns_pretrain.config.schema import Config
+from gns_pretrain.config.typed import as_typed
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Bound, Settings
 from gns_pretrain.launch.train import check_run
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
@@ -49,6 +55,7 @@ def base(shards, tmp_path_factory) -> list[str]:
 
 def checked(words: list[str]) -> Config:
     """What the command does before it trains."""
+    words = list(map(as_typed, words))
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             node = compose("train", words)
@@ -78,9 +85,10 @@ def checked(words: list[str]) -> Config:
         ("launch.threads=1000000", "launch.threads=1000000 must be at most 4096"),
         ("launch.nproc_per_node=1000000", "must be at most 4096"),
         ("parallel.timeout_seconds=99999999999", "must be at most 31622400"),
-        ("output_directory=", "output_directory= is not a folder"),
-        ('output_directory="~/runs"', "written out or with .HOME instead of ~"),
-        ("data.path=", "data.path= is not a folder"),
+        ("output_directory=", "output_directory= is not a path; name one"),
+        ("data.path=", "data.path= is not a path; name one"),
+        ("data.path=~nobody-has-this-name/x", "this home directory is not known; write the path"),
+        ("data.path=null", "data.path=null is not a folder"),
         ("data.stage_to=/proc/nope", "/proc/nope cannot be made"),
         (f"run_name={'a' * 300}", r"run_name=a{40}\.\.\. has 300 letters"),
         ("model.dim=1000000000", "needs at least [0-9,]+ bytes on 1 rank, but the machine has"),
@@ -103,6 +111,77 @@ def test_a_refusal_names_what_was_typed_in_one_line_and_leaves_no_file(typed, li
     assert "\n" not in str(refusal.value)
     folder = next(word for word in base if word.startswith("output_directory=")).partition("=")[2]
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("name", ["1e5", "1_000", "true", "null", "2024-01-01"])
+def test_text_stays_as_it_was_typed(name, base):
+    tags = f"metrics.wandb.tags=[{name},b]"
+    config = checked([*base, f"run_name={name}", tags, f"metrics.wandb.job_type={name}"])
+    assert config.run_name == name
+    assert config.metrics.wandb.tags == [name, "b"]
+    assert config.metrics.wandb.job_type == (None if name == "null" else name)
+
+
+@pytest.mark.parametrize(
+    ("typed", "word"),
+    [
+        ("run_name=1e5,2_0,x", 'run_name="1e5","2_0",x'),  # a sweep
+        *((f"run_name={text}", f'run_name="{text}"') for text in ("12345e7", "False", "nan", "1.")),
+        *((f"run_name={text}",) * 2 for text in ("'1e5'", "0x10", "a1e5", "1e", "")),
+        ("run_name=choice(1e5,2)", "run_name=choice(1e5,2)"),
+        ("run_name=x-${seed}", "run_name=x-${seed}"),
+        ("data.path=~/x-${seed},~/y", 'data.path="~/x-${seed}","~/y"'),
+        ("+table=1", '+table="1"'),
+        ("optimizer.class_path=1e5", 'optimizer.class_path="1e5"'),
+        ("optimizer.lr=1e-3", "optimizer.lr=1e-3"),
+        ("optimizer.kwargs={a:1e5}", "optimizer.kwargs={a:1e5}"),
+        ("seed=1,2", "seed=1,2"),
+        ("~data", "~data"),
+        ("init.from=~/run", 'init.from="~/run"'),
+        ("init.from=null", "init.from=null"),
+        ("--config-dir=~/c", "--config-dir=/home/me/c"),
+    ],
+)
+def test_only_text_is_quoted(typed, word, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert as_typed(typed) == word
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_tilde_is_the_home_directory_in_every_path_of_a_run(base, shards, monkeypatch, quote):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    names = ("data.path", "data.stage_to", "output_directory", "launch.compile_cache")
+    words = [f"{name}={quote}~/{shards.name}{quote}" for name in names]
+    config = checked([*base, *words])
+    paths = [config.data.path, config.data.stage_to, config.output_directory]
+    assert [*paths, config.launch.compile_cache] == [str(shards)] * 4
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        node = compose("train", list(map(as_typed, words)), return_hydra_config=True)
+    assert node.hydra.sweep.dir == f"{shards}/logs"  # which Hydra itself makes
+
+
+def test_a_path_of_any_settings_knows_the_home_directory():
+    """Path is a path's type; text is a path where it says so."""
+    paths = set()
+    for module in pkgutil.walk_packages(gns_pretrain.__path__, "gns_pretrain."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds = [Settings]
+    for kind in kinds:  # which grows
+        kinds += kind.__subclasses__()
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            notes = getattr(hint, "__metadata__", ())
+            marked = any(isinstance(note, Bound) and note.is_path for note in notes)
+            plain = get_args(hint)[0] if notes else hint
+            assert marked or not {plain, *get_args(plain)} & {Path}, f"{kind.__name__}.{name}"
+            if marked:
+                paths.add(f"{kind.__name__}.{name}")
+    assert paths >= {
+        *("Config.output_directory", "LaunchSettings.compile_cache", "DataSettings.path"),
+        *("DataSettings.stage_to", "PrepareSettings.out", "PrepareSettings.train"),
+        *("PrepareSettings.validation", "PrepareSettings.tokenizer"),
+        *("InitSettings.source", "MeasurementRequest.checkpoint", "MeasurementRequest.data"),
+    }
 
 
 def test_a_largest_micro_batch_beyond_all_memory_takes_no_time_and_no_memory(base):

@@ -98,6 +98,14 @@ def test_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
         ensure_embedded(tmp_path / "file" / "cache")
 
 
+@pytest.mark.parametrize("variable", ["", "~nobody-has-this-name/cache"])
+def test_home_directory_that_is_not_known_is_one_line(monkeypatch, variable):
+    monkeypatch.setenv("GNS_PRETRAIN_CACHE", variable)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, a user without a name
+    with pytest.raises(InputError, match=r"embedded text has no folder: .*GNS_PRETRAIN_CACHE$"):
+        ensure_embedded()
+
+
 def test_docstrings_come_in_order_and_without_labels():
     source = f'''
 """Module. {LONG}"""

@@ -32,6 +32,7 @@ from gns_pretrain.launch.sweep import (
     train_runs,
 )
 from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.optim.custom import CustomSettings
 from gns_pretrain.runs.history import new_run_id, read_provenance
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
 from tests.settings import small_run
@@ -173,6 +174,23 @@ def test_no_run_of_a_sweep_is_dropped_because_its_folder_is_anothers(tmp_path, n
     runs = [make(tmp_path, "a", **{name: value}) for value in values]
     with pytest.raises(InputError, match=rf"differ in {name}; let run_name .*a-\$\{{{name}\}}"):
         planned(*runs)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "hint"),
+    [
+        ({"betas": [0.9, 0.95]}, {"betas": [0.8, 0.95]}, "start each by a command of its own"),
+        ({"eps": 1e-8, "betas": [0, 0]}, {"eps": 1e-6}, r"'run_name=a-\$\{.*kwargs.eps\}'"),
+        ({"betas": [0, 0], "eps": 1e-8}, {"eps": 1e-6}, r"'run_name=a-\$\{.*kwargs.eps\}'"),
+    ],
+)
+def test_hint_for_a_name_that_two_runs_share_can_be_followed(tmp_path, one, other, hint):
+    optimizers = [
+        CustomSettings(lr=0.1, class_path="torch.optim.NAdam", kwargs=kwargs)
+        for kwargs in (one, other)
+    ]
+    with pytest.raises(InputError, match=hint):
+        planned(*(make(tmp_path, "a", optimizer=optimizer) for optimizer in optimizers))
 
 
 def test_sweep_over_data_does_not_train_the_first_alone(tmp_path):

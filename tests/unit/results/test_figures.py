@@ -104,7 +104,7 @@ def test_names_lose_their_seed_and_nothing_else():
     assert [seed_in_name(Path(name)) for name in names] == [3, 12, 4, None, None]
 
 
-def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_path):
+def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_path, monkeypatch):
     for folder, seed in (("one", 2), ("one", 10), ("two", 1)):
         write_curve(tmp_path / folder / f"a_seed_{seed}.csv", [(1, 9.0)])
     lone = write_curve(tmp_path / "b=c.csv", [(1, 9.0)])
@@ -122,6 +122,8 @@ def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_
     assert grouped([f"B = 64={swept}"]) == {"B = 64": [swept]}
     with pytest.raises(InputError, match="there is no such file or folder"):
         grouped(["a=missing"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert grouped(["B = 64=~/b=c.csv", "~/theta=3"]) == {"B = 64": [lone], "run-lr=1": [swept]}
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds neither"):
         grouped([str(tmp_path / "empty")])

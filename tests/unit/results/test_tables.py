@@ -398,12 +398,13 @@ def test_the_papers_values_stand_beside_ours_at_its_scale_alone(
     assert ("│   paper   │" in text) == beside
 
 
-def test_curves_take_the_place_of_runs_with_seeds_by_name_or_number(tmp_path):
+def test_curves_take_the_place_of_runs_with_seeds_by_name_or_number(tmp_path, monkeypatch):
     for seed, loss in ((1, 3.0), (2, 5.0)):
         write_curve(tmp_path / "seeds" / f"seed_{seed}.csv", [(1, 9.0), (40, loss)])
     one = write_curve(tmp_path / "one.csv", [(100, 6.0)])
     two = write_curve(tmp_path / "two.csv", [(100, 2.0)])
-    table = made(f"muon_adaptive={tmp_path / 'seeds'}", f"muon_small={one}", f"muon_small={two}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    table = made("muon_adaptive=~/seeds", f"muon_small={one}", f"muon_small={two}")
     muon = line(table, "Muon")
     assert float(muon["validation loss: adaptive"]) == 4.0
     assert float(muon["validation loss: B = 64"]) == 4.0

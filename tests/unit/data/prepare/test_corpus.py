@@ -1,9 +1,11 @@
+import errno
 import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from gns_pretrain.data.prepare import corpus as corpus_module
 from gns_pretrain.data.prepare.corpus import (
@@ -14,6 +16,7 @@ from gns_pretrain.data.prepare.corpus import (
     is_held_out,
     parse_texts,
 )
+from gns_pretrain.data.tokenization import read_tokenizer
 from gns_pretrain.errors import InputError
 from tests.unit.data_samples import as_line, make_texts, write_gzip
 
@@ -262,6 +265,20 @@ def test_columns_beside_the_text_may_differ_between_splits(tmp_path):
         parse_texts(batch) for batch in HubDataset("json", None, "x", [str(path)]).batches(None)
     ]
     assert texts == [["good", "bare", "odd"]]
+
+
+def test_cache_of_hugging_faces_libraries_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "/.cache")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    with pytest.raises(InputError, match=r"cannot be opened \(Perm.*environment variable HF_HOME$"):
+        HubDataset("json", None, "train", [])
+    monkeypatch.setattr(Tokenizer, "from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"--tokenizer=some/model is .*variable HF_HOME$"):
+        read_tokenizer("some/model")
 
 
 def test_split_that_a_data_set_lacks_is_named(tmp_path):
