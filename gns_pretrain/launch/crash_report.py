@@ -3,6 +3,9 @@
     <job folder>/start-<n>/rank_00003.json    rank, node, process; run_directory; and of a rank that
                                               failed: time, error, consequence
     <job folder>/start-<n>/rank_00003.stack   where the rank was when it crashed or got SIGTERM
+    <run directory>/rank_00003.stack          the same without a job; gone if it ends by itself
+    <run directory>/flight_record_rank_3      torch's flight record of its use of NCCL, when a
+                                              collective has timed out; torchfrtrace compares them
 
 When one rank dies, the others fail too, in the collective that it has left: their errors are
 consequences. A rank that was killed from outside leaves no error at all.
@@ -19,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gns_pretrain.errors import OneLineError
 from gns_pretrain.parallel.mesh import NO_RENDEZVOUS
@@ -43,6 +46,9 @@ SIGNS_OF_ANOTHER_RANK = (
 )
 # How faulthandler begins a report of a crash.
 CRASH = "Fatal Python error: "
+FLIGHT_RECORD = "flight_record_rank_"  # begins a file's name; torch adds the rank
+# Its path, by torch's name for it and the older one.
+FLIGHT_RECORD_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 ABORTED = CRASH + "Aborted"
 CRASHED, HANGING, WAITING = range(3)  # ranks without an error, likely culprits first
 # A rank that only lost another one exits later: the launcher goes by the first exit code.
@@ -62,21 +68,36 @@ class CrashReporter:
         self._alone = alone
         self._path = folder / f"rank_{rank:05d}.json" if folder else None
         self._values: dict[str, Any] = {"rank": rank, "node": node_name(), "process": os.getpid()}
+        self._values["started"] = time.time()
         self._run_directory: Path | None = None
+        self._stack: TextIO | None = None
         self._write()
         if self._path is not None:
-            # SLURM sends SIGTERM to a rank that hangs before it kills it; Python's own handlers
-            # never run in a call that does not return.
-            self._stack = self._path.with_suffix(".stack").open("w")
-            faulthandler.register(signal.SIGTERM, file=self._stack, all_threads=False, chain=True)
-            # Crashes, and NCCL's watchdog, which aborts a rank that waits for another too long.
-            faulthandler.enable(file=self._stack, all_threads=False)
+            self._keep_stack(self._path.with_suffix(".stack"))
+
+    def _keep_stack(self, path: Path) -> None:
+        """Write where this process is when it crashes, or before it is killed.
+
+        SLURM and torch's agent send SIGTERM to a rank that hangs before they kill it; Python's own
+        handlers never run in a call that does not return.
+        """
+        self._stack = path.open("w")
+        faulthandler.register(signal.SIGTERM, file=self._stack, all_threads=False, chain=True)
+        # Crashes, and NCCL's watchdog, which aborts a rank that waits for another too long.
+        faulthandler.enable(file=self._stack, all_threads=False)
 
     def set_run_directory(self, directory: Path) -> None:
-        """Record failures in this run's history from now on; this process holds its lock."""
+        """Record failures in this run's history from now on, whose lock rank 0 holds, and let torch
+        leave its flight record there; it reads the variable when a collective times out.
+        """
         self._run_directory = directory
         self._values["run_directory"] = str(directory.resolve())
         self._write()
+        if not any(os.environ.get(name) for name in FLIGHT_RECORD_VARIABLES):
+            os.environ[FLIGHT_RECORD_VARIABLES[0]] = str(directory.resolve() / FLIGHT_RECORD)
+        if self._stack is None and not self._alone:
+            with contextlib.suppress(OSError):  # a full disk must not end a run for it
+                self._keep_stack(directory / f"rank_{self._values['rank']:05d}.stack")
 
     def record_failure(self, error: Exception) -> None:
         """Write the report, once; print one line for a consequence of another rank's failure.
@@ -122,11 +143,14 @@ class CrashReporter:
         The first rank that exits with a code makes srun end the others, which are exiting too:
         killed on the way, they would exit with another code.
         """
-        if self._path is not None:
+        if self._stack is not None:
             faulthandler.disable()
             faulthandler.unregister(signal.SIGTERM)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._stack.close()
+            if self._path is None:
+                with contextlib.suppress(OSError):
+                    Path(self._stack.name).unlink()
 
     def _write(self) -> None:
         if self._path is not None:
@@ -139,6 +163,25 @@ def is_consequence(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in SIGNS_OF_ANOTHER_RANK
     )
+
+
+def traces(directory: Path, *, since: float) -> str:
+    """Name what ranks that hung or crashed since a time have left in a run directory, if any."""
+    files = [*directory.glob("rank_*.stack"), *directory.glob(f"{FLIGHT_RECORD}*")]
+    left = sorted(str(file) for file in files if is_newer(file, since))
+    return f"where ranks were: {', '.join(left)}" if left else ""
+
+
+def is_newer(file: Path, since: float) -> bool:
+    status = file.stat()
+    return status.st_size > 0 and status.st_mtime >= since
+
+
+def remove_empty_stacks(directory: Path) -> None:
+    """Remove the files of ranks that were killed before they could write anything."""
+    for file in directory.glob("rank_*.stack"):
+        if file.stat().st_size == 0:
+            file.unlink()
 
 
 @dataclass(frozen=True)
@@ -168,6 +211,8 @@ def read_crash_reports(folder: Path) -> CrashSummary:
         body = ""
     others = sum("error" in rank for rank in ranks) - bool(causes)
     lines = [cause, body, f"{others} more failed after it" if others else ""]
+    if directory is not None:
+        lines.append(traces(directory, since=min(rank.get("started", 0.0) for rank in ranks)))
     return CrashSummary(len(ranks), "\n".join(line for line in lines if line), cause, directory)
 
 

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -30,7 +31,7 @@ from gns_pretrain.errors import (
     print_error,
 )
 from gns_pretrain.launch.build import build_run
-from gns_pretrain.launch.crash_report import CrashReporter
+from gns_pretrain.launch.crash_report import CrashReporter, remove_empty_stacks, traces
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
 from gns_pretrain.parallel.collectives import barrier, errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
@@ -74,6 +75,7 @@ def launch(config: Config) -> int:
     directory, fingerprint = check_run(config, info)
     if info is not None or config.launch.nproc_per_node == 1:
         return run_rank(config, directory, fingerprint, info or RankInfo())
+    began = time.time()
     try:
         arguments = (config, directory, fingerprint)
         run_local_ranks(run_started_rank, arguments, config.launch.nproc_per_node)
@@ -91,6 +93,8 @@ def launch(config: Config) -> int:
             "the run",
             file=sys.stderr,
         )
+        if left := traces(directory, since=began):
+            write(left, file=sys.stderr)
         return EXIT_CRASHED
     return EXIT_FINISHED
 
@@ -268,6 +272,7 @@ def taken(
                 refuse_another_run(directory, settings)
                 refuse_lost_checkpoints(directory)
                 remove_temporaries(directory)
+                remove_empty_stacks(directory)
                 if not checkpoint_folders(directory / CHECKPOINTS):
                     source = find_source(config.initial, verify=False)  # check_run has
                 init = source.as_record(config.initial) if source else None

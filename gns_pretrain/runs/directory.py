@@ -8,6 +8,7 @@ outputs/<run_name>/
     summary.json    once the run is finished
     checkpoints/    step_00001200/, ...
     .lock           names the process that runs it
+    flight_record_rank_0, ..., rank_00000.stack, ...    left by ranks that hung or crashed
 """
 
 import os

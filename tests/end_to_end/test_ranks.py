@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.elastic.multiprocessing.api import PContext
 
 from gns_pretrain.data.batches import SequenceOrder
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.launch import ranks as local_ranks
 from gns_pretrain.launch import train as launch
 from gns_pretrain.runs.history import read_starts
-from gns_pretrain.training import checkpoint
+from gns_pretrain.training import checkpoint, loop
 from tests.end_to_end import commands
 from tests.settings import SEQUENCE_LENGTH, VOCABULARY
 
@@ -58,6 +60,39 @@ def test_error_of_one_rank_is_told_by_it_and_gives_the_code(tmp_path, shards):
     end = read_starts(tmp_path / "small")[-1]
     assert end["outcome"] == "failed"
     assert end["error"].startswith("another rank is gone or silent")
+
+
+def run_and_hang(*arguments) -> None:
+    """A rank; the second one does not come to the second step's collectives."""
+    if os.environ["RANK"] == "1":
+        one_step = loop.one_step
+
+        def hang_after_one(run: loop.Run, log: loop.StepLog) -> list[loop.Reading]:
+            if run.adaptive.steps == 1:
+                time.sleep(commands.PATIENCE_SECONDS)
+            return one_step(run, log)
+
+        loop.one_step = hang_after_one
+    launch.run_started_rank(*arguments)
+
+
+def hang_with_an_impatient_agent() -> None:
+    start_instead(run_and_hang)
+    PContext.close.__defaults__ = (None, 1)  # seconds between SIGTERM and SIGKILL; torch has 30
+
+
+def test_a_rank_that_hangs_leaves_its_stack_in_the_run_directory_and_is_named(tmp_path, shards):
+    words = commands.arguments(tmp_path, shards, *TWO_RANKS, "parallel.timeout_seconds=10")
+    assert commands.run(words, tmp_path / "log", hang_with_an_impatient_agent) == 1
+    log = (tmp_path / "log").read_text()
+    stack = tmp_path / "small" / "rank_00001.stack"
+    assert "in hang_after_one" in stack.read_text()
+    assert "rank 0: another rank is gone or silent" in log
+    assert log.splitlines()[-1] == f"where ranks were: {stack}"
+    assert "Traceback" not in log
+    # The next start replaces what it may leave, and a rank that ends by itself leaves nothing.
+    assert commands.run(words[:-1], tmp_path / "log") == 0
+    assert list((tmp_path / "small").glob("rank_*")) == []
 
 
 def asked_before_there_are_ranks() -> None:

@@ -1,19 +1,28 @@
 import faulthandler
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from gns_pretrain.errors import TrainingError
 from gns_pretrain.launch import crash_report
-from gns_pretrain.launch.crash_report import CrashReporter, is_consequence, read_crash_reports
+from gns_pretrain.launch.crash_report import (
+    CrashReporter,
+    is_consequence,
+    read_crash_reports,
+    traces,
+)
 from gns_pretrain.runs.history import read_starts
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(crash_report, "HEAD_START_SECONDS", 0.0)
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "chosen by the user")
 
 
 @pytest.fixture
@@ -134,10 +143,9 @@ def recorded_end(reporter: CrashReporter, folder, error: Exception) -> dict:
 
 def test_failure_is_recorded_in_the_runs_history_by_rank_0(tmp_path):
     error = TrainingError("step 5: the loss is nan")
-    assert recorded_end(CrashReporter(1, None), tmp_path, error) == {}
-    assert (
-        recorded_end(CrashReporter(0, None), tmp_path, error)["error"] == "step 5: the loss is nan"
-    )
+    assert recorded_end(CrashReporter(1, None, alone=True), tmp_path, error) == {}
+    end = recorded_end(CrashReporter(0, None, alone=True), tmp_path, error)
+    assert end["error"] == "step 5: the loss is nan"
     end = recorded_end(CrashReporter(0, None), tmp_path, ValueError("first line\nsecond"))
     assert (end["outcome"], end["error"]) == ("failed", "ValueError: first line")
 
@@ -167,3 +175,41 @@ def test_job_that_never_came_to_a_run_says_so(tmp_path):
 )
 def test_consequences_are_errors_of_the_collectives(error, expected):
     assert is_consequence(error) is expected
+
+
+def test_torchs_flight_record_goes_to_the_run_directory_unless_set_and_is_named(
+    reporters, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    reporters[0].set_run_directory(run)
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in os.environ
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "")  # so that it is unset again afterwards
+    monkeypatch.delenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    reporters[0].set_run_directory(run)
+    prefix = os.environ["TORCH_FR_DUMP_TEMP_FILE"]
+    old, new = Path(f"{prefix}0"), Path(f"{prefix}1")  # as torch names them
+    old.write_bytes(b"of an earlier start")
+    os.utime(old, (0, 0))
+    new.write_bytes(b"record")
+    report = read_crash_reports(tmp_path)
+    assert report.text.endswith(f"where ranks were: {new}")
+
+
+def test_a_rank_without_a_job_leaves_its_stack_in_the_run_directory_if_it_is_killed(tmp_path):
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from gns_pretrain.launch.crash_report import CrashReporter\n"
+        "reporter = CrashReporter(int(sys.argv[1]), None)\n"
+        f"reporter.set_run_directory(Path({str(tmp_path)!r}))\n"
+        "if sys.argv[1] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "reporter.close()\n"
+    )
+    began = time.time() - 1
+    for rank in "01":
+        subprocess.run([sys.executable, "-c", program, rank], check=False)
+    (stack,) = tmp_path.glob("rank_*")  # the other one ended by itself
+    assert 'File "<string>", line 6' in stack.read_text()
+    assert traces(tmp_path, since=began) == f"where ranks were: {stack}"
+    assert traces(tmp_path, since=time.time() + 1) == ""
