@@ -24,6 +24,7 @@ from benchmarks.checkpoint import Checkpoint
 from benchmarks.cost_model import Roofline
 from benchmarks.data import Data, write_documents
 from benchmarks.harness import Command, Row, provenance, write_random_tokens
+from benchmarks.loss import LossBenchmark
 from benchmarks.memory import Memory
 from benchmarks.model import Model
 from benchmarks.noise_scale import NoiseScale
@@ -46,6 +47,7 @@ class All(Command):
 COMMANDS: dict[str, type[Command]] = {
     "model": Model,
     "data": Data,
+    "loss": LossBenchmark,
     "noise_scale": NoiseScale,
     "optimizer": Optimizer,
     "profile": Profile,
@@ -64,6 +66,7 @@ GPU_PLAN = (
     "model --model llama3_1b --batch-size 2 --sequence-length 2048 --compile --pairs 5",
     "noise_scale --model llama3_1b --geometry nuclear --estimate plug_in cross_fitted --samples 2"
     " --micro-batch-size 1 --sequence-length 2048 --pairs 2",
+    "loss",
     "optimizer",
     "profile --model llama3_160m --batch-size 16",
     "profile --model llama3_160m --batch-size 16 --geometry nuclear",
@@ -74,6 +77,7 @@ CPU_PLAN = (
     "model",
     "model --compile",
     "speed",
+    "loss",
     "noise_scale --ranks 1 2 --pairs 10",
     "optimizer --layers 2",
     "profile",
@@ -91,6 +95,7 @@ QUICK_PLAN = (
     " --tokenizer {folder}/tokenizer.json --seconds 0 --rounds 1 --sequence-length 8",
     f"noise_scale {QUICK_SAMPLE} --geometry manhattan --samples 2 --pairs 2",
     "noise_scale --foreign resnet --micro-batch-size 1 --geometry nuclear --samples 2 --pairs 2",
+    f"loss {QUICK_MODEL} --tokens 8 --pairs 2",
     f"optimizer {QUICK_MODEL} --layers 1 --pairs 2 --eager",
     f"profile {QUICK_SAMPLE} --batch-size 2 --no-compile --steps 1 --geometry nuclear",
     f"speed {QUICK_SAMPLE} --batch-size 2 --no-compile --pairs 2 --product-size 64",

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gns_pretrain.model.config import LlamaConfig
-from gns_pretrain.model.loss import Softmax, compiled_softmax_, next_token_loss, softmax_
+from gns_pretrain.model.loss import (
+    LogitGradients,
+    compiled_logit_gradients_,
+    logit_gradients_,
+    next_token_loss,
+)
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
@@ -194,7 +199,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.known_vocab_size)
         self.blocks_compiled = False
-        self._softmax: Softmax = softmax_
+        self._logit_gradients: LogitGradients = logit_gradients_
         self._frequencies = inverse_frequencies(config)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -222,7 +227,7 @@ class Llama(nn.Module):
             weight = weight.to_local()  # tensor-parallel ranks have all of it
         if targets is None:
             return F.linear(x, weight)
-        return next_token_loss(x.flatten(0, 1), weight, targets.flatten(), self._softmax)
+        return next_token_loss(x.flatten(0, 1), weight, targets.flatten(), self._logit_gradients)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks: one graph for all of them and every batch of two or more sequences.
@@ -233,7 +238,7 @@ class Llama(nn.Module):
         """
         for block in self.layers:
             block.compile(backend=backend)
-        self._softmax = compiled_softmax_(backend)
+        self._logit_gradients = compiled_logit_gradients_(backend)
         self.blocks_compiled = True
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,11 @@ from torch.nn import functional as F
 
 from gns_pretrain.geometry.square_root import TOLERANCE, trace_square_root
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.loss import compiled_softmax_, next_token_loss, softmax_
+from gns_pretrain.model.loss import (
+    compiled_logit_gradients_,
+    logit_gradients_,
+    next_token_loss,
+)
 from gns_pretrain.optim.adamw import AdamWPart
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.signum import SignumSettings
@@ -35,13 +39,16 @@ def loss_and_gradients(
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(gpu, dtype, rel, compiled):
-    softmax = compiled_softmax_() if compiled else softmax_
+    gradients = compiled_logit_gradients_() if compiled else logit_gradients_
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, DIM, generator=generator).to(dtype)
     weight = (torch.randn(VOCABULARY, DIM, generator=generator) * DIM**-0.5).to(dtype)
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     found = loss_and_gradients(
-        partial(next_token_loss, softmax=softmax), hidden.to(gpu), weight.to(gpu), targets.to(gpu)
+        partial(next_token_loss, logit_gradients=gradients),
+        hidden.to(gpu),
+        weight.to(gpu),
+        targets.to(gpu),
     )
     expected = loss_and_gradients(
         lambda h, w, t: F.cross_entropy(F.linear(h, w), t),
