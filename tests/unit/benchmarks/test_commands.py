@@ -107,7 +107,7 @@ def test_growth_by_hand():
 
 def test_profile_names_every_phase_of_a_measured_step_and_leaves_a_trace(tmp_path):
     trace = tmp_path / "trace.json"
-    (row,) = SmallProfile(**STEP, geometry="nuclear", steps=1, trace=trace).run()
+    (row,) = SmallProfile(**STEP, geometry="nuclear", steps=1, trace=trace, operators=1000).run()
     phases = {entry["phase"]: entry["seconds"] for entry in row["phases"]}
     assert set(phases) >= {"data", "forward", "backward", "measurement", "optimizer"}
     assert min(phases.values()) > 0
