@@ -44,7 +44,9 @@ def rank_info_from(environment: Mapping[str, str]) -> RankInfo | None:
     """
     # The step's own count: a job's SLURM_NTASKS is also set in its batch shell, outside any step.
     tasks = number_in(environment, "SLURM_STEP_NUM_TASKS", at_least=1, default=1)
-    in_step = tasks > 1 and not ("SLURM_PTY_PORT" in environment and is_typed_in_a_shell())
+    # With a terminal task 0 has it, and may be a shell.
+    has_terminal = "SLURM_PTY_PORT" in environment and environment.get("SLURM_PROCID") == "0"
+    in_step = tasks > 1 and not (has_terminal and is_typed_in_a_shell())
     if "RANK" in environment or (environment.keys() & {"WORLD_SIZE", "LOCAL_RANK"} and not in_step):
         alone = environment.get("WORLD_SIZE") == "1"
         require(environment, TORCHRUN[:2] if alone else TORCHRUN)

@@ -100,10 +100,12 @@ def test_variables_that_only_name_the_others_make_no_rank():
 
 def test_what_is_typed_in_a_shell_of_a_slurm_step_is_no_task(monkeypatch):
     monkeypatch.setattr(ranks, "is_typed_in_a_shell", lambda: True)
-    assert rank_info_from(srun()) is not None  # no terminal: the task that srun has started
-    assert rank_info_from(srun(SLURM_PTY_PORT="4242")) is None
+    terminal = {"SLURM_PTY_PORT": "4242", "SLURM_PROCID": "0"}
+    assert rank_info_from(srun(SLURM_PROCID="0")) is not None  # a task that srun has started
+    assert rank_info_from(srun(**terminal)) is None
+    assert rank_info_from(srun(SLURM_PTY_PORT="4242")) is not None  # beside the one that has it
     monkeypatch.setattr(ranks, "is_typed_in_a_shell", lambda: False)
-    assert rank_info_from(srun(SLURM_PTY_PORT="4242")) is not None
+    assert rank_info_from(srun(**terminal)) is not None
 
 
 def test_a_launchers_only_rank_is_not_asked_to_start_more(tmp_path, shards):
