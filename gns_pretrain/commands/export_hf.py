@@ -6,6 +6,8 @@ python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained
 
 import argparse
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,24 @@ from gns_pretrain.data.tokenization import as_in_training, read_tokenizer
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_home, path_argument, script_parser
 from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
+from gns_pretrain.model.huggingface import CONFIG_FILE, ExportedText, export_hf_folder
+from gns_pretrain.model.llama import Llama
 from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
 from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.system.files import parse
+from gns_pretrain.system.remote import folder_at, is_remote, listed_anew, store_errors
 from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import load_model
+
+COPIED_BYTES = 2**24  # at a time
 
 
 def main() -> None:
     parser = script_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a step_* folder of a run, or its URL")
+    parser.add_argument("--out", required=True, help="folder or URL to write; must not exist")
     parser.add_argument(
-        "--checkpoint", type=path_argument, required=True, help="a step_* folder of a run"
-    )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder to write; must not exist"
+        "--run", type=path_argument, help="run directory of a checkpoint that is elsewhere"
     )
     parser.add_argument(
         "--tokenizer",
@@ -60,10 +65,12 @@ def main() -> None:
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the folder and describe it."""
-    model = load_model(arguments.checkpoint)
+    out = folder_at(arguments.out, "--out")
+    model = load_model(folder_at(arguments.checkpoint, "--checkpoint"))
     tokenizer, text = text_of_run(arguments, model.config)
     try:
-        export_hf_folder(model, arguments.out, text)
+        with store_errors(out):
+            (upload_hf_folder if is_remote(out) else export_hf_folder)(model, out, text)
     except OSError as error:
         raise InputError(
             f"--out {arguments.out} cannot be written ({error.strerror or error}); name another "
@@ -80,6 +87,22 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def upload_hf_folder(model: Llama, url: Path, text: ExportedText) -> None:
+    """Write the folder on this machine, then copy it; last config.json, without which none loads.
+
+    Raises:
+        InputError: there is something at the URL.
+    """
+    if listed_anew(url):
+        raise InputError(f"--out {url} exists already; name a new folder, or remove it first")
+    with tempfile.TemporaryDirectory() as here:
+        folder = Path(here) / "hf"
+        export_hf_folder(model, folder, text)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            with path.open("rb") as file, (url / path.name).open("wb") as copy:
+                shutil.copyfileobj(file, copy, COPIED_BYTES)
+
+
 def text_of_run(
     arguments: argparse.Namespace, config: LlamaConfig
 ) -> tuple[str | None, ExportedText]:
@@ -87,12 +110,12 @@ def text_of_run(
 
     They are those of the run's data, if it is still there; the ids stand in run.json, too.
     """
-    run_directory = arguments.checkpoint.resolve().parents[1]
+    run_directory = arguments.run or Path(at_home(arguments.checkpoint)).resolve().parents[1]
     run_settings = read_settings(run_directory)
     if "data" not in run_settings:
         raise InputError(
             f"{run_directory / CONFIG} is missing or empty; --checkpoint must be inside its run "
-            "directory"
+            "directory, or --run name that"
         )
     hint = "restore it"
     settings = parse(DataSettings, run_settings["data"], source=run_directory / CONFIG, hint=hint)

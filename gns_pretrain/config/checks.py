@@ -152,12 +152,11 @@ def check_memory(
             f"on {counted(ranks, 'rank')}, but the {'GPU' if on_gpu else 'machine'} has {there:,}; "
             "use a smaller model or micro-batch, or shard over more ranks"
         )
-    copies = ranks_per_node * 4 * parameters // shards  # at least: of the weights
-    there, held = machine_memory(), 0 if on_gpu else needed
-    if config.checkpoint.asynchronous and held + copies > there:
+    copies, there, others = ranks_per_node * held, machine_memory(), 0 if on_gpu else needed
+    if config.checkpoint.asynchronous and others + copies > there:
         raise InputError(
-            f"checkpoint.asynchronous=true copies at least {copies:,} bytes to the memory of the "
-            f"machine, {there:,}, beside {held:,} of the run; use checkpoint.asynchronous=false"
+            f"checkpoint.asynchronous=true copies {copies:,} bytes to the memory of the machine, "
+            f"{there:,}, beside {others:,} of the run; use checkpoint.asynchronous=false"
         )
 
 

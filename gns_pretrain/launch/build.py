@@ -18,7 +18,6 @@ from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update
 from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
-from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.runs.history import note_checkpoint
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
@@ -53,7 +52,7 @@ def build_run(
         keep_token_half_life(optimizer, config.batch_size.initial)
     adaptive = build_adaptive_batch_size(config, num_ranks=world.num_data_ranks)
     checkpoints = Checkpoints(
-        directory / CHECKPOINTS,
+        config.checkpoint.folder(directory),
         keep=config.checkpoint.keep,
         world=world,
         beside=beside_training(world, config.parallel) if config.checkpoint.asynchronous else None,

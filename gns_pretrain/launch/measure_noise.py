@@ -29,6 +29,7 @@ from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CONFIG, read_settings
 from gns_pretrain.system.files import parse, read_json
+from gns_pretrain.system.remote import folder_at, is_remote
 from gns_pretrain.training.checkpoint import load_model
 from gns_pretrain.training.step import accumulate_gradients
 
@@ -42,7 +43,9 @@ class MeasurementRequest(Settings):
     section: ClassVar[str] = "--"
 
     checkpoint: Annotated[
-        Path, path_name(), About("a step_* folder or a Hugging Face Llama folder")
+        str | Path,
+        path_name(),
+        About("a step_* folder, or its URL, or a Hugging Face Llama folder"),
     ]
     data: Annotated[
         Path, path_name(), About("token-shard folder with a validation split, or embedded")
@@ -156,9 +159,10 @@ def measure(request: MeasurementRequest) -> Report | None:
     )
     ranks = rank_info_from(os.environ) or RankInfo()
     rounds = request.rounds(ranks.num_ranks)
-    is_hf = (request.checkpoint / CONFIG_FILE).is_file()
-    own = None if is_hf else data_of_run(request.checkpoint)
-    trained = positions_of_hf(request.checkpoint) if is_hf else own and own.sequence_length
+    checkpoint = folder_at(request.checkpoint, "--checkpoint")
+    is_hf = not is_remote(checkpoint) and (checkpoint / CONFIG_FILE).is_file()
+    own = None if is_hf or is_remote(checkpoint) else data_of_run(checkpoint)
+    trained = positions_of_hf(checkpoint) if is_hf else own and own.sequence_length
     length = request.sequence_length or min(trained or PAPER_LENGTH, PAPER_LENGTH)
     if own and not request.sequence_length:
         length = own.sequence_length
@@ -170,7 +174,7 @@ def measure(request: MeasurementRequest) -> Report | None:
             f"--num-sequences={request.num_sequences} is more than the {available} validation "
             f"sequences of --sequence-length={length} in {request.data}; use at most {available}"
         )
-    llama = (load_hf_folder if is_hf else load_model)(request.checkpoint)
+    llama = (load_hf_folder if is_hf else load_model)(checkpoint)
     if llama.config.known_vocab_size < tokens.vocab_size:
         raise InputError(
             f"{request.checkpoint} has a vocabulary of {llama.config.known_vocab_size}, but "

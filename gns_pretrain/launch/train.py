@@ -36,7 +36,6 @@ from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_lo
 from gns_pretrain.parallel.collectives import barrier, errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
 from gns_pretrain.runs.directory import (
-    CHECKPOINTS,
     PROVENANCE,
     STARTS,
     fresh_directory,
@@ -57,7 +56,7 @@ from gns_pretrain.system.processes import StopRequest, end_process, threads_per_
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
-from gns_pretrain.training.checkpoint import checkpoint_folders
+from gns_pretrain.training.checkpoint import checkpoint_folders, reachable
 from gns_pretrain.training.initialize import Source, check_source, find_source
 from gns_pretrain.training.loop import train
 
@@ -123,8 +122,11 @@ def check_run(
     directory = Path(config.output_directory) / config.run_name
     if config.resume == "never":
         directory = directory_of_requeued_job(directory) or fresh_directory(directory)
+    checkpoints = config.checkpoint.folder(directory)
+    with reachable(checkpoints):
+        is_saved = bool(checkpoint_folders(checkpoints))
     # A resumed run keeps its batch: where other ranks cannot take it, the next larger one.
-    if not checkpoint_folders(directory / CHECKPOINTS):
+    if not is_saved:
         check_batch_size(config, num_ranks=ranks)
     for local_rank in range(ranks) if info is None else (info.local_rank,):
         device = pick_device(config.launch.device, local_rank)
@@ -147,7 +149,7 @@ def check_run(
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
-    if not checkpoint_folders(directory / CHECKPOINTS):
+    if not is_saved:
         # Rank 0 reads it whole, or the launcher.
         source = find_source(config.initial, verify=info is None or info.rank == 0)
         if source:
@@ -270,10 +272,11 @@ def taken(
                 lock.enter_context(locked(directory))
                 # Again, since another command may have used the directory after the first look.
                 refuse_another_run(directory, settings)
-                refuse_lost_checkpoints(directory)
+                checkpoints = config.checkpoint.folder(directory)
+                refuse_lost_checkpoints(directory, checkpoints)
                 remove_temporaries(directory)
                 remove_empty_stacks(directory)
-                if not checkpoint_folders(directory / CHECKPOINTS):
+                if not checkpoint_folders(checkpoints):
                     source = find_source(config.initial, verify=False)  # check_run has
                 init = source.as_record(config.initial) if source else None
                 origin = dataclasses.asdict(config.data.origin())
@@ -282,12 +285,12 @@ def taken(
         yield from_main(source, world)
 
 
-def refuse_lost_checkpoints(directory: Path) -> None:
+def refuse_lost_checkpoints(directory: Path, checkpoints: Path) -> None:
     """Refuse to restart from nothing, over its record, a run that has saved itself before."""
     saved = (directory / PROVENANCE).is_file() and FIRST_CHECKPOINT in read_provenance(directory)
-    if saved and not checkpoint_folders(directory / CHECKPOINTS):
+    if saved and not checkpoint_folders(checkpoints):
         raise InputError(
-            f"{directory / CHECKPOINTS} holds no checkpoint, but the run has saved some; restore "
+            f"{checkpoints} holds no checkpoint, but the run has saved some; restore "
             "one, or restart with resume=never"
         )
 

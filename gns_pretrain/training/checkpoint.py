@@ -9,22 +9,19 @@ A checkpoint is a folder `step_00001200/`:
     manifest.json             size and sha256 of each of these
 
 Training waits for a copy of the tensors in host memory; a thread writes it (unless
-`checkpoint.asynchronous=false`). A checkpoint is written under another name, flushed to disk and
-renamed, so a folder with that name is complete. Loading takes the newest one whose files match the
-manifest, because torch.distributed.checkpoint itself loads a flipped byte without an error. A
-manifest does not say who wrote it, so nothing that a checkpoint holds is executed
-(`checkpoint_reader.py`).
+`checkpoint.asynchronous=false`). A folder with a checkpoint's name is complete
+(`checkpoint_writer.py`). Loading takes the newest one whose files match the manifest, because
+torch.distributed.checkpoint itself loads a flipped byte without an error. A manifest does not say
+who wrote it, so nothing that a checkpoint holds is executed (`checkpoint_reader.py`).
 """
 
 import io
-import itertools
 import json
 import pickle
-import re
-import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -32,7 +29,6 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -47,29 +43,43 @@ from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import unwrapped
-from gns_pretrain.parallel.collectives import from_main, gathered
+from gns_pretrain.parallel.collectives import errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.system.files import (
     as_json,
-    flush_to_disk,
     named_file,
     parse,
     read_json,
     sha256_of,
-    write_bytes,
-    write_json,
 )
 from gns_pretrain.system.processes import Worker, result_of
+from gns_pretrain.system.remote import (
+    folder_at,
+    is_remote,
+    listed_anew,
+    store_errors,
+)
 from gns_pretrain.training.checkpoint_reader import (
     METADATA,
     DataOnlyPlanner,
     DataOnlyReader,
     metadata_problem,
 )
+from gns_pretrain.training.checkpoint_writer import (
+    CHECKPOINT_NAME,
+    MANIFEST,
+    digests_of,
+    folder_to_write,
+    make_empty,
+    publish,
+    remove,
+    seal,
+    write_files,
+    writer_to,
+)
 
-MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
-MODEL, GENERATORS = "model.json", "generators.pt"
-CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
+TRAIN_STATE, MODEL, GENERATORS = "train_state.json", "model.json", "generators.pt"
 
 
 @dataclass
@@ -85,6 +95,22 @@ class CheckpointSettings(Settings):
     # write beside training, which waits only for a copy in host memory
     asynchronous: bool = True
     keep: Annotated[int, at_least(1, hint="2 survive a bad disk")] = 2  # newest checkpoints
+    # object storage by a URL of fsspec, with a folder for each run; null: the run directory
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.directory is not None and "://" not in self.directory:
+            raise InputError(
+                f"checkpoint.directory={self.directory} is not a URL; use one such as "
+                "s3://bucket/prefix, or null for the run directory"
+            )
+
+    def folder(self, run_directory: Path) -> Path:
+        """Return the folder of a run's checkpoints."""
+        if self.directory is None:
+            return run_directory / CHECKPOINTS
+        return folder_at(self.directory, "checkpoint.directory") / run_directory.name
 
 
 class Checkpoints:
@@ -182,15 +208,14 @@ class Checkpoints:
         Every collective is one of `writers`, since training has others at the same time.
         """
         target, is_main = self._folder_of(step), self.writers.is_main
-        if from_main(is_main and damage(target) is None, self.writers):
-            return
-        unfinished = self.directory / f".unfinished_{target.name}"
+        unfinished = folder_to_write(target)
         try:
+            if self._on_each(lambda: is_main and damage(target) is None)[0]:
+                return
             self._on_main(lambda: make_empty(unfinished))
             dcp.save(
                 tensors,
-                # Copying ahead would use a GPU, and in another thread the first of all.
-                storage_writer=FileSystemWriter(unfinished, per_thread_copy_ahead=0),
+                storage_writer=writer_to(unfinished),
                 process_group=self.writers.group,
                 no_dist=is_alone(self.writers),
             )
@@ -202,10 +227,13 @@ class Checkpoints:
             self._on_main(lambda: self.on_save(step))
         # torch's exception is a BaseException that holds each rank's error.
         except (OSError, RuntimeError, CheckpointException) as error:
-            if is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            whole, _ = pick_whole(self.directory)
-            older = f"{whole} is whole, the run resumes from it" if whole else "none is older"
+            if is_remote(target):
+                older = "earlier ones are as they were"
+            else:
+                if is_main:
+                    remove(unfinished)
+                whole, _ = pick_whole(self.directory)
+                older = f"{whole} is whole, the run resumes from it" if whole else "none is older"
             raise TrainingError(
                 f"step {step}: the checkpoint {target} could not be written "
                 f"({root_cause(error)}); {older}; make room or mend the path, and start the same "
@@ -227,7 +255,8 @@ class Checkpoints:
         Raises:
             TrainingError: there are checkpoints and every one is damaged.
         """
-        found = pick_whole(self.directory) if self.world.is_main else None
+        with errors_of_main(self.world), reachable(self.directory):
+            found = pick_whole(self.directory) if self.world.is_main else None
         chosen, damaged = from_main(found, self.world)
         if chosen is None:
             if damaged:
@@ -247,7 +276,8 @@ class Checkpoints:
         """Run something on each rank; return all results, or raise the first failure, on each."""
         result, problem = None, None
         try:
-            result = action()
+            with store_errors(self.directory):
+                result = action()
         except OSError as error:
             problem = str(error)
         found = gathered((result, problem), self.writers)
@@ -264,7 +294,7 @@ class Checkpoints:
         """
         folders = checkpoint_folders(self.directory)
         for old in folders[folders.index(newest) + self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
 
 def load_checkpoint(
@@ -299,7 +329,8 @@ def load_checkpoint(
 
 def load_model(checkpoint: Path) -> Llama:
     """Load a checkpoint's model on the CPU in float32; InputError if it is not whole."""
-    reason = damage(checkpoint)
+    with reachable(checkpoint):
+        reason = damage(checkpoint)
     if reason:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({reason}); name a step_* folder")
     model = Llama(stored_model(checkpoint))
@@ -328,7 +359,7 @@ def stored_generators(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Read the states of torch's generators, by kind of device; InputError for anything else."""
     path = checkpoint / GENERATORS
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InputError(
             f"{path} is refused ({one_line(error)[:200]}); use an older checkpoint",
@@ -382,12 +413,6 @@ def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
     }
 
 
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write whole files by their names."""
-    for name, content in files.items():
-        write_bytes(folder / name, content)
-
-
 def staging_options(device: torch.device) -> StagingOptions:
     """Return how tensors are copied to the host: on a GPU into pinned memory, kept for the next."""
     on_gpu = device.type == "cuda"
@@ -399,53 +424,31 @@ def staging_options(device: torch.device) -> StagingOptions:
     )
 
 
-def make_empty(folder: Path) -> None:
-    """Make the folder to write in; delete what interrupted saves left."""
-    for stale in folder.parent.glob(".unfinished_*"):
-        shutil.rmtree(stale)
-    folder.parent.mkdir(exist_ok=True)  # not its parents: a run directory may have been moved
-    folder.mkdir()
-
-
-def digests_of(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of the files that this rank wrote.
-
-    torch calls a rank's files `__<rank>_<n>.distcp`; the main rank writes the others.
-    """
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
-        if (int(match[1]) if match else 0) == rank:
-            digests[path.name] = (path.stat().st_size, sha256_of(path))
-    return digests
-
-
-def seal(folder: Path, digests: list[dict[str, tuple[int, str]]]) -> None:
-    """Write the manifest, then flush the whole folder to disk."""
-    write_json(folder / MANIFEST, {name: entry for part in digests for name, entry in part.items()})
-    for path in [*folder.iterdir(), folder]:
-        flush_to_disk(path)
-
-
-def publish(unfinished: Path, target: Path) -> None:
-    """Rename a complete folder into place; a damaged one of that name is set aside, not deleted."""
-    if target.exists():
-        candidates = (target.with_name(f"damaged_{n}_{target.name}") for n in itertools.count(1))
-        target.rename(next(path for path in candidates if not path.exists()))
-    unfinished.rename(target)
-    flush_to_disk(target.parent)
-
-
 def checkpoint_folders(directory: Path) -> list[Path]:
     """Return all checkpoints, newest first, without unfinished ones."""
-    if not directory.is_dir():
-        return []
     found = [
         (int(match[1]), path)
-        for path in directory.iterdir()
-        if path.is_dir() and (match := CHECKPOINT_NAME.fullmatch(path.name))
+        for path in listed_anew(directory)
+        if (match := CHECKPOINT_NAME.fullmatch(path.name))
+        and (path / MANIFEST if is_remote(path) else path).exists()
+        and path.is_dir()
     ]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+@contextmanager
+def reachable(directory: Path) -> Iterator[None]:
+    """Around the first use of a store: an InputError, one line, if it does not answer as asked."""
+    try:
+        with store_errors(directory):
+            yield
+    except OSError as error:
+        if not is_remote(directory):
+            raise
+        raise InputError(
+            f"{directory} cannot be read ({one_line(error)}); check the name, the credentials and "
+            "the endpoint"
+        ) from error
 
 
 def pick_whole(directory: Path) -> tuple[Path | None, list[str]]:

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 
+from gns_pretrain.system.remote import is_remote
+
 METADATA = ".metadata"
 KNOWN = {
     (kind.__module__, kind.__qualname__): kind
@@ -50,11 +52,20 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class DataOnlyReader(FileSystemReader):
-    """Reads a checkpoint whose metadata is a stranger's."""
+    """Reads a checkpoint, of a disk or a store, whose metadata is a stranger's."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+        if is_remote(checkpoint):
+            from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
+
+            self.fs = FileSystem()  # type: ignore[assignment]
+            self.path = self.fs.init_path(str(checkpoint))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         """Unpickle the metadata; UnpicklingError if it is anything else, or names other files."""
-        path = Path(self.path) / METADATA
+        path = self.checkpoint / METADATA
         try:
             with path.open("rb") as file:
                 metadata = MetadataUnpickler(file).load()

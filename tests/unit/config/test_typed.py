@@ -198,6 +198,28 @@ def test_memory_counts_every_rank_of_a_machine_and_its_share(base, monkeypatch):
         checked(words)
 
 
+def test_memory_counts_the_copy_of_an_asynchronous_save(base, monkeypatch):
+    def memory(num_bytes: int) -> None:
+        monkeypatch.setattr("gns_pretrain.config.checks.machine_memory", lambda: num_bytes)
+
+    def refused(pattern: str) -> list[int]:
+        with pytest.raises(InputError) as refusal:
+            checked(words)
+        found = re.search(pattern, str(refusal.value))
+        assert found is not None
+        return [int(number.replace(",", "")) for number in found.groups()]
+
+    words = [*base, "launch.nproc_per_node=2", "launch.device=cpu"]
+    memory(0)
+    parameters, needed = refused("with ([0-9,]+) parameters.*at least ([0-9,]+) bytes")
+    memory(needed)
+    (copies,) = refused("checkpoint.asynchronous=true copies ([0-9,]+) bytes")
+    assert 12 * parameters - 24 < copies <= 12 * parameters  # AdamW's, over the shards
+    checked([*words, "checkpoint.asynchronous=false"])
+    memory(needed + copies)
+    checked(words)
+
+
 @pytest.mark.parametrize(
     ("words", "of_matrix", "of_other"),
     [
