@@ -6,6 +6,7 @@ A tokenizer is a tokenizer.json: a file, a name on the hub, or a byte-level BPE 
 import errno
 import json
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,14 @@ def without_special_tokens(tokenizer: Tokenizer, document_ids: Iterable[int]) ->
         document_ids: of the tokens around a document, special or not.
 
     Raises:
-        InputError: the token for unknown text is missing, or is one of `document_ids`.
+        InputError: two tokens have one id; the token for unknown text is missing, or is one of
+            `document_ids`.
     """
+    ids = Counter(tokenizer.get_vocab(with_added_tokens=True).values())
+    if ids and (most := ids.most_common(1)[0])[1] > 1:
+        raise InputError(
+            f"the tokenizer has {most[1]} tokens of id {most[0]}; correct its tokenizer.json"
+        )
     content = json.loads(tokenizer.to_str())
     model: dict[str, Any] = content["model"]
     special = {token["content"] for token in content["added_tokens"] if token["special"]}

@@ -281,7 +281,7 @@ def _weight_files(folder: Path) -> list[Path]:
     names = {WEIGHTS_FILE}
     if index.is_file():
         weight_map = read_json(index, hint=HINT).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
+        if not (isinstance(weight_map, dict) and weight_map) or not all(
             isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
         ):
             raise InputError(f"{index}: weight_map must name .safetensors files; {HINT}")

@@ -27,6 +27,7 @@ from typing import (
 from gns_pretrain.errors import InputError, TrainingError
 
 T = TypeVar("T")
+MAX_NAME = 255  # bytes of a file's name
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -194,7 +195,7 @@ def named_file(name: Any, source: Path, *, root: Path | None = None) -> Path:
     """
     folder = source.parent
     is_name = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
-    if not is_name or "\0" in name:
+    if not is_name or "\0" in name or len(name.encode(errors="replace")) > MAX_NAME:
         raise InputError(
             f"{source} names the file {shortened(name)}, which is not a name inside its folder; "
             "use a folder from somebody you trust"

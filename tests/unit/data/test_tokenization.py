@@ -1,3 +1,4 @@
+import json
 from itertools import chain
 
 import numpy as np
@@ -115,6 +116,13 @@ def test_token_for_unknown_text_cannot_end_documents(kind):
 def test_tokenizer_without_its_unknown_token_is_refused(model):
     tokenizer = edited(by_words(model), unk_token="[UNK]")
     with pytest.raises(InputError, match=r"unk_token=\[UNK\], is not in its vocabulary"):
+        DocumentEncoder(tokenizer, dtype=UINT16, bos_id=1, eos_id=2)
+
+
+def test_tokenizer_with_two_tokens_of_one_id_is_refused():
+    vocabulary = json.loads(by_words(models.BPE).to_str())["model"]["vocab"]
+    tokenizer = edited(by_words(models.BPE), vocab=vocabulary | {"a": vocabulary["</s>"]})
+    with pytest.raises(InputError, match="has 2 tokens of id 2; correct"):
         DocumentEncoder(tokenizer, dtype=UINT16, bos_id=1, eos_id=2)
 
 

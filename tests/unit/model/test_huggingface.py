@@ -1,5 +1,9 @@
 import json
+import math
+import os
+import signal
 import sys
+from itertools import count
 
 import numpy as np
 import pytest
@@ -145,6 +149,35 @@ def test_another_architecture_is_refused(exported, key, value):
         load_hf_folder(exported)
 
 
+ANY = [None, True, -1, 0, 1.5, 1e308, math.nan, 10**30, "", "8", [], [1], {}, {"a": 1}]
+
+
+def assert_read_or_one_line(folder, tried):
+    line = "read"
+    try:
+        load_hf_folder(folder)
+    except InputError as error:
+        line = str(error)
+    assert len(line.splitlines()) == 1, tried
+
+
+def test_whatever_its_json_holds_a_folder_is_read_or_refused_in_one_line(exported):
+    path, index = exported / "config.json", exported / "model.safetensors.index.json"
+    config = json.loads(path.read_text())
+    shapes = [config | {key: value} for key in config for value in ANY]
+    for key in config["rope_parameters"] | {"factor": 8.0, "type": "llama3"}:
+        shapes += [config | {"rope_parameters": {key: value}} for value in ANY]
+    for content in [*shapes, *ANY]:
+        path.write_text(json.dumps(content))
+        assert_read_or_one_line(exported, content)
+    path.write_text(json.dumps(config))
+    maps = [{"a": name} for name in [*ANY, "../a.safetensors", f"{'a' * 300}.safetensors"]]
+    for content in [*ANY, *({"weight_map": value} for value in [*ANY, *maps])]:
+        index.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"index\.json"):
+            load_hf_folder(exported)
+
+
 def test_a_cut_off_file_is_named(exported):
     weights = exported / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -203,6 +236,45 @@ def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(tmp_path, ids, eos_
     with pytest.raises(InputError, match=message):
         export_hf_folder(random_model(), tmp_path / "out", text)
     assert list(tmp_path.iterdir()) == []
+
+
+def dies_at(number, call, calls):
+    def dying(*arguments, **options):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+
+    return dying
+
+
+def end_of_export(model, out, text, *, killed_at):
+    """How a process ends that dies in its n-th call that puts something on disk."""
+    child = os.fork()
+    if child == 0:
+        try:
+            calls = count(1)
+            for name in ("mkdir", "fsync", "replace", "rename"):
+                setattr(os, name, dies_at(killed_at, getattr(os, name), calls))
+            export_hf_folder(model, out, text)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def test_what_a_killed_export_leaves_goes_with_the_next(tmp_path):
+    model, text = random_model(), ExportedText(64, words(range(5)), eos_id=1)
+    for killed_at in range(1, 50):
+        code = end_of_export(model, tmp_path / "out", text, killed_at=killed_at)
+        left = [path.name for path in tmp_path.iterdir()]
+        if code == 0:
+            break
+        assert code == signal.SIGKILL
+        assert "out" not in left
+        assert len(left) <= 1, "of this one alone"
+    assert killed_at > 10
+    assert left == ["out"]
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import models
 
 from gns_pretrain.commands import run_command
 from gns_pretrain.data.prepare import corpus as corpus_module
@@ -23,6 +24,8 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import folder_lock
 from tests.unit.data_samples import (
     as_line,
+    by_words,
+    edited,
     ids_of,
     make_texts,
     unigram,
@@ -299,6 +302,26 @@ def test_no_document_ends_itself_in_any_worker(inputs, tmp_path, workers):
     run(settings_for(inputs, tmp_path / "out", workers=workers, **changes))
     tokens = tokens_of(tmp_path / "out", "train")
     assert [tokens.count(token_id) for token_id in (1, 2, 3)] == [30, 30, 0]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "line"),
+    [
+        (
+            edited(by_words(models.WordPiece), unk_token="[UNK]"),
+            r"unk_token=\[UNK\], is not",
+        ),
+        (edited(unigram(), unk_id=None), "cannot encode the document '0 "),
+    ],
+)
+def test_tokenizer_that_cannot_encode_the_texts_leaves_nothing_behind(
+    inputs, tmp_path, tokenizer, line
+):
+    tokenizer.save(str(tmp_path / "bad.json"))
+    settings = settings_for(inputs, tmp_path / "out", tokenizer=str(tmp_path / "bad.json"))
+    with pytest.raises(InputError, match=line):
+        run(settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_token_for_both_ends_stands_once_between_documents(inputs, tmp_path, capsys):
