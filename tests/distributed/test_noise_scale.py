@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
@@ -223,6 +225,39 @@ def test_tied_embeddings_are_one_weight():
 def test_activation_checkpointing_shows_each_gradient_once(reference):
     found = measured(RankInfo(), Case("single"), activation_checkpointing=True)
     assert_equal(found, reference, "one process, checkpointed")
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective of the block: its name and the shapes of its tensors, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.issued: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function._schema.name.startswith("c10d::"):
+            tensors = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
+            self.issued.append((function._schema.name, [t.shape for t in tensors]))
+        return function(*arguments, **(keywords or {}))
+
+
+def collectives_of_a_measurement(place: RankInfo) -> list[tuple[str, list[torch.Size]]]:
+    """Those of a measured step, the model's and the tap's, in the order in which a rank issues."""
+    with joined(place, ParallelSettings(kind="hsdp"), torch.device("cpu")) as world:
+        model = parallelize(model_of(), world, compute_dtype=torch.bfloat16)
+        meter = NoiseMeter(model, ALL)
+        samples = FEW.tensors()[place.rank :: place.num_ranks]
+        with Collectives() as collectives, meter.measure():
+            accumulate_gradients(model, samples, accumulation=len(samples), meter=meter)
+        return collectives.issued
+
+
+def test_every_rank_issues_the_collectives_of_all_groups_in_one_order(tmp_path):
+    # Two NCCL communicators in flight at once would otherwise wait for each other.
+    first, *others = run_ranks(4, collectives_of_a_measurement, tmp_path)
+    kinds = {name for name, _ in first}
+    assert {"c10d::reduce_", "c10d::allreduce_"} < kinds
+    assert all(issued == first for issued in others)
 
 
 def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]:

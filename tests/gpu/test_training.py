@@ -1,6 +1,8 @@
 """Whole steps on a GPU: what they measure, that nothing waits for them, and that they resume."""
 
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training.loop import Run, one_step
 from gns_pretrain.training.step import StepResult, train_step
 from gns_pretrain.training.step_log import StepLog
+from tests.dense_reference import Values
+from tests.distributed.harness import run_ranks
 from tests.distributed.test_noise_scale import (
     ALL,
     FEW,
@@ -91,6 +95,89 @@ def test_measured_step_trains_with_the_same_bits_in_bfloat16(gpu, kind, compiled
     assert torch.equal(measured.gradient_norm, plain.gradient_norm)
     for ours, theirs in zip(weights, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@contextmanager
+def measured_steps(
+    gpu: torch.device, kind: str, **settings: Any
+) -> Iterator[Callable[[], StepResult]]:
+    """A measured step to repeat, after one that has learned the order of the blocks."""
+    with joined(RankInfo(), ParallelSettings(kind=kind), gpu) as world:
+        model = parallelize(model_of().to(gpu), world, compute_dtype=torch.bfloat16)
+        meter = NoiseMeter(model, **settings)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        samples = [sample.to(gpu) for sample in FEW.tensors()]
+
+        def step() -> StepResult:
+            return train_step(
+                model,
+                optimizer,
+                samples,
+                accumulation=FEW.count,
+                gradient_clip=1.0,
+                batch_size=FEW.count,
+                meter=meter,
+            )
+
+        step()
+        torch.cuda.synchronize()
+        yield step
+
+
+@pytest.mark.parametrize("kind", ["single", "fsdp"])
+@pytest.mark.parametrize(("geometry", "expected"), [("manhattan", 1), ("nuclear", 2)])
+def test_host_waits_once_for_a_measurement_and_twice_for_a_nuclear_one(
+    gpu, kind, geometry, expected
+):
+    with measured_steps(gpu, kind, geometries=[geometry]) as step:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    assert len(waits) == expected, [str(w.message) for w in waits]
+
+
+def test_seconds_of_a_measurement_leave_out_the_wait_for_the_rest_of_the_step(gpu):
+    with measured_steps(gpu, "single", geometries=["manhattan"]) as step:
+        step()
+        began = time.perf_counter()
+        torch.cuda._sleep(10**9)  # cycles: half a second of other work before the samples'
+        (reading,) = step().readings
+        took = time.perf_counter() - began
+    assert 0.0 < reading.seconds < took / 2
+
+
+def measured_on_its_gpu(place: RankInfo, kind: str) -> Values:
+    """Two steps: the second in the learned order, over NCCL and a group of the tap's own."""
+    gpu = torch.device("cuda", place.local_rank)
+    with joined(place, ParallelSettings(kind=kind), gpu) as world:
+        model = parallelize(model_of().to(gpu), world, compute_dtype=torch.float32)
+        meter = NoiseMeter(model, ALL)
+        samples = [sample.to(gpu) for sample in FEW.tensors()[place.rank :: place.num_ranks]]
+        for _ in range(2):
+            result = train_step(
+                model,
+                torch.optim.SGD(model.parameters(), lr=0.0),
+                samples,
+                accumulation=len(samples),
+                gradient_clip=1.0,
+                batch_size=FEW.count,
+                meter=meter,
+            )
+        return values_of(result)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+def test_several_gpus_equal_the_dense_reference(gpu, kind, tmp_path):
+    ranks = min(4, torch.cuda.device_count()) // 2 * 2
+    if not ranks:
+        pytest.skip("one GPU has no other to send to")
+    for rank, found in enumerate(run_ranks(ranks, measured_on_its_gpu, tmp_path, kind)):
+        assert_equal(found, dense_reference(), f"{kind}, rank {rank} of {ranks}")
 
 
 @contextmanager
