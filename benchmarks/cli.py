@@ -66,6 +66,8 @@ GPU_PLAN = (
     "model --model llama3_1b --batch-size 2 --sequence-length 2048 --compile --pairs 5",
     "noise_scale --model llama3_1b --geometry nuclear --estimate plug_in cross_fitted --samples 2"
     " --micro-batch-size 1 --sequence-length 2048 --pairs 2",
+    "noise_scale --model llama3_1b --geometry nuclear --micro-batch-size 8 --sequence-length 2048"
+    " --pairs 2 --read-after-steps 8",
     "loss",
     "optimizer",
     "profile --model llama3_160m --batch-size 16",

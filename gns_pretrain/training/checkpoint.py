@@ -88,7 +88,8 @@ class CheckpointSettings(Settings):
 
     section: ClassVar[str] = "checkpoint"
 
-    # optimizer steps; a run also saves at its end and when asked to stop
+    # optimizer steps; a run also saves at its end and when asked to stop. A save that falls due
+    # while a noise scale is still to be read (noise_scale.read_after_steps) comes with the reading.
     every_steps: Annotated[
         int, at_least(1, "step", hint="more than the run's steps saves only at its end")
     ] = 100
