@@ -29,8 +29,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -141,7 +141,10 @@ class Checkpoints:
         self.writers = beside or world
         self.on_save = on_save
         self._thread = Worker() if beside else None
-        self._stager = DefaultStager(staging_options(world.device))
+        # On a GPU the copies are pinned, and kept for the next save. torch 2.11's DefaultStager,
+        # which would wait for them, stages only once.
+        self._on_gpu = world.device.type == "cuda"
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
         self._under_way: Future[None] | None = None
 
     def save(
@@ -170,7 +173,9 @@ class Checkpoints:
         if self._thread is None:
             self._write(step, tensors, files)
         else:
-            tensors = self._stager.stage(tensors)
+            tensors = self._stager.stage(tensors, non_blocking=self._on_gpu)
+            if self._on_gpu:
+                torch.cuda.synchronize(self.world.device)
             self._under_way = self._thread.start(lambda: self._write(step, tensors, files))
         return self._folder_of(step)
 
@@ -412,17 +417,6 @@ def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
         MODEL: as_json(asdict(llama.config)),
         GENERATORS: stored.getvalue(),
     }
-
-
-def staging_options(device: torch.device) -> StagingOptions:
-    """Return how tensors are copied to the host: on a GPU into pinned memory, kept for the next."""
-    on_gpu = device.type == "cuda"
-    return StagingOptions(
-        use_pinned_memory=on_gpu,
-        use_non_blocking_copy=on_gpu,
-        use_async_staging=False,
-        use_shared_memory=False,
-    )
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
