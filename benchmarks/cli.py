@@ -21,7 +21,6 @@ import torch
 from rich.table import Table
 
 from benchmarks.checkpoint import Checkpoint
-from benchmarks.cost_model import Roofline
 from benchmarks.data import Data, write_documents
 from benchmarks.harness import Command, Row, provenance, write_random_tokens
 from benchmarks.loss import LossBenchmark
@@ -29,12 +28,13 @@ from benchmarks.memory import Memory
 from benchmarks.model import Model
 from benchmarks.noise_scale import NoiseScale
 from benchmarks.optimizer import Optimizer
+from benchmarks.plan import Plan
 from benchmarks.profile import Profile
 from benchmarks.speed import Speed
 from benchmarks.startup import Startup
 from gns_pretrain.errors import InputError, print_error
 from gns_pretrain.fields import About, add_options, at_home, from_options
-from gns_pretrain.system.terminal import Console, write
+from gns_pretrain.system.terminal import Console
 
 
 @dataclass
@@ -55,7 +55,7 @@ COMMANDS: dict[str, type[Command]] = {
     "startup": Startup,
     "checkpoint": Checkpoint,
     "memory": Memory,
-    "roofline": Roofline,
+    "plan": Plan,
     "all": All,
 }
 
@@ -105,7 +105,7 @@ QUICK_PLAN = (
     " token_budget=1024 model=demo evaluation.num_sequences=1 compile=never launch.threads=1",
     f"checkpoint {QUICK_SAMPLE} --batch-size 2 --no-compile",
     f"memory {QUICK_MODEL} --steps 12",
-    "roofline --ranks 8",
+    f"plan {QUICK_MODEL} --gpus 8 --micro-batch-size 1 --sequence-length 8",
 )
 
 
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     subcommands = whole.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, command in COMMANDS.items():
         text = (command.__doc__ or "").splitlines()[0]
-        aliases = ["paper"] if command is Roofline else []
+        aliases = ["roofline"] if command is Plan else []  # its name before it took real steps
         sub = subcommands.add_parser(name, aliases=aliases, help=text, description=text)
         sub.set_defaults(command=command)
         add_options(sub, command)
@@ -204,14 +204,14 @@ def json_file(target: str | None) -> AbstractContextManager[TextIO | None]:
 
 def show(row: Row) -> None:
     """Print a row as a table, and each list of rows within it as a table of its own."""
-    if "markdown" in row:
-        write(row["markdown"].removesuffix("\n"))
-        return
     plain = Table(show_header=False)
     tables = [plain]
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            tables.append(Table(*(name.replace("_", " ") for name in value[0])))
+            tables.append(Table(title=key.replace("_", " "), title_justify="left"))
+            for name, entry in value[0].items():
+                left = isinstance(entry, str)
+                tables[-1].add_column(name.replace("_", " "), justify="left" if left else "right")
             for entry in value:
                 tables[-1].add_row(*map(formatted, entry.values()))
         else:

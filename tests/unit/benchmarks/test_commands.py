@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cli import COMMANDS, CPU_PLAN, GPU_PLAN, main, parser
+from benchmarks.cli import COMMANDS, CPU_PLAN, GPU_PLAN, QUICK_MODEL, main, parser
 from benchmarks.harness import this_process
 from benchmarks.memory import growth
 from benchmarks.profile import Profile
@@ -37,10 +37,10 @@ class SmallProfile(Profile):
 def test_script_starts_in_any_folder_without_being_installed(tmp_path):
     script = Path(__file__).parents[3] / "scripts" / "benchmark.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(script), "roofline", "--ranks", "8"]
+    command = [sys.executable, str(script), "plan", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "llama3_1b, 8 GPUs" in done.stdout
+    assert "llama3_1b" in done.stdout
 
 
 def test_every_part_runs_and_says_when_where_and_by_which_command(tmp_path, monkeypatch):
@@ -63,12 +63,15 @@ def test_plans_name_commands_and_arguments_that_exist(line):
 
 
 def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.cli.QUICK_PLAN", ("memory --steps 1", "paper --ranks 8"))
+    monkeypatch.setattr(
+        "benchmarks.cli.QUICK_PLAN",
+        ("memory --steps 1", f"memory {QUICK_MODEL} --steps 12"),
+    )
     path = tmp_path / "figures.jsonl"
     assert main(["all", "--quick", "--json", str(path)]) == 1
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert "--steps=1 must be at least 10" in first["failed"]
-    assert "markdown" in second
+    assert second["steps"] == 12
 
 
 @pytest.mark.parametrize(
@@ -78,8 +81,8 @@ def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path, monkeypatch
         ("speed --model demo --batch-size 3 --micro-batch-size 2", "is not a multiple of"),
         ("noise_scale --samples 3 --ranks 2", "--samples=3 is not a multiple of --ranks=2"),
         ("model --model nobody", "--model=nobody is not known"),
-        ("roofline --ranks 12", "--ranks=12 are not whole nodes"),
-        ("roofline --json /nowhere/at/all", "cannot be written"),
+        ("plan --gpus 12", "--gpus=12 are not whole nodes"),
+        ("roofline --json /nowhere/at/all", "cannot be written"),  # an older name of plan
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(words, error, capsys):
