@@ -37,6 +37,13 @@ class InputError(OneLineError, ValueError):
     exit_code = EXIT_BAD_INPUT
 
 
+class DamagedFileError(InputError):
+    """A file of ours that cannot be read, or holds what nobody has written there.
+
+    What reads many runs catches it, names the file and reads the others.
+    """
+
+
 class TrainingError(OneLineError, RuntimeError):
     """A run that cannot continue (a loss that is not finite, a full disk).
 

@@ -112,6 +112,19 @@ class Controller:
         return Decision(self.name, previous, split, target, multiplier, why)
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """What `AdaptiveBatchSize.state_dict` returns, as far as it is read again."""
+
+    step: int
+    samples: int
+    batch_size: int
+    lr_multiplier: float
+    averages: dict[str, dict[str, float]]
+    recent_noise_scales: dict[str, list[float]]
+    shadow_batch_sizes: dict[str, int]
+
+
 class AdaptiveBatchSize:
     """Chooses the batch size of each optimizer step and the learning rate that goes with it.
 

@@ -7,6 +7,8 @@ Under each search stand the best point's numbers as conf/scale/<scale>.yaml take
 them lie at an end of what was tried, where the search should go on.
 """
 
+import sys
+
 from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.results.frame import runs_of_folders
 from gns_pretrain.results.search import FORMATS, searches
@@ -19,5 +21,7 @@ def main() -> None:
     option("folders", nargs="+", type=path_argument, help="run directories or folders of them")
     option("--format", choices=FORMATS, default="text", help="default: text")
     given = parser.parse_args()
-    found = searches(runs_of_folders(given.folders))
+    runs, damaged = runs_of_folders(given.folders)
+    write(*damaged, file=sys.stderr)
+    found = searches(runs)
     write("\n".join(FORMATS[given.format](search) for search in found).removesuffix("\n"))

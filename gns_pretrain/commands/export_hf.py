@@ -23,7 +23,7 @@ from gns_pretrain.model.huggingface import CONFIG_FILE, ExportedText, export_hf_
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.runs.directory import CONFIG, PROVENANCE, read_settings
 from gns_pretrain.runs.history import read_provenance
-from gns_pretrain.system.files import parse
+from gns_pretrain.system.files import must_write, parse
 from gns_pretrain.system.remote import folder_at, is_remote, listed_anew, store_errors
 from gns_pretrain.system.terminal import write
 from gns_pretrain.training.checkpoint import load_model
@@ -68,14 +68,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     out = folder_at(arguments.out, "--out")
     model = load_model(folder_at(arguments.checkpoint, "--checkpoint"))
     tokenizer, text = text_of_run(arguments, model.config)
-    try:
-        with store_errors(out):
-            (upload_hf_folder if is_remote(out) else export_hf_folder)(model, out, text)
-    except OSError as error:
-        raise InputError(
-            f"--out {arguments.out} cannot be written ({error.strerror or error}); name another "
-            "folder"
-        ) from error
+    with must_write(arguments.out, setting="--out", hint="name another folder"), store_errors(out):
+        (upload_hf_folder if is_remote(out) else export_hf_folder)(model, out, text)
     return {
         "out": str(arguments.out),
         "checkpoint": str(arguments.checkpoint),

@@ -11,10 +11,12 @@ there; a tick where one ends before the others); a label=PATH joins whatever has
 
 import json
 import sys
+from pathlib import Path
 
+from gns_pretrain.errors import DamagedFileError
 from gns_pretrain.fields import path_argument, script_parser
-from gns_pretrain.results.figures import AXIS_LABELS, PANELS, draw, notes_on_ends
-from gns_pretrain.results.frame import grouped, named_noise, read_curves
+from gns_pretrain.results.figures import AXIS_LABELS, PANELS, Curves, draw, notes_on_ends
+from gns_pretrain.results.frame import grouped, lines_beside, named_noise, read_curves
 from gns_pretrain.system.terminal import write
 
 
@@ -52,12 +54,18 @@ def main() -> None:
     option("--title", help="over the figure")
     option("--json", action="store_true", help="print one JSON object")
     given = parser.parse_intermixed_args()
-    groups = grouped(given.runs)
     noise = given.noise and named_noise(given.noise)
-    curves = {
-        label: [read_curves(path, axis=given.x, noise=noise) for path in paths]
-        for label, paths in groups.items()
-    }
+    groups: dict[str, dict[Path, Curves]] = {}
+    damaged = []
+    for label, paths in grouped(given.runs).items():
+        for path in paths:
+            try:
+                read = read_curves(path, axis=given.x, noise=noise)
+                groups.setdefault(label, {})[path] = read
+            except DamagedFileError as error:
+                damaged.append(error)
+    write(*lines_beside(groups, damaged), file=sys.stderr)
+    curves = {label: list(runs.values()) for label, runs in groups.items()}
     panels = draw(
         curves,
         given.out,

@@ -28,7 +28,13 @@ from gns_pretrain.data.tokenization import (
 )
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_home
-from gns_pretrain.system.files import folder_lock, sha256_of, whole_folder, write_bytes
+from gns_pretrain.system.files import (
+    folder_lock,
+    must_write,
+    sha256_of,
+    whole_folder,
+    write_bytes,
+)
 from gns_pretrain.system.processes import available_cores
 from gns_pretrain.system.terminal import Console
 
@@ -67,16 +73,12 @@ def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Pat
     folder = cache / f"embedded-{digest[:16]}"
     if (folder / META_FILE).is_file():
         return folder
-    try:
+    hint = "name a folder for it in the environment variable GNS_PRETRAIN_CACHE"
+    with must_write(cache, setting="the embedded text", hint=hint):
         cache.mkdir(parents=True, exist_ok=True)
         with folder_lock(cache, wait=True):
             if not (folder / META_FILE).is_file():
                 _build(folder, settings)
-    except OSError as error:
-        raise InputError(
-            f"the embedded text cannot be written to {cache} ({error.strerror or error}); "
-            "name a folder for it in the environment variable GNS_PRETRAIN_CACHE"
-        ) from error
     return folder
 
 

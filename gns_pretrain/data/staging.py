@@ -27,6 +27,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import (
     folder_lock,
     make_folder,
+    must_write,
     named_file,
     remove_temporaries,
     sha256_of,
@@ -94,7 +95,10 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
                     )
                 began = time.perf_counter()
                 for name in missing:
-                    copy_checked(source / name, target / name, files[name])
+                    with must_write(
+                        target / name, setting="data.stage_to", hint="name another folder"
+                    ):
+                        copy_checked(source / name, target / name, files[name])
                 seconds = time.perf_counter() - began
                 log(f"staged {num_bytes / 1e9:.2f} GB from {source} to {target} in {seconds:.1f} s")
             if not (target / META_FILE).exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gns_pretrain.batch_size import AdaptiveBatchSize
+from gns_pretrain.batch_size.controller import SavedState
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
@@ -19,11 +20,12 @@ from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.history import note_checkpoint
+from gns_pretrain.system.files import parse
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.wandb import unless_set
 from gns_pretrain.training.bad_steps import BadSteps
-from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint import TRAIN_STATE, Checkpoints
 from gns_pretrain.training.initialize import Source, begin_from
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
@@ -64,6 +66,10 @@ def build_run(
         saved = begin_from(source, config.initial, model, optimizer, world)
         if saved and config.batch_size.policy == "constant":
             saved |= {"batch_size": config.batch_size.initial, "lr_multiplier": 1.0}
+    if saved is not None:
+        origin = source.folder if source and not resumed else checkpoints.directory
+        hint = f"restore the {TRAIN_STATE} of its newest checkpoint, or use an older one"
+        parse(SavedState, saved, source=origin, hint=hint)
     forced = adaptive.load_state_dict(saved) if saved else None
     bad_steps = BadSteps(config.bad_steps, world) if config.bad_steps.skip else None
     if bad_steps and saved and "bad_steps" in saved:

@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from gns_pretrain.errors import DamagedFileError
 from gns_pretrain.runs.directory import (
     LOCK,
     METRICS,
     STARTS,
-    is_finished,
     read_settings,
+    read_summary,
     run_directories,
 )
 from gns_pretrain.runs.history import read_starts
@@ -33,7 +34,7 @@ class RunStatus:
     """One run; numbers are those of its last recorded step.
 
     Its state is pending, running, finished, failed (or killed), preempted (saved, to be resumed),
-    or unknown (of a job about which SLURM does not answer).
+    damaged (a file of it cannot be read), or unknown (of a job about which SLURM does not answer).
     """
 
     name: str  # of its directory
@@ -47,7 +48,7 @@ class RunStatus:
     heartbeat: float | None = None  # Unix time of its last sign of life
     end: float | None = None  # estimated Unix time, at the last step's speed, if it is running
     job: str | None = None  # SLURM's id
-    error: str = ""  # why it failed
+    error: str = ""  # why it failed, or what is damaged
 
 
 def statuses(
@@ -61,7 +62,7 @@ def statuses(
         now: Unix time; by default the clock's.
 
     Raises:
-        InputError: there is no such folder, or a file in it is damaged.
+        InputError: there is no such folder.
     """
     now = time.time() if now is None else now
     jobs = read_submitted(path.joinpath(*LOG_FOLDER))
@@ -69,14 +70,19 @@ def statuses(
     for run, job in jobs.items():
         if queue is None or job in queue:
             runs.setdefault(run, run)  # one that has not started has no directory yet
-    found = [run_status(runs[run], queue, jobs.get(run), now=now) for run in runs]
+    found = []
+    for run, directory in runs.items():
+        try:
+            found.append(run_status(directory, queue, jobs.get(run), now=now))
+        except DamagedFileError as error:
+            found.append(RunStatus(directory.name, "damaged", error=str(error)))
     return sorted(found, key=lambda run: run.name)
 
 
 def run_status(
     directory: Path, queue: Mapping[str, str] | None, submitted_as: str | None, *, now: float
 ) -> RunStatus:
-    """The status of a run, whose directory may not exist yet."""
+    """The status of a run, whose directory may not exist yet; DamagedFileError if it is damaged."""
     events = read_starts(directory)
     starts = [event for event in events if event["event"] == "start"]
     ending: dict[str, Any] = events[-1] if events else {}
@@ -89,7 +95,7 @@ def run_status(
     if job not in (queue or {}):
         job = submitted_as or job
     job_state = (queue or {}).get(job or "")
-    if is_finished(directory):
+    if read_summary(directory).get("state") == "finished":
         state = "finished"
     elif alive:
         state = "running"
@@ -110,7 +116,7 @@ def run_status(
     speed = last.get("tokens_per_second")
     end = None
     if state == "running" and budget and speed:
-        end = now + max(budget - last["tokens"], 0) / speed
+        end = now + max(budget - last.get("tokens", 0), 0) / speed
     return RunStatus(
         name=directory.name,
         state=state,

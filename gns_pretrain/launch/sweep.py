@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -27,7 +27,14 @@ from rich.table import Table
 
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import RUN_NAME, Config
-from gns_pretrain.errors import EXIT_FINISHED, EXIT_STOPPED, InputError, TrainingError, counted
+from gns_pretrain.errors import (
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    DamagedFileError,
+    InputError,
+    TrainingError,
+    counted,
+)
 from gns_pretrain.launch.build import shown_as
 from gns_pretrain.runs.directory import (
     CONFIG,
@@ -46,7 +53,7 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     settings_of_run,
 )
-from gns_pretrain.system.files import whole_folder
+from gns_pretrain.system.files import must_write, whole_folder
 from gns_pretrain.system.processes import (
     StopRequest,
     python_command,
@@ -287,8 +294,10 @@ class RunProcess:
         self.run = run
         self.stop_sent = False
         self.log = run.directory.parent / "logs" / f"{run.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as file:
+        with must_write(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            file = self.log.open("ab")
+        with file:
             self.log_start = file.tell()  # after what earlier attempts have printed
             self.process = subprocess.Popen(
                 command(run, max_parallel=max_parallel),
@@ -418,8 +427,9 @@ def tokens_done(
     tokens = sum(run.config.token_budget for run in runs if run.directory in results)
     parts = []
     for run in (process.run for process in running):
-        budget = run.config.token_budget
-        done = min(last_record(run.directory / METRICS).get("tokens", 0), budget)
+        budget, done = run.config.token_budget, 0
+        with suppress(DamagedFileError):  # a progress bar ends no runs
+            done = min(last_record(run.directory / METRICS).get("tokens", 0), budget)
         tokens += done
         parts.append(f"{run.name} {done / budget:.0%}")
     return tokens, f"{len(results)}/{len(runs)} runs | {', '.join(parts)}"

@@ -40,6 +40,7 @@ from gns_pretrain.runs.directory import (
     STARTS,
     fresh_directory,
     is_finished,
+    make_fresh,
 )
 from gns_pretrain.runs.history import (
     FIRST_CHECKPOINT,
@@ -193,8 +194,7 @@ def run_rank(
     reporter = CrashReporter(info.rank, job.folder if job else None, alone=info.num_ranks == 1)
     try:
         with reporter.capture(), joined(info, config.parallel, device) as world:
-            # The directory that rank 0 saw: ranks may have looked at different moments.
-            directory = from_main(directory, world)
+            directory = own_directory(directory, config, world)
             if from_main(world.is_main and is_finished(directory), world):
                 if world.is_main:
                     write(
@@ -212,6 +212,18 @@ def run_rank(
     finally:
         reporter.close()
     return code
+
+
+def own_directory(directory: Path, config: Config, world: World) -> Path:
+    """The directory that rank 0 saw in `check_run`: ranks may have looked at different moments.
+
+    With resume=never rank 0 makes a fresh one here, since another start may have seen the same.
+    """
+    with errors_of_main(world), must_write(directory, setting="output_directory"):
+        if world.is_main and config.resume == "never":
+            named = Path(config.output_directory) / config.run_name
+            directory = directory_of_requeued_job(named) or make_fresh(named)
+    return from_main(directory, world)
 
 
 def train_in(

@@ -5,6 +5,8 @@ that a text begins and ends with, if there are any. No weight is permuted: both 
 matrices and rotate the same pairs of coordinates.
 """
 
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +208,13 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     tensors = {names[name]: value.contiguous() for name, value in model.state_dict().items()}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     with whole_folder(folder) as unfinished:
-        library.torch.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            library.torch.save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        except library.SafetensorError as error:  # of the system's error only the number is left
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(folder)) from error
         write_json(unfinished / CONFIG_FILE, hf_config(model.config, text) | {"dtype": dtype})
         # safetensors writes for its owner's eyes only; everything else follows the umask.
         shutil.copymode(unfinished / CONFIG_FILE, unfinished / WEIGHTS_FILE)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gns_pretrain.errors import InputError, needs, printable
 from gns_pretrain.results.frame import Curve, pd
+from gns_pretrain.system.files import must_write, write_whole
 from gns_pretrain.tracking.console import short_number
 
 AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
@@ -197,14 +198,23 @@ def draw(
         _legend_below(figure, [pyplot.Line2D([], [], **look) for look in looks.values()])
         try:
             for path in paths:
-                figure.savefig(path, dpi=200)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be written ({error}); use .png or .pdf in a folder that exists"
-            ) from error
+                _save(figure, path)
         finally:
             pyplot.close(figure)
     return names
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a file whole or not at all: half a picture would replace a good one."""
+    hint = "use .png or .pdf in a folder that exists"
+    if not path.suffix:  # as matplotlib does
+        path = path.with_name(f"{path.name}.png")
+    options = {"format": path.suffix[1:].lower(), "dpi": 200}
+    with must_write(path, hint=hint):
+        try:
+            write_whole(path, lambda file: figure.savefig(file, **options))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be written ({error}); {hint}") from error
 
 
 def _legend_below(figure: Any, handles: Sequence[Any]) -> None:

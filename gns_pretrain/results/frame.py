@@ -13,8 +13,9 @@ A curve is a float64 series of a quantity over ascending steps or tokens. A loss
 token; a batch size and a noise scale are in sequences.
 """
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gns_pretrain.errors import InputError, needs
+from gns_pretrain.errors import DamagedFileError, InputError, needs
 from gns_pretrain.fields import at_home
 from gns_pretrain.runs.directory import (
     CONFIG,
     METRICS,
+    SUMMARY,
     read_settings,
     read_summary,
     run_directories,
@@ -60,22 +62,43 @@ COLUMNS = {
 NOISE_PARTS = ("noise", "signal", "noise_ema", "signal_ema", "noise_scale_ema")
 
 
-def runs_of_folders(paths: Iterable[Path]) -> Runs:
-    """Every run in these folders, of whatever table, once.
+def runs_of_folders(paths: Iterable[Path]) -> tuple[Runs, list[str]]:
+    """Every run in these folders, of whatever table, once; a line for each that is damaged.
 
     Raises:
-        InputError: a folder is missing, or a file of a run is damaged.
+        InputError: a folder is missing, or all runs are damaged.
     """
     directories = {
         directory.resolve(): directory for path in paths for directory in run_directories(path)
     }
-    rows = []
+    rows, damaged = [], []
     for directory in directories.values():
-        summary = read_summary(directory)
-        finished, steps = summary.get("state") == "finished", summary.get("steps")
-        read = partial(losses_of, directory)
-        rows.append(_run(str(directory), settings_of_run(directory), finished, steps, read))
-    return pd.DataFrame(rows, columns=RUN_COLUMNS)
+        try:
+            summary, settings = read_summary(directory), settings_of_run(directory)
+            finished, steps = summary.get("state") == "finished", summary.get("steps")
+            if finished and steps is None:
+                raise DamagedFileError(f"{directory / SUMMARY} lacks the entry 'steps'; restore it")
+        except DamagedFileError as error:
+            damaged.append(error)
+        else:
+            read = partial(losses_of, directory)
+            rows.append(_run(str(directory), settings, finished, steps, read))
+    return pd.DataFrame(rows, columns=RUN_COLUMNS), lines_beside(rows, damaged)
+
+
+def lines_beside(read: Sized, damaged: Sequence[DamagedFileError]) -> list[str]:
+    """A line for each run that cannot be read: it hides no other one.
+
+    Args:
+        read: the others.
+        damaged: why these cannot be.
+
+    Raises:
+        DamagedFileError: the first, where there are no others.
+    """
+    if damaged and not len(read):
+        raise damaged[0]
+    return [f"left out: {error}" for error in damaged]
 
 
 def runs_of_project(project: str, table: str) -> Runs:
@@ -130,13 +153,23 @@ def losses_of(path: Path) -> Curve:
     return read_curves(path).get("loss", to_curve([]))
 
 
-def read_losses(runs: Runs) -> pd.Series:
-    """Validation losses over steps of each run; InputError if a run has none."""
-    curves = [read() for read in runs["read"]]
-    for name, curve in zip(runs["name"], curves, strict=True):
-        if curve.empty:
-            raise InputError(f"{name} holds no validation loss; a table needs evaluated runs")
-    return pd.Series(curves, runs.index, dtype=object)
+def with_losses(runs: Runs) -> tuple[Runs, list[str]]:
+    """Those runs that have validation losses, as `losses` over steps; a line for each other one.
+
+    Raises:
+        DamagedFileError: no run has any.
+    """
+    curves, damaged = {}, []
+    for index, name, read in zip(runs.index, runs["name"], runs["read"], strict=True):
+        try:
+            curves[index] = read()
+            if curves[index].empty:
+                raise DamagedFileError(f"{name} holds no validation loss; a table needs some")
+        except DamagedFileError as error:
+            curves.pop(index, None)
+            damaged.append(error)
+    kept = runs.loc[list(curves)].assign(losses=pd.Series(curves, dtype=object))
+    return kept, lines_beside(kept, damaged)
 
 
 def to_curve(points: Any) -> Curve:
@@ -251,14 +284,14 @@ def read_jsonl(path: Path) -> Record:
     """Read steps, evaluations and noise scales of a metrics.jsonl; InputError if damaged."""
     rows = []
     for number, line in enumerate(read_records(path), start=1):
-        kind = line["kind"]
+        kind = line.get("kind")
         if kind == "train":
             names = ("batch_size", "lr", "micro_batch_size", "accumulation")
             row = {name: line.get(name) for name in names} | {"train_loss": line.get("loss")}
         elif kind == "validation":
-            row = {"loss": line["loss"]}
+            row = {"loss": line.get("loss")}
         elif kind == "noise":
-            measured = (line["geometry"], line["estimate"])
+            measured = (str(line.get("geometry")), str(line.get("estimate")))
             row = {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
             row |= {READ_AT: written_at(line)}
         else:
@@ -289,7 +322,7 @@ def read_csv(path: Path, run: str | None = None) -> Record:
     except pd.errors.EmptyDataError:
         cells = pd.DataFrame([[]])
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a CSV that can be read ({error})") from error
+        raise DamagedFileError(f"{path} is not a CSV that can be read ({error})") from error
     texts: dict[str, Any] = {}
     for number, name in cells.iloc[0].items():
         owner, _, plain = str(name).rpartition(" - ")
@@ -344,7 +377,7 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
     for argument in arguments:
         label, given = _label_and_path(argument)
         for path in curve_files(given):
-            full = path.resolve()
+            full = Path(os.path.realpath(path))  # links may lead in a circle
             key = (str(full.parent), without_seed(full)) if label is None else ("", label)
             members = groups.setdefault(key, [])
             if path not in members:

@@ -253,7 +253,7 @@ def replay_settings(
     }
     if recorded.steps.index[0] == 1 and first.get("tokens") and initial:
         known["sequence_length"] = int(first["tokens"] // initial)
-    if initial and first.get("accumulation"):
+    if initial and first.get("accumulation") and first.get("micro_batch_size"):
         known["num_ranks"] = int(initial // (first["micro_batch_size"] * first["accumulation"]))
     known = {name: value for name, value in known.items() if value is not None}
     run = fields.from_options(RunSettings, argparse.Namespace(**(known | options)))

@@ -9,7 +9,7 @@ from rich import box
 
 from gns_pretrain.config.schema import TunedSettings
 from gns_pretrain.errors import InputError, counted
-from gns_pretrain.results.frame import Runs, pd, read_losses
+from gns_pretrain.results.frame import Runs, pd, with_losses
 from gns_pretrain.results.render import loss_text, markdown, text_grid
 from gns_pretrain.runs.identity import Purpose, decides
 
@@ -30,6 +30,7 @@ class Search:
     scale: str
     points: pd.DataFrame
     unfinished: int  # runs that do not count yet
+    damaged: list[str]  # a line for each run that cannot be read
 
     @property
     def searched(self) -> list[str]:
@@ -66,7 +67,7 @@ class Search:
         notes += [f"{end}: search on beyond it" for end in self.at_an_end]
         if self.unfinished:
             notes.append(f"not counted, unfinished: {counted(self.unfinished, 'run')}")
-        return notes
+        return notes + self.damaged
 
     @property
     def table(self) -> tuple[str, list[str], list[list[str]]]:
@@ -101,6 +102,7 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
         raise InputError(
             f"no run of {optimizer}'s search at scale={scale} is finished; start its command again"
         )
+    finished, damaged = with_losses(finished)
     settings = list(finished["settings"])
     searched = [
         name
@@ -111,13 +113,13 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
     points = []
     key = finished["settings"].map(lambda each: repr([each.get(name) for name in searched]))
     for _, seeds in finished.groupby(key, sort=False):
-        lowest = [losses.min() for losses in read_losses(seeds)]
+        lowest = [losses.min() for losses in seeds["losses"]]
         spread = stdev(lowest) if len(lowest) > 1 else None
         first = seeds["settings"].iloc[0]
         results = {"loss": fmean(lowest), "deviation": spread, "settings": first}
         points.append({name: first.get(name) for name in searched} | results)
     table = pd.DataFrame(points, dtype=object).sort_values("loss", kind="stable")
-    return Search(optimizer, scale, table, len(runs) - len(finished))
+    return Search(optimizer, scale, table, int((~runs["finished"]).sum()), damaged)
 
 
 def as_text(search: Search) -> str:

@@ -22,10 +22,10 @@ from gns_pretrain.results.frame import (
     curve_files,
     natural_order,
     pd,
-    read_losses,
     runs_of_curves,
     runs_of_folders,
     runs_of_project,
+    with_losses,
 )
 from gns_pretrain.results.layouts import LAYOUTS, Entry, Label, Quantity, Statistic, TableLayout
 from gns_pretrain.runs.identity import (
@@ -153,11 +153,18 @@ def make_table(
     if (scale or where) and not (folders or project):
         raise InputError("--scale and --where choose among runs, and only curves are given")
     runs, notes = runs_of_curves({}), list[str]()
-    if project or folders:
-        found = runs_of_project(project, name) if project else runs_of_folders(folders)
-        runs, notes = select(layout, found, scale=scale, where=where)
-    table = fill(layout, runs, runs_of_curves(curves))
-    table.notes += notes
+    damaged = list[str]()
+    try:
+        if project or folders:
+            if project:
+                found = runs_of_project(project, name)
+            else:
+                found, damaged = runs_of_folders(folders)
+            runs, notes = select(layout, found, scale=scale, where=where)
+        table = fill(layout, runs, with_losses(runs_of_curves(curves))[0])
+    except InputError as error:
+        raise InputError("; ".join([str(error), *damaged])) from error
+    table.notes += notes + damaged
     return table
 
 
@@ -174,8 +181,9 @@ def select(
     """Choose a table's runs among those of whatever table; `scale` and `where` as for make_table.
 
     Returns:
-        The runs, of which those that are finished count, one for each cell and seed; and a note on
-        each that another one of the same cell and seed replaces.
+        The runs, of which those that are finished count, one for each cell and seed, with their
+        `losses`; and a note on each that another one of the same cell and seed replaces, or that
+        cannot be read.
 
     Raises:
         InputError: no run is left, the scale is not clear, or runs that are to stand for the same
@@ -203,7 +211,7 @@ def select(
     for condition in where:
         own = _where(own, condition)
     finished = own[own["finished"]].sort_values("name", key=lambda names: names.map(natural_order))
-    notes = []
+    finished, notes = with_losses(finished)
     for cell, runs_of_cell in finished.groupby("cell"):
         _refuse_differences(runs_of_cell, f"of {layout.name}'s cell {cell}")
         for _, repeated in runs_of_cell.groupby("seed"):
@@ -284,17 +292,15 @@ def _refuse_differences(runs: Runs, what: str, groups: Sequence[str] | None = No
 
 
 def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
-    """Runs of each cell by seed, with their `losses` read (a curve over steps).
+    """Runs of each cell by seed, with their `losses` (a curve over steps).
 
     `lowest` is the lowest of them (nats per token), `lowest_step` the first step that has it.
     """
     if runs.empty:
         return {}
-    losses = read_losses(runs)
     read = runs.assign(
-        losses=losses,
-        lowest=losses.map(lambda curve: curve.min()),
-        lowest_step=losses.map(lambda curve: curve.idxmin()),
+        lowest=runs["losses"].map(lambda curve: curve.min()),
+        lowest_step=runs["losses"].map(lambda curve: curve.idxmin()),
     )
     return {cell: of_cell.set_index("seed").sort_index() for cell, of_cell in read.groupby("cell")}
 

@@ -12,17 +12,51 @@ outputs/<run_name>/
 """
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from gns_pretrain.errors import InputError
-from gns_pretrain.system.files import read_json
+from gns_pretrain.errors import DamagedFileError, InputError, one_line
+from gns_pretrain.system.files import parse, read_bytes, read_json
 from gns_pretrain.tracking import jsonl
 
 CONFIG, PROVENANCE, STARTS, LOCK = "config.yaml", "run.json", "starts.jsonl", ".lock"
 METRICS, SUMMARY, CHECKPOINTS = jsonl.METRICS, jsonl.SUMMARY, "checkpoints"
+
+
+@dataclass(frozen=True)
+class KnownSettings:
+    """What of config.yaml is read without its schema, by whatever version it was written."""
+
+    run_name: str | None = None
+    table: str | None = None
+    cell: str | None = None
+    seed: int = 0
+    token_budget: int | None = None
+    micro_batch_size: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    batch_size: dict[str, Any] = field(default_factory=dict)
+    noise_scale: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    scale: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What of summary.json is read."""
+
+    state: str = ""
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int | None = None
+    validation_loss: float | None = None
+    minimum_validation_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -51,25 +85,42 @@ def fresh_directory(directory: Path) -> Path:
     return candidate
 
 
+def make_fresh(directory: Path) -> Path:
+    """Make this directory, or the first free one of -2, -3, ..., and return it: nobody else's."""
+    while True:
+        candidate = fresh_directory(directory)
+        candidate.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            candidate.mkdir()
+        except FileExistsError:  # another start was faster
+            continue
+        return candidate
+
+
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Read summary.json, {} where there is none; InputError if it is damaged."""
-    path = directory / SUMMARY
-    return read_json(path, hint="remove it and start the run again") if path.is_file() else {}
+    """Read summary.json, {} where there is none; DamagedFileError if it is damaged."""
+    path, hint = directory / SUMMARY, "remove it and start the run again"
+    if not path.exists():
+        return {}
+    summary = read_json(path, hint=hint)
+    parse(Summary, summary, source=path, hint=hint)
+    return summary
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Read config.yaml, nested; {} where there is none. InputError if it is damaged."""
-    path = directory / CONFIG
-    if not path.is_file():
+    """Read config.yaml, nested; {} where there is none. DamagedFileError if it is damaged."""
+    path, hint = directory / CONFIG, "restore it, or use another run_name"
+    if not path.exists():
         return {}
+    content = read_bytes(path, hint=hint)
     try:
-        settings = yaml.load(path.read_text(), Loader=PlainLoader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path} is damaged ({reason}); restore it, or use another run_name"
-        ) from error
-    return settings if isinstance(settings, dict) else {}
+        settings = yaml.load(content.decode(), Loader=PlainLoader)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({one_line(error)}); {hint}") from error
+    if not isinstance(settings, dict) or not settings:
+        raise DamagedFileError(f"{path} is damaged (no settings in it); {hint}")
+    parse(KnownSettings, settings, source=path, hint=hint)
+    return settings
 
 
 def run_directories(path: Path) -> list[Path]:

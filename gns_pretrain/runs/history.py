@@ -8,7 +8,6 @@ A start without an end was killed, or is still running. Versions are read withou
 packages.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -16,17 +15,35 @@ import secrets
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gns_pretrain.errors import InputError
 from gns_pretrain.runs.directory import CONFIG, PROVENANCE, STARTS
-from gns_pretrain.system.files import write_bytes, write_json
+from gns_pretrain.system.files import parse, read_json, read_lines, write_bytes, write_json
 from gns_pretrain.system.slurm import SlurmJob, node_name
 
 FIRST_CHECKPOINT = "first_checkpoint"  # entry of run.json: the step of the first one saved
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What of run.json is read."""
+
+    data_fingerprint: str
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What of a line of starts.jsonl is read."""
+
+    event: str
+    outcome: str | None = None
+    error: str | None = None
+    slurm: dict[str, Any] | None = None
 
 
 def write_provenance(
@@ -78,15 +95,11 @@ def note_checkpoint(directory: Path, step: int) -> None:
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
-    """Read run.json, with its `data_fingerprint`; InputError if missing or damaged."""
-    path = directory / PROVENANCE
-    try:
-        values = json.loads(path.read_text())
-        return {"data_fingerprint": values["data_fingerprint"], **values}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is missing or damaged; restore it, or use another run_name"
-        ) from error
+    """Read run.json, with its `data_fingerprint`; DamagedFileError if missing or damaged."""
+    path, hint = directory / PROVENANCE, "restore it, or use another run_name"
+    values = read_json(path, hint=hint)
+    parse(Provenance, values, source=path, hint=hint)
+    return values
 
 
 def git_revision() -> str | None:
@@ -163,13 +176,8 @@ def append_event(directory: Path, event: str, **values: Any) -> None:
 
 
 def read_starts(directory: Path) -> list[dict[str, Any]]:
-    """All events but a torn one; none where the run has not started."""
-    path = directory / STARTS
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
-    return events
+    """All events but torn ones; none where the run has not started."""
+    return read_lines(directory / STARTS, Event)
 
 
 def directory_of_requeued_job(directory: Path) -> Path | None:

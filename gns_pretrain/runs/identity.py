@@ -165,11 +165,6 @@ def refuse_another_run(directory: Path, settings: Mapping[str, Any]) -> None:
     if not (directory / CONFIG).exists():
         return
     known = settings_of_run(directory)
-    if not known.keys() - {FINGERPRINT}:
-        raise InputError(
-            f"{directory / CONFIG} is damaged (no settings in it); restore it, or use another "
-            "run_name"
-        )
     hint = (
         "use another run_name, which init.from and init.what=all let go on from this one, or "
         "resume=never to restart in a fresh directory"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.runs.directory import LOCK, METRICS, STARTS
-from gns_pretrain.system.files import take_flock
+from gns_pretrain.system.files import open_regular, take_flock
 from gns_pretrain.system.slurm import SlurmJob, node_name
 
 WAIT_SECONDS = 10.0  # other processes of a killed run take a moment to be gone
@@ -71,19 +71,22 @@ def locked(directory: Path) -> Iterator[None]:
 def holder_in(path: Path) -> str:
     """The name in a lock file, empty where there is none."""
     try:
-        return path.read_text(errors="replace").strip()
+        with open_regular(path) as file:
+            return file.read().decode(errors="replace").strip()
     except OSError:
         return ""
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse a run directory in which a file that a run appends to leads somewhere else."""
-    for name in (LOCK, METRICS, STARTS):
-        if (directory / name).is_symlink():
+    """Refuse a run directory in which what a run appends to is a link, a folder or a pipe."""
+    for path in (directory / name for name in (LOCK, METRICS, STARTS)):
+        if path.is_symlink():
             raise InputError(
-                f"{directory / name} is a link, and the run would write where it leads; remove it, "
-                "or use another run_name"
+                f"{path} is a link, and the run would write where it leads; remove it, or use "
+                "another run_name"
             )
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not a file; remove it, or use another run_name")
 
 
 def refuse_live_holder(path: Path, *, has_lock: bool) -> None:

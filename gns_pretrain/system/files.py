@@ -1,13 +1,16 @@
 """Files that are either whole or absent, whatever kills the process that writes them."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -24,7 +27,9 @@ from typing import (
     get_type_hints,
 )
 
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import DamagedFileError, InputError, TrainingError
+from gns_pretrain.fields import LARGEST_INTEGER
+from gns_pretrain.system.remote import is_remote
 
 T = TypeVar("T")
 MAX_NAME = 255  # bytes of a file's name
@@ -45,8 +50,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # the name that the user knows
         raise
     flush_to_disk(path.parent)
 
@@ -57,25 +64,35 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def must_write(path: Path) -> Iterator[None]:
-    """Around writing what a run cannot do without: an OSError becomes a TrainingError, one line."""
+def must_write(path: Path, *, setting: str = "", hint: str | None = None) -> Iterator[None]:
+    """Around writing what a command cannot do without: an OSError becomes one line.
+
+    Args:
+        path: what is written, where the error does not say.
+        setting: that names it, if one does.
+        hint: what to do about an error other than a full disk, which is then an InputError; None
+            where the path was fine when the command began.
+
+    Raises:
+        TrainingError: the disk is full, or there is no hint.
+        InputError: anything else, with the hint.
+    """
     try:
         yield
     except OSError as error:
+        named = f"{setting}: " if setting else ""
+        line = f"{named}{error.filename or path} cannot be written ({error.strerror or error})"
+        if hint is not None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{line}; {hint}") from error
         raise TrainingError(
-            f"{error.filename or path} could not be written ({error.strerror or error}); make room "
-            "or mend the path, and start the same command again"
+            f"{line}; make room or mend the path, and start the same command again"
         ) from error
 
 
 def make_folder(folder: Path, setting: str) -> None:
-    """Make a folder that a setting names, and those above it; InputError if that cannot be."""
-    try:
+    """Make a folder that a setting names, and those above it; as `must_write` if that cannot be."""
+    with must_write(folder, setting=setting, hint="name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{setting}: {folder} cannot be made ({error.strerror}); name another folder"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -118,32 +135,72 @@ def as_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path, *, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`; InputError names the file and a hint if it is not one."""
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; OSError for a folder, and for a pipe, whose reader may wait for ever."""
+    if is_remote(path):
+        return path.open("rb")
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def read_bytes(path: Path, *, hint: str) -> bytes:
+    """The content of a file; DamagedFileError names it and a hint if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); {hint}") from error
+        reason = error.strerror or error
+        raise DamagedFileError(f"{path} cannot be read ({reason}); {hint}") from error
+
+
+def read_json(path: Path, *, hint: str) -> dict[str, Any]:
+    """The JSON object in `path`; DamagedFileError names the file and a hint if it is not one."""
+    content = read_bytes(path, hint=hint)
+    try:
+        values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); {hint}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object; {hint}")
-    return content
+        raise DamagedFileError(f"{path} is not valid JSON ({error}); {hint}") from error
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{path} is not a JSON object; {hint}")
+    return values
+
+
+def read_lines(path: Path, kind: type) -> list[dict[str, Any]]:
+    """The JSON objects of a file to which processes append a line each, in order.
+
+    What a kill or a full disk has cut off is left out, and the line that the next process appended
+    to it: whatever lacks entries of the dataclass `kind`, or has other types in them.
+
+    Raises:
+        DamagedFileError: the file is there and cannot be read.
+    """
+    found = []
+    for line in read_bytes(path, hint="remove it").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            parse(kind, values, source=path, hint="")
+            found.append(values)
+    return found
 
 
 def parse(kind: type[T], content: Any, *, source: Path, hint: str) -> T:
     """Make a dataclass, and those in its fields, of what JSON has for it; other entries are left.
 
     Raises:
-        InputError: naming `source`, the file, and the entry that is missing or has another type
-            than its field.
+        DamagedFileError: naming `source`, the file, and the entry that is missing or has another
+            type than its field.
     """
     try:
         made: T = _converted(content, kind)
     except KeyError as error:
-        raise InputError(f"{source} lacks the entry {error}; {hint}") from error
+        raise DamagedFileError(f"{source} lacks the entry {error}; {hint}") from error
     except TypeError as error:
-        raise InputError(f"{source} holds an entry of the wrong type, {error}; {hint}") from error
+        raise DamagedFileError(
+            f"{source} holds an entry of the wrong type, {error}; {hint}"
+        ) from error
     return made
 
 
@@ -169,11 +226,21 @@ def _converted(value: Any, wanted: Any) -> Any:
             elif entry.default is MISSING and entry.default_factory is MISSING:
                 raise KeyError(entry.name)
         return cast(Any, origin)(**values)
-    kinds = (int, float) if origin is float else (origin,)
-    is_bool = isinstance(value, bool)  # which is an int, too
-    if origin is Any or (isinstance(value, kinds) and is_bool is (origin is bool)):
+    if origin is Any or is_a(origin, value):
         return value
     raise TypeError(f"{shortened(value)} for {getattr(origin, '__name__', origin)}")
+
+
+def is_a(kind: type, value: Any) -> bool:
+    """Whether a value from a file is of a type; a float may have been written as an integer.
+
+    Python's JSON and YAML read numbers that no computation takes: infinities, NaN, and integers of
+    more than 64 bits.
+    """
+    if kind is float:
+        return type(value) in (int, float) and -math.inf < value < math.inf
+    is_one: bool = type(value) is kind
+    return is_one and (kind is not int or abs(value) <= LARGEST_INTEGER)
 
 
 def shortened(value: Any) -> str:
@@ -201,7 +268,9 @@ def named_file(name: Any, source: Path, *, root: Path | None = None) -> Path:
             "use a folder from somebody you trust"
         )
     path = folder / name
-    if path.is_symlink() and not path.resolve().is_relative_to((root or folder).resolve()):
+    # Not Path.resolve, which raises a RuntimeError where links lead in a circle.
+    real = Path(os.path.realpath(path))
+    if path.is_symlink() and not real.is_relative_to(os.path.realpath(root or folder)):
         raise InputError(
             f"{path} is a link to a file outside of its folder; put the file itself there"
         )

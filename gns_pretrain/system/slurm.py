@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.system.files import read_lines
 
 JOB_FOLDER = "GNS_JOB_FOLDER"  # set by the batch script: where a job's ranks write crash reports
 TIMEOUT_SECONDS = 60  # of scontrol and squeue; a busy controller takes a while
@@ -101,6 +102,14 @@ SUBMITTED = "submitted.jsonl"
 POLL_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class Submission:
+    """A line of submitted.jsonl."""
+
+    run_directory: str
+    job: str  # 12, or 12_3 in an array
+
+
 def append_submitted(folder: Path, directories: Sequence[Path], jobs: Sequence[str]) -> None:
     """Record the job of each run directory: 12, or 12_3 in an array."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +121,7 @@ def append_submitted(folder: Path, directories: Sequence[Path], jobs: Sequence[s
 
 def read_submitted(folder: Path) -> dict[Path, str]:
     """The last job of each run directory."""
-    path = folder / SUBMITTED
-    lines = path.read_text().splitlines() if path.exists() else []
-    values = [json.loads(line) for line in lines]
+    values = read_lines(folder / SUBMITTED, Submission)
     return {Path(each["run_directory"]): each["job"] for each in values}
 
 

@@ -7,17 +7,27 @@ newline is there: what follows the last newline is a torn write, which resuming 
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
-from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.system.files import flush_to_disk, write_bytes
+from gns_pretrain.errors import DamagedFileError, InputError, TrainingError
+from gns_pretrain.system.files import (
+    flush_to_disk,
+    is_a,
+    must_write,
+    open_regular,
+    read_bytes,
+    shortened,
+    write_bytes,
+)
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
 TAIL_BYTES = 2**16  # hold many lines
 READ_AT = "read_at_step"  # of a noise line: the step at whose end it was written, if a later one
+RESTORE = "restore the file, or start over with resume=never"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +35,15 @@ class Line:
     """A line; its fields are written in this order."""
 
     kind: ClassVar[str]
+    written_as: ClassVar[dict[str, str]] = {}  # names in the file that are no Python names
     step: int  # from 1; 0 before the first
     more: dict[str, Any] = field(default_factory=dict)  # further fields, written after the others
 
     def as_record(self) -> dict[str, Any]:
         """Return the object that is written."""
-        fields = dict(vars(self))
-        more = fields.pop("more")
-        return {"kind": self.kind, **fields, **more}
+        values = {self.written_as.get(name, name): value for name, value in vars(self).items()}
+        more = values.pop("more")
+        return {"kind": self.kind, **values, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +99,12 @@ class BatchSizeLine(Line):
     """A decision of the batch-size policy; `step` is the first of the new size."""
 
     kind = "batch_size"
-    previous: int  # sequences; written as "from"
-    new: int  # sequences; written as "to"
+    written_as: ClassVar[dict[str, str]] = {"previous": "from", "new": "to"}
+    previous: int  # sequences
+    new: int  # sequences
     # Sequences before rounding; None where the ranks alone made another size necessary.
     target: float | None
     lr_multiplier: float  # on the scheduled learning rate from here on
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the object that is written."""
-        names = {"previous": "from", "new": "to"}
-        return {names.get(name, name): value for name, value in super().as_record().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +126,15 @@ class JsonLines:
 
     Raises:
         InputError: the file cannot be opened for writing.
+        TrainingError: the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        hint = "choose another run_name or fix the folder's permissions"
+        with must_write(path, hint=hint):
             self._file = path.open("ab", buffering=0)
             flush_to_disk(path.parent)  # which holds the name of a new file
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written ({error.strerror}); choose another run_name or fix "
-                "the folder's permissions"
-            ) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Floats keep every bit: Python's shortest exact decimal form.
@@ -176,22 +180,30 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Read all records, in order, without a torn last line; empty where there is no file.
 
     Raises:
-        InputError: a whole line is not a JSON object with an integer "step".
+        DamagedFileError: the file cannot be read, or a whole line is none of a record's.
     """
     return [record for _, record in _whole_lines(path)]
 
 
 def last_record(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """Read the last whole record (of a kind) from the end of a long file; {} if there is none."""
+    """Read the last whole record (of a kind) from the end of a long file; {} if there is none.
+
+    Raises:
+        DamagedFileError: the file cannot be read, or a line that was looked at is none of a
+            record's.
+    """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = path.stat().st_size
             file.seek(-min(size, TAIL_BYTES), os.SEEK_END)
             lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn
-    except OSError:
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read ({error.strerror}); {RESTORE}") from error
     # The tail begins in the middle of a line.
-    records = (_parse(path, -1, line) for line in reversed(lines[size > TAIL_BYTES :]))
+    whole = reversed(lines[size > TAIL_BYTES :])
+    records = (_parse(path, -number, line) for number, line in enumerate(whole, start=1))
     return next((record for record in records if kind in (None, record.get("kind"))), {})
 
 
@@ -206,8 +218,8 @@ def truncate_after_step(path: Path, step: int) -> None:
         step: the checkpoint's step, whose lines were on disk before it; -1 keeps nothing.
 
     Raises:
-        InputError: the record ends before that step, or a whole line is not a JSON object with an
-            integer "step".
+        InputError: the record ends before that step, or is damaged.
+        TrainingError: the new file cannot be written.
     """
     lines = [(line, written_at(record)) for line, record in _whole_lines(path)]
     kept = [(line, written) for line, written in lines if written <= step]
@@ -219,7 +231,8 @@ def truncate_after_step(path: Path, step: int) -> None:
         )
     content = b"".join(line for line, _ in kept)
     if path.exists() and len(content) != path.stat().st_size:
-        write_bytes(path, content)
+        with must_write(path):
+            write_bytes(path, content)
 
 
 def written_at(record: dict[str, Any]) -> int:
@@ -230,24 +243,54 @@ def written_at(record: dict[str, Any]) -> int:
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Read the lines that end in a newline, with it, and their records."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    content = read_bytes(path, hint=RESTORE) if path.exists() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             yield line, _parse(path, number, line)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Read a line; `number` counts from the file's end if it is negative."""
+    problem = "every line must be a JSON object with a step"
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        record = None
-    steps = (record.get("step"), record.get(READ_AT, 0)) if isinstance(record, dict) else (None,)
-    if not all(isinstance(step, int) for step in steps):
-        raise InputError(
-            f"{path}, line {number} is damaged: every line must be a JSON object with a step; "
-            "restore the file, or start over with resume=never"
-        )
+        if is_a(int, record["step"]) and is_a(int, written_at(record)):
+            problem = _wrong_type(record)
+    except (ValueError, RecursionError, LookupError, TypeError):
+        pass  # not JSON, not UTF-8, nested without end, or no object
+    if problem:
+        place = f"line {number}" if number > 0 else f"line {-number} from its end"
+        raise DamagedFileError(f"{path}, {place} is damaged: {problem}; {RESTORE}")
     return record
+
+
+def _wrong_type(record: dict[str, Any]) -> str:
+    """Name the first field of a line that has another type than its kind's class says, if any.
+
+    A version before may lack a field, and a number that was not finite is null.
+    """
+    for name, kind in _types_of(str(record.get("kind"))).items():
+        value = record.get(name, MISSING)
+        if value is not MISSING and not is_a(kind, value) and (kind, value) != (float, None):
+            return f"{name} is {shortened(value)}"
+    return ""
+
+
+@cache
+def _types_of(kind: str) -> dict[str, type]:
+    """The types of the numbers and texts of a kind of line, by their names in the file."""
+    kinds = (TrainLine, ValidationLine, NoiseLine, BatchSizeLine, ShadowLine)
+    line: type[Line] | None = next((line for line in kinds if line.kind == kind), None)
+    if line is None:
+        return {}  # of another version
+    hints = get_type_hints(line)
+    return {
+        line.written_as.get(entry.name, entry.name): next(
+            known for known in (int, float, str) if hints[entry.name] in (known, known | None)
+        )
+        for entry in fields(line)
+        if entry.name != "more"
+    }
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -263,20 +306,22 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         seconds (sum over training steps); batch_size (sequences, the last). None without such a
         line.
     """
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
+    train = [record for record in records if record.get("kind") == "train"]
+    validation = [record for record in records if record.get("kind") == "validation"]
     last_step = train[-1] if train else {}
-    lowest = min(validation, key=lambda record: record["loss"], default={})
+    finite = [record for record in validation if record.get("loss") is not None]
+    lowest = min(finite, key=lambda record: record["loss"], default={})
+    speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second") is not None]
     return {
         "steps": last_step.get("step", 0),
         "samples": last_step.get("samples", 0),
         "tokens": last_step.get("tokens", 0),
-        "validation_loss": validation[-1]["loss"] if validation else None,
+        "validation_loss": validation[-1].get("loss") if validation else None,
         "minimum_validation_loss": lowest.get("loss"),
         "minimum_validation_loss_step": lowest.get("step"),
         "minimum_validation_loss_tokens": lowest.get("tokens"),
-        "tokens_per_second": median(r["tokens_per_second"] for r in train) if train else None,
-        "seconds": sum(record["step_seconds"] for record in train),
+        "tokens_per_second": median(speeds) if speeds else None,
+        "seconds": sum(record.get("step_seconds") or 0.0 for record in train),
         "batch_size": last_step.get("batch_size"),
     }
 

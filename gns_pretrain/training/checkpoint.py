@@ -16,8 +16,6 @@ who wrote it, so nothing that a checkpoint holds is executed (`checkpoint_reader
 """
 
 import io
-import json
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -74,6 +72,7 @@ from gns_pretrain.training.checkpoint_writer import (
     make_empty,
     publish,
     remove,
+    remove_unfinished,
     seal,
     write_files,
     writer_to,
@@ -254,6 +253,8 @@ class Checkpoints:
     ) -> tuple[dict[str, Any] | None, list[str]]:
         """Load the newest whole checkpoint into model, optimizer and random generators.
 
+        What a kill has left is deleted: unfinished folders, and old ones half deleted.
+
         Returns:
             Its further state, None where there is no checkpoint; a line for each damaged one that
             was skipped.
@@ -263,6 +264,10 @@ class Checkpoints:
         """
         with errors_of_main(self.world), reachable(self.directory):
             found = pick_whole(self.directory) if self.world.is_main else None
+            if found:
+                remove_unfinished(self.directory)
+                if found[0] is not None:
+                    self._prune(found[0])
         chosen, damaged = from_main(found, self.world)
         if chosen is None:
             if damaged:
@@ -293,7 +298,7 @@ class Checkpoints:
         return [result for result, _ in found]
 
     def _prune(self, newest: Path) -> None:
-        """Delete what is older than the newest `keep`, counted from the one just written.
+        """Delete what is older than the newest `keep`, counted from the one written or loaded.
 
         A folder of a later step is one that the run could not load, and does not count. What
         cannot be deleted now (a file still open on NFS) is tried again after the next save.
@@ -325,12 +330,8 @@ def load_checkpoint(
     # missing, since dcp.load was asked for every tensor of this optimizer.
     options = StateDictOptions(strict=False)
     set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-    generators = stored_generators(checkpoint)
-    torch.set_rng_state(generators["cpu"])
-    # A kind of device that was not saved keeps its own.
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"])
-    return json.loads((checkpoint / TRAIN_STATE).read_text())
+    restore_generators(checkpoint)
+    return read_json(checkpoint / TRAIN_STATE, hint="use an older checkpoint")
 
 
 def load_model(checkpoint: Path) -> Llama:
@@ -361,12 +362,16 @@ def stored_model(checkpoint: Path) -> LlamaConfig:
     return config
 
 
-def stored_generators(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read the states of torch's generators, by kind of device; InputError for anything else."""
+def restore_generators(checkpoint: Path) -> None:
+    """Set torch's random generators, by kind of device; InputError for what is no state of one."""
     path = checkpoint / GENERATORS
     try:
-        return torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        generators = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+        torch.set_rng_state(generators["cpu"])
+        # A kind of device that was not saved keeps its own.
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["cuda"])
+    except Exception as error:  # bytes that are none raise nearly anything
         raise InputError(
             f"{path} is refused ({one_line(error)[:200]}); use an older checkpoint",
             on_all_ranks=True,
@@ -496,4 +501,7 @@ def root_cause(error: BaseException) -> str:
         error = next((wrapped[0] for wrapped in error.failures.values()), error)
     while error.__cause__ is not None:
         error = error.__cause__
-    return one_line(error)
+    line = one_line(error)
+    if "inline_container" in line:  # where torch.save writes; it does not say why that failed
+        line = f"the disk is full or fails, torch says {line}"
+    return line

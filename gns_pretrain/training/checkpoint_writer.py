@@ -37,16 +37,23 @@ def writer_to(folder: Path) -> FileSystemWriter:
 
 def make_empty(folder: Path) -> None:
     """Make the folder to write in; delete what interrupted saves left."""
+    remove_unfinished(folder.parent)
     if is_remote(folder):
-        for stale in listed_anew(folder.parent):
-            is_checkpoint = CHECKPOINT_NAME.fullmatch(stale.name)
-            if is_checkpoint and (stale == folder or not (stale / MANIFEST).is_file()):
-                remove(stale)
+        remove(folder)
         return
-    for stale in folder.parent.glob(".unfinished_*"):
-        shutil.rmtree(stale)
     folder.parent.mkdir(exist_ok=True)  # not its parents: a run directory may have been moved
     folder.mkdir()
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what interrupted saves left."""
+    if is_remote(directory):
+        for stale in listed_anew(directory):
+            if CHECKPOINT_NAME.fullmatch(stale.name) and not (stale / MANIFEST).is_file():
+                remove(stale)
+        return
+    for stale in directory.glob(".unfinished_*"):
+        shutil.rmtree(stale)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:

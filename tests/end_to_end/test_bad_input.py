@@ -47,7 +47,10 @@ from tests.end_to_end import commands
         (["data=shards", "data.path=???"], ["data.path"]),
         (["launch.device=gpu"], ["launch.device=gpu", "auto, cpu, cuda"]),
         (["run_name=a/b"], ["run_name='a/b'"]),
-        (["output_directory=/dev/null/a"], ["output_directory: /dev/null/a/small cannot be made"]),
+        (
+            ["output_directory=/dev/null/a"],
+            ["output_directory: /dev/null/a/small cannot be written"],
+        ),
     ],
 )
 def test_mistake_ends_in_one_line_that_names_it(words, told, tmp_path, shards):

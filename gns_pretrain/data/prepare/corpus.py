@@ -159,7 +159,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
                 )
             for line in chain([first] if first else [], lines):
                 yield line, raw.tell() / size
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
 
 

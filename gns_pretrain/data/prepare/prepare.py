@@ -54,6 +54,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.fields import setting_name
 from gns_pretrain.system.files import (
     folder_lock,
+    must_write,
     parse,
     read_json,
     remove_temporaries,
@@ -226,19 +227,16 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = True) -> dict[st
         raise InputError(f"--out={folder} is a file; name a folder")
     is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder, wait=False) as locked:
-            if not locked:
-                raise InputError(
-                    f"--out={folder} is being prepared by another process; wait for it"
-                )
-            remove_temporaries(folder)
-            return _prepare_locked(folder, settings, files, show_progress)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or folder}: {error.strerror or error}; "
-            "once that is fixed, the same command resumes"
-        ) from error
+        hint = "once that is fixed, the same command resumes"
+        with must_write(folder, setting="--out", hint=hint):
+            folder.mkdir(parents=True, exist_ok=True)
+            with folder_lock(folder, wait=False) as locked:
+                if not locked:
+                    raise InputError(
+                        f"--out={folder} is being prepared by another process; wait for it"
+                    )
+                remove_temporaries(folder)
+                return _prepare_locked(folder, settings, files, show_progress)
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -415,7 +413,7 @@ def _row(
         split: {
             "shards": len(shards := meta.of_split(split)),
             "tokens": sum(shard.tokens for shard in shards),
-            "documents": meta.documents.get(split),
+            "documents": meta.documents.get(split, 0),
         }
         for split in ("train", "validation")
     }

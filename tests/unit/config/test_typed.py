@@ -89,7 +89,7 @@ def checked(words: list[str]) -> Config:
         ("data.path=", "data.path= is not a path; name one"),
         ("data.path=~nobody-has-this-name/x", "this home directory is not known; write the path"),
         ("data.path=null", "data.path=null is not a folder"),
-        ("data.stage_to=/proc/nope", "/proc/nope cannot be made"),
+        ("data.stage_to=/proc/nope", "/proc/nope cannot be written"),
         (f"run_name={'a' * 300}", r"run_name=a{40}\.\.\. has 300 letters"),
         ("model.dim=1000000000", "needs at least [0-9,]+ bytes on 1 rank, but the machine has"),
         ("model.num_layers=100000000", "needs at least [0-9,]+ bytes on 1 rank"),

@@ -64,7 +64,7 @@ def test_altered_copy_is_made_again_where_sums_are_asked_for(verify, copies, sha
 
 def test_folder_that_cannot_be_made_is_named(shards, tmp_path):
     (tmp_path / "disk").touch()
-    with pytest.raises(InputError, match=r"data.stage_to=.*disk: .* cannot be made \("):
+    with pytest.raises(InputError, match=r"data.stage_to=.*disk: .* cannot be written \("):
         staged_copy(shards, tmp_path)
 
 

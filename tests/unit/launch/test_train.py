@@ -241,7 +241,7 @@ def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "outputs/small/config.yaml")
 
     monkeypatch.setattr(launch, "write_provenance", full)
-    line = r"^outputs/small/config.yaml could not be written \(No space left on device\); make room"
+    line = r"^outputs/small/config.yaml cannot be written \(No space left on device\); make room"
     with (
         pytest.raises(TrainingError, match=line),
         taken(tmp_path / "small", config, "data", ALONE),

@@ -151,5 +151,5 @@ def test_folder_that_cannot_be_made_is_named(saved, tmp_path, monkeypatch, capsy
     (tmp_path / "file").touch()
     assert export(saved, tmp_path / "file" / "out", monkeypatch) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --out {tmp_path}/file/out cannot be written (")
+    assert error.startswith(f"error: --out: {tmp_path}/file cannot be written (")
     assert error.count("\n") == 1

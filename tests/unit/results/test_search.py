@@ -33,7 +33,7 @@ def point(outputs, optimizer, losses, *, seed=0, **settings):
 
 
 def found(outputs):
-    return searches(runs_of_folders([outputs]))
+    return searches(runs_of_folders([outputs])[0])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.results.frame import to_curve
+from gns_pretrain.results.frame import to_curve, with_losses
 from gns_pretrain.results.layouts import LAYOUTS
 from gns_pretrain.results.render import FORMATS
 from gns_pretrain.results.tables import (
@@ -48,7 +48,7 @@ def adaptive(*losses, total=50):
 def seeds(runs):
     """Runs of one cell by seed."""
     rows = [{"name": "a run", "cell": "a", "seed": seed} | row for seed, row in runs.items()]
-    return by_cell(pd.DataFrame(rows))["a"]
+    return by_cell(with_losses(pd.DataFrame(rows))[0])["a"]
 
 
 # ---- arithmetic

@@ -1,3 +1,4 @@
+from gns_pretrain.runs import directory
 from gns_pretrain.runs.directory import fresh_directory, is_finished
 from gns_pretrain.runs.history import read_provenance, write_provenance
 
@@ -26,3 +27,13 @@ def test_runs_have_ids_of_their_own_for_as_long_as_they_live(tmp_path):
         write_provenance(folder, "seed: 0\n", "data")
         ids.append(read_provenance(folder)["run_id"])
     assert ids[0] == ids[2] != ids[1]
+
+
+def test_two_starts_that_see_the_same_free_name_get_a_directory_each(tmp_path, monkeypatch):
+    seen, free = [tmp_path / "run"], directory.fresh_directory
+    monkeypatch.setattr(
+        directory, "fresh_directory", lambda path: seen.pop() if seen else free(path)
+    )
+    (tmp_path / "run").mkdir()  # by the other start, after this one has looked
+    assert directory.make_fresh(tmp_path / "run") == tmp_path / "run-2"
+    assert (tmp_path / "run-2").is_dir()

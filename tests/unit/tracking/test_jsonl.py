@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns_pretrain.errors import InputError, TrainingError
-from gns_pretrain.tracking.jsonl import JsonLines, read_records, truncate_after_step
+from gns_pretrain.errors import DamagedFileError, InputError, TrainingError
+from gns_pretrain.tracking.jsonl import (
+    JsonLines,
+    last_record,
+    read_records,
+    truncate_after_step,
+)
 
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
@@ -173,3 +178,23 @@ def test_a_number_that_json_lacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         lines.write({"step": 1, "loss": float("nan")})
     lines.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ('{"kind":"train","step":1,"loss":"low"}', "loss is 'low'"),
+        ('{"kind":"train","step":1,"tokens":1.5}', "tokens is 1.5"),
+        ('{"kind":"validation","step":1,"loss":Infinity}', "loss is inf"),
+        ('{"kind":"noise","step":1,"geometry":["x"]}', "geometry is"),
+        ('{"kind":"batch_size","step":1,"from":null}', "from is None"),
+        ('{"kind":"train","step":1,"batch_size":1' + "0" * 30 + "}", "batch_size is 1000"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, line, field):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind":"train","step":1,"loss":null}\n' + line + "\n")
+    with pytest.raises(DamagedFileError, match=f"line 2 is damaged: {field}"):
+        read_records(path)
+    with pytest.raises(DamagedFileError, match=f"line 1 from its end is damaged: {field}"):
+        last_record(path)
