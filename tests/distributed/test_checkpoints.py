@@ -1,6 +1,7 @@
 """What a thread saves beside training is what training itself would have saved, on every layout."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, beside_training, joined
 from gns_pretrain.parallel.sharding import parallelize
+from gns_pretrain.training import checkpoint
 from gns_pretrain.training.checkpoint import Checkpoints, damage
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
@@ -32,7 +34,11 @@ def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def save_both_ways(place: RankInfo, folder: Path, names: list[str]) -> None:
-    """One rank's part: the same step saved before training goes on, and beside three more steps."""
+    """One rank's part: the same step saved before training goes on, and beside six more steps.
+
+    The thread writes no tensor before three of them have changed the weights.
+    """
+    writer_to = checkpoint.writer_to
     for name in names:
         here = replace(place, rendezvous=f"{place.rendezvous}-{name}")
         with joined(here, LAYOUTS[name], torch.device("cpu")) as world:
@@ -41,16 +47,22 @@ def save_both_ways(place: RankInfo, folder: Path, names: list[str]) -> None:
             model = parallelize(llama, world, compute_dtype=torch.float32)
             optimizer = AdamWSettings(lr=1e-2).build(model)
             take_step(model, optimizer)
+            changed = threading.Event()
             beside = beside_training(world, LAYOUTS[name])
             for way, thread in {"before": None, "beside": beside}.items():
                 checkpoints = Checkpoints(
                     folder / f"{name}_{way}", keep=1, world=world, beside=thread
                 )
+                if thread:
+                    checkpoint.writer_to = lambda to, held=changed: held.wait() and writer_to(to)
                 checkpoints.save(model, optimizer, {"step": 1})
-            for _ in range(3):
+            for step in range(6):
+                if step == 3:
+                    changed.set()
                 take_step(model, optimizer)
             checkpoints.wait()
             checkpoints.close()
+            checkpoint.writer_to = writer_to
 
 
 @pytest.mark.parametrize("names", [["ddp", "fsdp", "hsdp"], ["tensor"]])

@@ -10,9 +10,15 @@ from gns_pretrain.errors import TrainingError
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import checkpoint
-from gns_pretrain.training.checkpoint import CheckpointSettings, checkpoint_folders, damage
-from tests.runs import train_here
+from gns_pretrain.training.checkpoint import (
+    Checkpoints,
+    CheckpointSettings,
+    checkpoint_folders,
+    damage,
+)
+from tests.runs import ALONE, train_here
 from tests.settings import small_run
+from tests.unit.training.test_checkpoint import built
 
 PATIENCE_SECONDS = 60
 
@@ -22,18 +28,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, then: OSError | None = None) -> None:
         self.reached, self._opened = threading.Event(), threading.Event()
-        self.saving = self.most_at_once = 0
         seal = checkpoint.seal
 
         def held(*arguments) -> None:
-            self.saving += 1
-            self.most_at_once = max(self.most_at_once, self.saving)
             self.reached.set()
             assert self._opened.wait(PATIENCE_SECONDS)
             if then is not None:
                 raise then
             seal(*arguments)
-            self.saving -= 1
 
         monkeypatch.setattr(checkpoint, "seal", held)
 
@@ -42,7 +44,7 @@ class Gate:
 
     def open_soon(self) -> None:
         """Open while the run is already waiting for it."""
-        threading.Timer(0.3, self.open).start()
+        threading.Timer(1.0, self.open).start()
 
     def wait_until_reached(self) -> None:
         assert self.reached.wait(PATIENCE_SECONDS)
@@ -73,12 +75,17 @@ def test_training_goes_on_while_a_save_is_written_and_what_is_not_sealed_does_no
     assert names_of(tmp_path) == ["step_00000009", "step_00000005"]
 
 
-def test_next_save_waits_for_the_one_that_is_under_way(tmp_path, shards, monkeypatch):
+def test_next_save_waits_for_the_one_that_is_under_way(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
-    config = small_run(tmp_path, shards, steps=12)
-    assert train_here(config, meanwhile={10: gate.open_soon}) == 0
-    assert gate.most_at_once == 1
-    assert names_of(tmp_path) == ["step_00000012", "step_00000010"]
+    model, optimizer = built()
+    checkpoints = Checkpoints(tmp_path, keep=2, world=ALONE, beside=ALONE)
+    checkpoints.save(model, optimizer, {"step": 1})
+    gate.wait_until_reached()
+    gate.open_soon()
+    checkpoints.save(model, optimizer, {"step": 2})
+    assert damage(tmp_path / "step_00000001") is None
+    checkpoints.close()
+    assert damage(tmp_path / "step_00000002") is None
 
 
 def test_stop_waits_for_the_save_under_way_and_for_its_own(tmp_path, shards, monkeypatch):
