@@ -142,8 +142,8 @@ class Plan(Rates):
     gpus: Annotated[list[int], at_least(1), About("in all")] = field(
         default_factory=lambda: [8, 64]
     )
-    parallel: Annotated[list[str], one_of("single", "fsdp", "hsdp"), About("layouts")] = field(
-        default_factory=lambda: ["fsdp"]
+    parallel: Annotated[list[str], one_of("auto", "single", "fsdp", "hsdp"), About("layouts")] = (
+        field(default_factory=lambda: ["auto"])
     )
     micro_batch_size: Annotated[int, at_least(1), About("sequences")] = 8
     accumulation: Annotated[int, at_least(1), About("micro-batches of a GPU's step")] = 1
@@ -267,10 +267,10 @@ class RunPlan:
     def fits(self) -> bool:
         return self.peak_gib + NOT_SEEN_GIB <= self.rates.gpu_gibibytes
 
-    def hours(self, token_budget: int, geometry: str, every: int) -> float:
+    def hours(self, token_budget: int, geometries: Sequence[str], every: int) -> float:
         """Of a run without evaluation, checkpoints and start, at one batch size."""
         steps = -(-token_budget // self.case.tokens)
-        extra = 0.0 if geometry == UNMEASURED else self.extra_seconds(geometry) / every
+        extra = sum(map(self.extra_seconds, geometries)) / every
         return steps * (self.seconds + extra) / 3600
 
     def shape(self) -> Row:
@@ -365,7 +365,7 @@ class RunPlan:
             f"cost_F={MEASURED_EVERY}": f"{100 * extra / self.seconds / MEASURED_EVERY:.2f} %",
         }
         if token_budget is not None:
-            hours = self.hours(token_budget, name, MEASURED_EVERY)
+            hours = self.hours(token_budget, [name], MEASURED_EVERY)
             row |= {"hours": round(hours, 2), "gpu_hours": round(hours * self.case.gpus, 1)}
         return row
 
@@ -411,15 +411,15 @@ def collective_rows(costs: Costs, step: str, recording: Recording) -> list[Row]:
 def plan_of_sweep(plan: Plan, table: str) -> Row:
     """Return hours of every run of a sweep, composed as train.py composes it.
 
-    A run is planned at its first batch size; GPUs and layout are those of the scale, or `--gpus`
-    and `--parallel` where one of each is given. Tuned numbers that nobody has found yet do not
+    A run is planned at its first batch size; GPUs and layout are those of the scale, or one
+    `--gpus` and one `--parallel`. Tuned numbers that nobody has found yet do not
     matter here.
     """
     rows: list[Row] = []
     known: dict[str, RunPlan] = {}
     for cell, config, count in cells_of(table, plan.scale):
         gpus = plan.gpus[0] if len(plan.gpus) == 1 else config.launch.nproc_per_node
-        if len(plan.parallel) == 1:
+        if plan.parallel != ["auto"]:
             config.parallel = ParallelSettings(kind=plan.parallel[0])
         config.model = dataclasses.replace(
             config.model, vocab_size=config.model.vocab_size or plan.vocab_size
@@ -430,21 +430,19 @@ def plan_of_sweep(plan: Plan, table: str) -> Row:
         config.micro_batch_size = split.micro_batch_size
         case = Case(config, gpus, split.accumulation)
         geometries = config.noise_scale.geometries
-        geometry = ",".join(geometries) or UNMEASURED
-        key = f"{config.optimizer.name} {split} {geometry}"
+        key = f"{config.optimizer.name} {split} {geometries}"
         if key not in known:
             known[key] = RunPlan(plan, case, geometries)
-        hours = known[key].hours(config.token_budget, geometry, config.noise_scale.every_steps)
+        hours = known[key].hours(config.token_budget, geometries, config.noise_scale.every_steps)
         rows.append(
             {
-                "cell": cell,
-                "optimizer": config.optimizer.name,
-                "batch_size": config.batch_size.initial,
-                "geometry": geometry,
+                "cell": cell.split("/")[-1],
+                "batch": config.batch_size.initial,
+                "measured": ", ".join(geometries) or "nothing",
                 "peak_gib": round(known[key].peak_gib, 1),
                 "fits": "yes" if known[key].fits else "no",
                 "runs": count,
-                "hours_a_run": round(hours, 2),
+                "hours": round(hours, 2),
                 "gpu_hours": round(count * hours * gpus, 1),
             }
         )

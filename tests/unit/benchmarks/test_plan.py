@@ -213,5 +213,5 @@ def test_hours_of_a_run_by_hand():
     plan.steps = {"unmeasured": Recording(kernels=[Kernel("", "", 0)] * 2)}
     plan.steps["nuclear"] = Recording(kernels=[Kernel("", "", 0)] * 12)
     # 10 steps of 2 s; every fifth one takes 10 s more.
-    assert plan.hours(63_000, "unmeasured", 5) == pytest.approx(20 / 3600)
-    assert plan.hours(63_000, "nuclear", 5) == pytest.approx(40 / 3600)
+    assert plan.hours(63_000, [], 5) == pytest.approx(20 / 3600)
+    assert plan.hours(63_000, ["nuclear"], 5) == pytest.approx(40 / 3600)
