@@ -278,17 +278,17 @@ class NoiseMeter:
                 table + self._host.gathered(on_host, table) if on_host else table
                 for table, on_host in zip(totals.tables, totals.on_host, strict=True)
             ]
-            # Filled there: a tensor that is copied to the device is waited for.
-            numbers = totals.agreement.new_ones(6)
-            for place, number in enumerate((totals.num_samples, totals.batch_size), 1):
-                numbers[place] = number
-                numbers[place + 3] = number**2
-            parts = [*(table.flatten() for table in tables), totals.agreement.flatten(), numbers]
+            numbers = (1, totals.num_samples, totals.batch_size)
+            squares = (number**2 for number in numbers)
+            # Filled there: on a GPU the host waits for each number that it writes into a tensor.
+            filled = [totals.agreement.new_full((1,), n) for n in (*numbers, *squares)]
+            parts = [*(table.flatten() for table in tables), totals.agreement.flatten()]
+            parts.append(torch.cat(filled))
             joined = reduce_over(torch.cat(parts), self.tap.layout)
         joined = joined.cpu()
         seconds = totals.stopwatch.seconds()
-        *flat, agreement, numbers = joined.split([part.numel() for part in parts])
-        check_ranks(numbers.tolist())
+        *flat, agreement, of_ranks = joined.split([part.numel() for part in parts])
+        check_ranks(of_ranks.tolist())
         self._check_agreement(agreement.view(-1, 2).tolist())
         readings = []
         for geometry, joint, table in zip(self.geometries, flat, tables, strict=True):
