@@ -213,15 +213,15 @@ def test_damaged_run_hides_no_other_of_a_search(name, records):
     assert problems_of(records / "search" / "bad" / name, tried, every=4) == []
 
 
-RESUMED = ["config.yaml", "run.json", "starts.jsonl", "metrics.jsonl", ".lock"]
+RESUMED = {"config.yaml": 40, "run.json": 8, "starts.jsonl": 8, "metrics.jsonl": 12, ".lock": 6}
 
 
-@pytest.mark.parametrize(("number", "name"), [*enumerate(RESUMED)])
-def test_resume_of_a_damaged_run_ends_in_one_line(number, name, place):
+@pytest.mark.parametrize(("name", "every"), [*RESUMED.items()])
+def test_resume_of_a_damaged_run_ends_in_one_line(name, every, place):
     def tried():
         yield "resume", place.resume().problem
 
-    assert problems_of(place.folder / "stopped" / name, tried, first=number, every=12) == []
+    assert problems_of(place.folder / "stopped" / name, tried, first=1, every=every) == []
 
 
 CHECKPOINT = [
@@ -248,7 +248,7 @@ def test_checkpoint_of_a_stranger_ends_in_one_line(number, name, place):
 
     def tried():
         yield "damaged", place.measure(place.checkpoint).problem
-        with contextlib.suppress(OSError):  # what is no file has no sum
+        if path.is_file():  # else it has no sum
             seal(place.checkpoint)
             yield "measure", place.measure(place.checkpoint).problem
             yield "export", place.export(place.checkpoint).problem
@@ -272,7 +272,7 @@ def test_damaged_shards_end_in_one_line(number, name, place):
         yield "export", place.export(place.checkpoint).problem
         yield "prepare", place.prepare(place.data).problem
 
-    assert problems_of(place.data / name, tried, first=number, every=6) == []
+    assert problems_of(place.data / name, tried, first=number, every=9) == []
 
 
 @pytest.fixture(scope="module")
