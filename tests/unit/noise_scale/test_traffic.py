@@ -109,8 +109,8 @@ def test_measured_step_adds_few_operations_to_each_block(monkeypatch):
         counts = added_by_measuring(
             monkeypatch, model, geometries=["euclidean", "manhattan"], estimates=["plug_in"]
         )
-    # By block, not by weight: of those each layer has 9.
-    assert counts.total() <= 12 * BLOCKS + 45
+    # By block, not by weight: of those each layer has 9. torch 2.13 makes 129 of it, 2.15 143.
+    assert counts.total() <= 14 * BLOCKS + 45
 
 
 def test_host_waits_twice_for_a_nuclear_measurement(monkeypatch):
