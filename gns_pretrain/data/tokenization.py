@@ -152,6 +152,8 @@ def without_special_tokens(tokenizer: Tokenizer, document_ids: Iterable[int]) ->
             if not renamed.keys() & {left, right, left + right[len(prefix) :]}
         ]
     content |= {"truncation": None, "padding": None, "post_processor": None}
+    if "dropout" in model:  # of BPE's merges, at random: no two preparations would be the same
+        model["dropout"] = None
     return Tokenizer.from_str(json.dumps(content))
 
 
@@ -164,6 +166,8 @@ def as_in_training(tokenizer: Tokenizer, bos_id: int | None) -> Tokenizer:
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
+    if hasattr(copy.model, "dropout"):
+        copy.model.dropout = None
     bos = [] if bos_id is None else [(tokenizer.id_to_token(bos_id), bos_id)]
     names = [name for name, _ in bos]
     copy.post_processor = processors.TemplateProcessing(
@@ -176,7 +180,8 @@ class DocumentEncoder:
     """Encodes documents with one tokenizer; the ids of a document stand between bos_id and eos_id.
 
     Where both are one id, one stands between two documents. The tokenizer's own template,
-    truncation and padding are disabled: they would add the two tokens twice, or cut long documents.
+    truncation, padding and dropout of merges are disabled: they would add the two tokens twice, cut
+    long documents, or tokenize at random.
     A special token's name inside a text is encoded as text, so that no document can end itself.
     """
 

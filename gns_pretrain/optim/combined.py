@@ -53,6 +53,15 @@ def split_parameters(
     return [group for group in groups if group["params"]], others
 
 
+def rules_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the class names of an optimizer, or of those within: they say what its state means.
+
+    Signum's momentum is an average and SGD's a sum, under one name.
+    """
+    parts = optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
+    return [type(part).__name__ for part in parts]
+
+
 class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers over different parameters of a model, seen as one.
 

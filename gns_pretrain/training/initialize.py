@@ -23,9 +23,10 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, one_of, path_name
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.huggingface import CONFIG_FILE, HINT, config_from_hf, load_hf_folder
+from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.directory import CHECKPOINTS
-from gns_pretrain.system.files import read_json, sha256_of
+from gns_pretrain.system.files import read_json, sha256_of, shortened
 from gns_pretrain.training.checkpoint import (
     MANIFEST,
     TRAIN_STATE,
@@ -184,6 +185,15 @@ def begin_from(
         load_tensors(tensors, source.folder, world)
         set_model_state_dict(model, tensors["model"])
         return None
+    ours = rules_of(optimizer)
+    # Checkpoints of before this entry are compared by the names of their tensors alone.
+    if (theirs := source.state.get("optimizer", ours)) != ours:
+        raise InputError(
+            f"init.from={settings.source} cannot be gone on from with this optimizer "
+            f"({shortened(ours)}; the source's state is of {shortened(theirs)}); use its "
+            "optimizer, or init.what=weights",
+            on_all_ranks=True,
+        )
     try:
         return load_checkpoint(source.folder, model, optimizer, world, hyperparameters=False)
     except InputError as error:

@@ -11,6 +11,7 @@ from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.optim.base import set_learning_rate, update_half_life
+from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.collectives import any_rank
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import BatchSizeLine, ShadowLine, ValidationLine
@@ -50,6 +51,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes beside weights and optimizer state, fit for JSON."""
         state = self.adaptive.state_dict() | (self.meter.state_dict() if self.meter else {})
+        state["optimizer"] = rules_of(self.optimizer)
         if self.bad_steps:
             state["bad_steps"] = self.bad_steps.state_dict()
         return state

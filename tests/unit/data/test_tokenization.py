@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models
 from gns_pretrain.data.shards import token_dtype
 from gns_pretrain.data.tokenization import (
     DocumentEncoder,
+    as_in_training,
     read_tokenizer,
     special_token_id,
     train_bpe,
@@ -81,6 +82,17 @@ def test_other_texts_are_encoded_as_the_tokenizer_does(kind):
     tokenizer.no_padding()
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert ids.tolist() == list(chain(*expected))
+
+
+def test_merges_that_drop_out_at_random_do_not():
+    tokenizer = train_bpe(["abcd abcd"] * 10, 300)
+    at_random = edited(tokenizer, dropout=0.9)
+    texts = ["abcd abcd"] * 20
+    expected = [tokenizer.encode(text).ids for text in texts]
+    encoder = DocumentEncoder(at_random, dtype=UINT16, bos_id=None, eos_id=None)
+    assert encoder.encode(texts)[0].tolist() == list(chain(*expected))
+    exported = as_in_training(at_random, None)
+    assert [exported.encode(text).ids for text in texts] == expected
 
 
 def test_special_name_in_a_text_keeps_its_letters():

@@ -13,6 +13,7 @@ from gns_pretrain.launch.train import launch
 from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.adamw import AdamWSettings
+from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.tracking.jsonl import read_records
@@ -239,6 +240,18 @@ def test_all_of_another_optimizer_or_sequence_length_is_refused(trained, tmp_pat
     error = capsys.readouterr().err
     assert "cannot be gone on from with this optimizer" in error
     assert error.count("\n") == 1
+
+
+def test_state_of_another_rule_is_refused_though_its_tensors_fit(tmp_path, shards):
+    """Signum's momentum is an average of gradients, SGD's a sum, 20 times as large."""
+    source = steady(tmp_path, shards, steps=2, optimizer=SignumSettings(lr=1e-4))
+    assert train_here(source) == 0
+    init = {"from": str(tmp_path / "small"), "what": "all"}
+    other = steady(tmp_path / "on", shards, init=init, optimizer=SGDSettings(momentum=0.9))
+    with pytest.raises(InputError, match=r"with this optimizer \(.*SGD.*Signum.*use its optimizer"):
+        train_here(other)
+    same = steady(tmp_path / "on", shards, run_name="same", init=init, optimizer=source.optimizer)
+    assert train_here(same, stop_after=1) == 75
 
 
 def test_how_often_is_evaluated_may_change_when_a_run_resumes(tmp_path, shards):
