@@ -58,6 +58,19 @@ TUNED = [
 # backward together), float64 factorizations (`eigh`, Cholesky).
 OF_WIDTH = {768: (45.8, 240.0, 0.48), 1792: (60.8, 342.0, 2.1)}
 
+# Options of `plan` that the cells of a sweep have themselves.
+OF_CELLS = (
+    "model",
+    "micro_batch_size",
+    "accumulation",
+    "sequence_length",
+    "optimizer",
+    "noise_scale",
+    "cross_fitted",
+    "read_after_steps",
+    "token_budget",
+)
+
 Rate = Annotated[float, positive()]
 
 
@@ -167,6 +180,26 @@ class Plan(Rates):
                     f"--gpus={count} are not whole nodes of {GPUS_PER_NODE} GPUs; "
                     f"use a multiple of {GPUS_PER_NODE}"
                 )
+        if "single" in self.parallel and max(self.gpus) > 1:
+            raise InputError(
+                f"--parallel=single is one process, but --gpus={max(self.gpus)}; use --gpus 1, or "
+                "--parallel auto, which is single on one GPU"
+            )
+        if self.sweep is not None:
+            self._check_sweep()
+
+    def _check_sweep(self) -> None:
+        """Refuse options that a sweep would not follow."""
+        defaults = Plan()
+        for name in OF_CELLS:
+            if getattr(self, name) != getattr(defaults, name):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(
+                    f"{option} is each cell's own in --sweep={self.sweep}; leave it out"
+                )
+        for name in ("gpus", "parallel"):
+            if (given := getattr(self, name)) != getattr(defaults, name) and len(given) > 1:
+                raise InputError(f"--{name}={given} with --sweep={self.sweep}; give one")
 
     def run(self) -> Iterator[Row]:
         """Yield the plan of one run; of several, or of a sweep, one table with a row for each."""

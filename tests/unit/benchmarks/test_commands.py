@@ -82,6 +82,14 @@ def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path, monkeypatch
         ("noise_scale --samples 3 --ranks 2", "--samples=3 is not a multiple of --ranks=2"),
         ("model --model nobody", "--model=nobody is not known"),
         ("plan --gpus 12", "--gpus=12 are not whole nodes"),
+        (
+            "plan --gpus 1 8 --parallel fsdp single",
+            "--parallel=single is one process, but --gpus=8",
+        ),
+        ("plan --sweep table2 --model tiny", "--model is each cell's own in --sweep=table2"),
+        ("plan --sweep table2 --token-budget 9", "--token-budget is each cell's own"),
+        ("plan --sweep table2 --gpus 8 16", "--gpus=[8, 16] with --sweep=table2; give one"),
+        ("plan --sweep table2 --parallel fsdp hsdp", "with --sweep=table2; give one"),
         ("roofline --json /nowhere/at/all", "cannot be written"),  # an older name of plan
     ],
 )
