@@ -13,6 +13,7 @@ from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
+from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update_half_life
@@ -62,6 +63,12 @@ def build_run(
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)
     resumed = saved is not None
+    if saved is not None and saved.get("seed", config.seed) != config.seed:
+        raise InputError(
+            f"{checkpoints.directory} holds a checkpoint of seed={saved['seed']}, of another run "
+            f"than this one of seed={config.seed}; restore its own, or restart with resume=never",
+            on_all_ranks=True,
+        )
     if not resumed and source:
         saved = begin_from(source, config.initial, model, optimizer, world)
         if saved and config.batch_size.policy == "constant":
@@ -132,6 +139,7 @@ def build_run(
         record=record,
         meter=meter,
         bad_steps=bad_steps,
+        seed=config.seed,
         token_budget=config.token_budget,
         sequence_length=sequence_length,
         gradient_clip=config.gradient_clip,

@@ -8,7 +8,7 @@ matrices and rotate the same pairs of coordinates.
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,17 @@ def config_from_hf(values: dict[str, Any], source: Path) -> LlamaConfig:
     """
     given = parse(_Shape, values, source=source, hint=HINT)
     rope = given.rope_parameters or given.rope_scaling or _Rope()
+    if given.rope_parameters and given.rope_scaling:
+        # Versions of transformers differ in which they read; ours write both.
+        one, other = (
+            replace(each, rope_type=each.rope_type or each.type, type="default", rope_theta=None)
+            for each in (rope, given.rope_scaling)
+        )
+        if one != other:
+            raise InputError(
+                f"{source}: rope_parameters and rope_scaling differ, and versions of transformers "
+                "read one or the other; leave one out"
+            )
     head_dim = given.hidden_size // given.num_attention_heads if given.num_attention_heads else None
     for key, only in {**_FIXED, "head_dim": head_dim}.items():
         if (found := values.get(key)) not in (None, only):

@@ -66,11 +66,12 @@ def write_provenance(
     write_bytes(directory / CONFIG, config_text.encode())
     if not (directory / PROVENANCE).exists():
         values = {"data_fingerprint": data_fingerprint, "git_revision": git_revision()}
-        began = {"init": init} if init else {}
-        write_json(directory / PROVENANCE, {**values, **began, **package_versions()})
+        write_json(directory / PROVENANCE, values | package_versions())
     known = read_provenance(directory)
-    if data is not None and known.get("data") != data:
-        write_json(directory / PROVENANCE, known | {"data": dict(data)})
+    # A start that saved nothing begins again from what its source has become.
+    found = {name: dict(v) for name, v in (("data", data), ("init", init)) if v is not None}
+    if known | found != known:
+        write_json(directory / PROVENANCE, known | found)
     if "run_id" not in known:
         new_run_id(directory)
 

@@ -41,6 +41,7 @@ class Run:
     meter: NoiseMeter | None  # None where no geometry is measured
     bad_steps: BadSteps | None  # None where no step is skipped
     # Settings that the loop itself reads, under their names in the configuration.
+    seed: int
     token_budget: int  # the run ends with the first whole step that reaches it
     sequence_length: int
     gradient_clip: float | None
@@ -51,7 +52,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes beside weights and optimizer state, fit for JSON."""
         state = self.adaptive.state_dict() | (self.meter.state_dict() if self.meter else {})
-        state["optimizer"] = rules_of(self.optimizer)
+        state |= {"seed": self.seed, "optimizer": rules_of(self.optimizer)}
         if self.bad_steps:
             state["bad_steps"] = self.bad_steps.state_dict()
         return state

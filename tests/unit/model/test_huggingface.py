@@ -288,3 +288,17 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"pip install 'gns-pretrain\[huggingface\]'"):
             refused()
     assert not (tmp_path / "new").exists()
+
+
+def test_two_descriptions_of_the_rotation_must_agree(tmp_path):
+    export_hf_folder(random_model(), tmp_path / "out", TEXT)
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    values["rope_scaling"] = {"type": "default"}
+    path.write_text(json.dumps(values))
+    load_hf_folder(path.parent)
+    values["rope_scaling"] = {"rope_type": "default", "factor": 8.0}
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"rope_parameters and rope_scaling differ"):
+        load_hf_folder(path.parent)

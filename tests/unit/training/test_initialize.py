@@ -273,3 +273,34 @@ def test_hyperparameters_of_the_source_do_not_come_along(trained, shards, tmp_pa
     (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.7, 0.8), 0.3)
     assert {int(state["step"]) for state in optimizer.state.values()} == {10}
+
+
+def test_run_json_names_what_a_second_start_found_where_the_first_saved_nothing(
+    trained, tmp_path, shards
+):
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    shutil.rmtree(source / "checkpoints" / "step_00000010")
+    config = steady(tmp_path, shards, init={"from": str(source), "what": "weights"})
+    config.checkpoint.every_steps = 100
+
+    def crash():
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train_here(config, meanwhile={4: crash})
+    assert read_provenance(tmp_path / "small")["init"]["step"] == 5
+    copied = "checkpoints/step_00000010"
+    shutil.copytree(trained / copied, source / copied)
+    assert train_here(config) == 0
+    assert read_provenance(tmp_path / "small")["init"]["step"] == 10
+
+
+def test_checkpoints_of_another_seed_are_not_resumed(trained, tmp_path, shards):
+    assert train_here(steady(tmp_path, shards, steps=10, seed=1)) == 0
+    mine = tmp_path / "small"
+    (mine / "summary.json").unlink()
+    shutil.rmtree(mine / "checkpoints")
+    shutil.copytree(trained / "checkpoints", mine / "checkpoints")
+    with pytest.raises(InputError, match=r"of seed=0, of another run than this one of seed=1"):
+        train_here(steady(tmp_path, shards, steps=10, seed=1))
