@@ -20,7 +20,7 @@ from torch import Tensor
 from gns_pretrain.noise_scale.geometries import SpectralTotal
 from gns_pretrain.system.processes import Worker, available_cores
 
-COPIES_AHEAD = 4  # matrices that the GPU holds beside the one it makes
+BYTES_AHEAD = 2**30  # of matrices that the GPU holds because their copies are under way
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,23 @@ class HostSpectra:
     def submit(self, totals: Iterable[SpectralTotal]) -> list[PendingTotal]:
         """Copy the matrices and have their totals computed; nothing is waited for.
 
-        The device waits where copies lag, so that few matrices live there at a time.
+        The device waits where copies lag by `BYTES_AHEAD`, for the memory that they hold.
         """
         pending = []
-        under_way: deque[tuple[SpectralTotal, torch.cuda.Event]] = deque()
+        under_way: deque[tuple[int, torch.cuda.Event]] = deque()
+        ahead = 0
         for total in totals:
             matrices, copied = self._on_host(total.matrices)
             value = host_threads().start(self._computation(total.function, matrices, copied))
             pending.append(PendingTotal(total.weight, total.column, value))
-            if copied is not None:
-                under_way.append((total, copied))
-            if len(under_way) > COPIES_AHEAD:
-                self._wait_for(under_way.popleft()[1])
-        for _, copied in under_way:
-            self._wait_for(copied)
+            if copied is None:
+                continue
+            under_way.append((sum(matrix.nbytes for matrix in total.matrices), copied))
+            ahead += under_way[-1][0]
+            while ahead > BYTES_AHEAD:
+                num_bytes, oldest = under_way.popleft()
+                torch.cuda.current_stream(self._device).wait_event(oldest)
+                ahead -= num_bytes
         return pending
 
     def gathered(self, pending: Iterable[PendingTotal], table: Tensor) -> Tensor:
@@ -93,11 +96,9 @@ class HostSpectra:
             )
             copied = torch.cuda.Event(blocking=True)
             copied.record(self._stream)
+        for matrix in matrices:
+            matrix.record_stream(self._stream)  # its memory is free once it is copied
         return copies, copied
-
-    def _wait_for(self, copied: torch.cuda.Event) -> None:
-        """Let the device's later work, which may take the matrices' memory, follow a copy."""
-        torch.cuda.current_stream(self._device).wait_event(copied)
 
     def _computation(
         self,
