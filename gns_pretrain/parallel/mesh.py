@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from gns_pretrain.errors import InputError
+from gns_pretrain.errors import InputError, printable
 from gns_pretrain.fields import Settings, at_least, at_most, one_of
 from gns_pretrain.system.processes import note_process_group
-from gns_pretrain.system.terminal import write
 
 NOTICE_SECONDS = 10.0  # after which a rank says for whom it waits
 NO_RENDEZVOUS = "this rank has not met"  # begins the error of one that waited in vain
@@ -245,14 +244,12 @@ def start_process_group(place: RankInfo, device: torch.device, timeout: timedelt
     if on_this_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     others = f"the {place.num_ranks - 1} others at {meeting_point(place)}"
-    notice = threading.Timer(
-        NOTICE_SECONDS,
-        write,
-        [
-            f"rank {place.rank} waits for {others}, {timeout.total_seconds():.0f} s at most; every "
-            "rank has to run this command"
-        ],
+    line = (
+        f"rank {place.rank} waits for {others}, {timeout.total_seconds():.0f} s at most; every "
+        "rank has to run this command"
     )
+    # Not by system.terminal: the library comes here without rich.
+    notice = threading.Timer(NOTICE_SECONDS, lambda: print(printable(line), flush=True))
     notice.daemon = True
     if place.local_rank == 0:
         notice.start()

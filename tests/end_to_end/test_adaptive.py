@@ -151,7 +151,9 @@ def die_in_the_first_step_of_the_new_size() -> None:
 def test_killed_around_a_change_it_ends_with_the_same_lines(
     sabotage, save_every, whole, tmp_path, shards
 ):
-    words = commands.arguments(tmp_path, shards, *ADAPTIVE, f"checkpoint.every_steps={save_every}")
+    # Written before training goes on: the kill comes after the save.
+    saving = (f"checkpoint.every_steps={save_every}", "checkpoint.asynchronous=false")
+    words = commands.arguments(tmp_path, shards, *ADAPTIVE, *saving)
     assert commands.run(words, tmp_path / "log", sabotage) == -signal.SIGKILL
     assert commands.run(words, tmp_path / "log") == 0
     assert "resumed from step" in (tmp_path / "log").read_text()
