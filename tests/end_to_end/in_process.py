@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from gns_pretrain import commands
 from gns_pretrain.errors import OneLineError, print_error
+from gns_pretrain.system import processes
 
 MOST_SECONDS = 60.0  # for a command: one that waits for a pipe would wait for ever
 CODES = (0, 1, 2, 3, 75)  # 1: a replay took another path
@@ -46,6 +47,8 @@ class Ended:
 
 def ended(call: Callable[[], object]) -> Ended:
     """Call a command's function in this process."""
+    # What other tests have left would make the command end the process that it runs in.
+    processes._has_threads = processes._has_abandoned = False
 
     def give_up(*_: object) -> None:
         raise TimeoutError("it waits for ever")
