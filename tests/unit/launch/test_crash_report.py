@@ -182,6 +182,7 @@ def test_torchs_flight_record_goes_to_the_run_directory_unless_set_and_is_named(
 ):
     run = tmp_path / "run"
     run.mkdir()
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)  # other runs of this process
     reporters[0].set_run_directory(run)
     assert "TORCH_FR_DUMP_TEMP_FILE" not in os.environ
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "")  # so that it is unset again afterwards

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,6 +50,9 @@ class Operations(TorchDispatchMode):
 @contextmanager
 def rank_of_eight(kind: str, **changes: int) -> Iterator[nn.Module]:
     """The odd model, parallelized, on a rank that hears nothing of the others."""
+    # DTensor keeps the meshes of operations that other tests have run, whose groups are gone.
+    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
         sizes = SHAPES[kind]
