@@ -50,6 +50,7 @@ def faulty(cluster, tmp_path_factory, shards) -> Submitted:
         "optimizer=custom",
         "optimizer.class_path=tests.slurm.faulty.Faulty",
         "parallel.timeout_seconds=20",
+        "checkpoint.asynchronous=false",  # faults come in the step after a save
     )
     # Not where another test has a job preempted.
     return Submitted(jobs.submit(cluster, folder, shards, *settings, node="n1"), folder)
