@@ -4,6 +4,7 @@ import dataclasses
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,20 +64,13 @@ def build_run(
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)
     resumed = saved is not None
-    if saved is not None and saved.get("seed", config.seed) != config.seed:
-        raise InputError(
-            f"{checkpoints.directory} holds a checkpoint of seed={saved['seed']}, of another run "
-            f"than this one of seed={config.seed}; restore its own, or restart with resume=never",
-            on_all_ranks=True,
-        )
-    if not resumed and source:
+    if saved is None and source:
         saved = begin_from(source, config.initial, model, optimizer, world)
         if saved and config.batch_size.policy == "constant":
             saved |= {"batch_size": config.batch_size.initial, "lr_multiplier": 1.0}
     if saved is not None:
         origin = source.folder if source and not resumed else checkpoints.directory
-        hint = f"restore the {TRAIN_STATE} of its newest checkpoint, or use an older one"
-        parse(SavedState, saved, source=origin, hint=hint)
+        check_state(saved, origin, seed=config.seed if resumed else None)
     forced = adaptive.load_state_dict(saved) if saved else None
     bad_steps = BadSteps(config.bad_steps, world) if config.bad_steps.skip else None
     if bad_steps and saved and "bad_steps" in saved:
@@ -147,6 +141,23 @@ def build_run(
         checkpoint=config.checkpoint,
         metrics=config.metrics,
     )
+
+
+def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> None:
+    """Raise InputError if what a checkpoint says of its run is damaged, or another run's.
+
+    Args:
+        origin: where it was found.
+        seed: of the run that goes on; None for a branch, which may have another.
+    """
+    hint = f"restore the {TRAIN_STATE} of its newest checkpoint, or use an older one"
+    parse(SavedState, saved, source=origin, hint=hint)
+    if seed is not None and saved.get("seed", seed) != seed:
+        raise InputError(
+            f"{origin} holds a checkpoint of seed={saved['seed']}, of another run than this one of "
+            f"seed={seed}; restore its own, or restart with resume=never",
+            on_all_ranks=True,
+        )
 
 
 def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.nn.Module:

@@ -150,17 +150,16 @@ def check_run(
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
-    if not is_saved:
-        # Rank 0 reads it whole, or the launcher.
-        source = find_source(config.initial, verify=info is None or info.rank == 0)
-        if source:
-            check_source(
-                config.initial,
-                source,
-                model=config.model.of_data(splits[0].vocab_size),
-                sequence_length=config.data.sequence_length,
-                token_budget=config.token_budget,
-            )
+    # Read by one of the ranks, or by what starts them: whoever started the others ends them.
+    looks = not is_saved and (info is None or info.rank == 0)
+    if looks and (source := find_source(config.initial)):
+        check_source(
+            config.initial,
+            source,
+            model=config.model.of_data(splits[0].vocab_size),
+            sequence_length=config.data.sequence_length,
+            token_budget=config.token_budget,
+        )
     return directory, fingerprint
 
 
@@ -289,7 +288,7 @@ def taken(
                 remove_temporaries(directory)
                 remove_empty_stacks(directory)
                 if not checkpoint_folders(checkpoints):
-                    source = find_source(config.initial, verify=False)  # check_run has
+                    source = find_source(config.initial)
                 init = source.as_record(config.initial) if source else None
                 origin = dataclasses.asdict(config.data.origin())
                 write_provenance(directory, as_yaml(config), fingerprint, origin, init)

@@ -223,9 +223,10 @@ class GradientTap:
         self._rounds += 1
         if not self._order_is_known:
             self._order_is_known = True
-            places = torch.full((len(self.blocks),), len(self.blocks), device=self.device)
+            order = [len(self.blocks)] * len(self.blocks)
             for place, position in enumerate(self._completed):
-                places[position] = place
+                order[position] = place
+            places = torch.tensor(order, device=self.device)
             reduce_over(places, self.layout, dist.ReduceOp.MAX)
             self._order_blocks([self.blocks[p] for p in places.argsort(stable=True).tolist()])
         self._completed.clear()

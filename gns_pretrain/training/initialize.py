@@ -78,11 +78,10 @@ class Source:
         }
 
 
-def find_source(settings: InitSettings, *, verify: bool = True) -> Source | None:
+def find_source(settings: InitSettings) -> Source | None:
     """Find what a run begins from; None where it begins from random weights.
 
-    Args:
-        verify: whether a checkpoint's files are compared with its manifest, which reads them all.
+    A checkpoint's files are compared with its manifest, which reads them all.
 
     Raises:
         InputError: there is nothing of the kind, or it is not whole.
@@ -109,11 +108,11 @@ def find_source(settings: InitSettings, *, verify: bool = True) -> Source | None
             found = "; ".join(damaged) or "it has none yet"
             raise InputError(f"{name} has no whole checkpoint ({found}); name another run")
         folder = whole
-    if not (folder / MANIFEST).is_file():
+    elif not (folder / MANIFEST).is_file():
         raise InputError(
             f"{name} is no run directory, step_* folder or Hugging Face Llama folder; name one"
         )
-    if verify and (reason := damage(folder)):
+    elif reason := damage(folder):
         raise InputError(f"{name} is not a whole checkpoint ({reason}); name an older one")
     state = read_json(folder / TRAIN_STATE, hint="name an older checkpoint")
     return Source(folder, False, stored_model(folder), state, sha256_of(folder / MANIFEST))
