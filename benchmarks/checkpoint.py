@@ -8,7 +8,8 @@ from typing import Annotated
 
 from benchmarks.harness import Row, StepCommand, synchronize, this_process
 from gns_pretrain.fields import About, at_least
-from gns_pretrain.training.checkpoint import Checkpoints, checkpoint_folders
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders
 
 
 @dataclass

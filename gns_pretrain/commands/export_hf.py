@@ -26,7 +26,7 @@ from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.system.files import must_write, parse
 from gns_pretrain.system.remote import folder_at, is_remote, listed_anew, store_errors
 from gns_pretrain.system.terminal import write
-from gns_pretrain.training.checkpoint import load_model
+from gns_pretrain.training.checkpoint_reader import load_model
 
 COPIED_BYTES = 2**24  # at a time
 

@@ -27,7 +27,8 @@ from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.wandb import unless_set
 from gns_pretrain.training.bad_steps import BadSteps
-from gns_pretrain.training.checkpoint import TRAIN_STATE, Checkpoints
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_writer import TRAIN_STATE
 from gns_pretrain.training.initialize import Source, begin_from
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule

@@ -30,7 +30,7 @@ from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CONFIG, read_settings
 from gns_pretrain.system.files import parse, read_json
 from gns_pretrain.system.remote import folder_at, is_remote
-from gns_pretrain.training.checkpoint import load_model
+from gns_pretrain.training.checkpoint_reader import load_model
 from gns_pretrain.training.step import accumulate_gradients
 
 PAPER_LENGTH = 2048  # tokens of a sequence in the paper

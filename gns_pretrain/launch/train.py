@@ -57,7 +57,7 @@ from gns_pretrain.system.processes import StopRequest, end_process, threads_per_
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
-from gns_pretrain.training.checkpoint import checkpoint_folders, reachable
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders, reachable
 from gns_pretrain.training.initialize import Source, check_source, find_source
 from gns_pretrain.training.loop import train
 

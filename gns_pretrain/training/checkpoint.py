@@ -15,12 +15,9 @@ torch.distributed.checkpoint itself loads a flipped byte without an error. A man
 who wrote it, so nothing that a checkpoint holds is executed (`checkpoint_reader.py`).
 """
 
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -29,44 +26,25 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from gns_pretrain.errors import InputError, TrainingError, one_line, print_error
+from gns_pretrain.errors import InputError, TrainingError, print_error
 from gns_pretrain.fields import Settings, at_least
-from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.parallel.collectives import errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.directory import CHECKPOINTS
-from gns_pretrain.system.files import (
-    as_json,
-    named_file,
-    parse,
-    read_json,
-    sha256_of,
-)
 from gns_pretrain.system.processes import Worker, result_of
-from gns_pretrain.system.remote import (
-    folder_at,
-    is_remote,
-    listed_anew,
-    store_errors,
-)
+from gns_pretrain.system.remote import folder_at, is_remote, store_errors
 from gns_pretrain.training.checkpoint_reader import (
-    METADATA,
-    DataOnlyPlanner,
-    DataOnlyReader,
-    metadata_problem,
+    checkpoint_folders,
+    damage,
+    is_alone,
+    load_checkpoint,
+    pick_whole,
+    reachable,
+    root_cause,
+    tensors_of,
 )
 from gns_pretrain.training.checkpoint_writer import (
-    CHECKPOINT_NAME,
-    MANIFEST,
     digests_of,
     folder_to_write,
     make_empty,
@@ -74,11 +52,10 @@ from gns_pretrain.training.checkpoint_writer import (
     remove,
     remove_unfinished,
     seal,
+    small_files,
     write_files,
     writer_to,
 )
-
-TRAIN_STATE, MODEL, GENERATORS = "train_state.json", "model.json", "generators.pt"
 
 
 @dataclass
@@ -306,202 +283,3 @@ class Checkpoints:
         folders = checkpoint_folders(self.directory)
         for old in folders[folders.index(newest) + self.keep :]:
             remove(old)
-
-
-def load_checkpoint(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    hyperparameters: bool = True,
-) -> dict[str, Any]:
-    """Load a whole one into model, optimizer and random generators; return its further state.
-
-    Args:
-        hyperparameters: whether the optimizer takes those, too, or keeps its own.
-    """
-    tensors = tensors_of(model, optimizer)
-    own = {} if hyperparameters else {"param_groups": tensors["optimizer"].pop("param_groups")}
-    load_tensors(tensors, checkpoint, world)
-    tensors["optimizer"].update(own)
-    set_model_state_dict(model, tensors["model"])
-    # Not strict, because a rule without momentum has no state for its parameters; nothing can be
-    # missing, since dcp.load was asked for every tensor of this optimizer.
-    options = StateDictOptions(strict=False)
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-    restore_generators(checkpoint)
-    return read_json(checkpoint / TRAIN_STATE, hint="use an older checkpoint")
-
-
-def load_model(checkpoint: Path) -> Llama:
-    """Load a checkpoint's model on the CPU in float32; InputError if it is not whole."""
-    with reachable(checkpoint):
-        reason = damage(checkpoint)
-    if reason:
-        raise InputError(f"{checkpoint} is not a whole checkpoint ({reason}); name a step_* folder")
-    model = Llama(stored_model(checkpoint))
-    tensors = {"model": model.state_dict()}
-    load_tensors(tensors, checkpoint)
-    model.load_state_dict(tensors["model"])
-    return model
-
-
-def stored_model(checkpoint: Path) -> LlamaConfig:
-    """Read model.json; InputError if it is damaged, or describes more weights than are stored."""
-    path = checkpoint / MODEL
-    values = read_json(path, hint="restore it")
-    config = parse(LlamaConfig, values, source=path, hint="restore it")
-    num_bytes = 4 * count_parameters(config).total  # weights are stored in float32
-    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
-    if num_bytes > stored:
-        raise InputError(
-            f"{path} describes weights of {num_bytes:,} bytes, but the checkpoint holds "
-            f"{stored:,}; restore it"
-        )
-    return config
-
-
-def restore_generators(checkpoint: Path) -> None:
-    """Set torch's random generators, by kind of device; InputError for what is no state of one."""
-    path = checkpoint / GENERATORS
-    try:
-        generators = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-        torch.set_rng_state(generators["cpu"])
-        # A kind of device that was not saved keeps its own.
-        if "cuda" in generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state(generators["cuda"])
-    except Exception as error:  # bytes that are none raise nearly anything
-        raise InputError(
-            f"{path} is refused ({one_line(error)[:200]}); use an older checkpoint",
-            on_all_ranks=True,
-        ) from error
-
-
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what torch.distributed.checkpoint writes, and reads into."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def load_tensors(tensors: dict[str, Any], checkpoint: Path, world: World | None = None) -> None:
-    """Fill tensors from a checkpoint; InputError, on all ranks, if they are not what it holds."""
-    reader, planner = DataOnlyReader(checkpoint), DataOnlyPlanner()
-    try:
-        alone = is_alone(world)
-        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=alone)
-    except CheckpointException as error:
-        raise InputError(
-            f"{checkpoint} cannot be loaded ({root_cause(error)}); use an older checkpoint",
-            on_all_ranks=True,
-        ) from error
-
-
-def is_alone(world: World | None) -> bool:
-    """Return whether dcp runs without a process group, and silence its warning that it does."""
-    # For good: a block with filters of its own would be every thread's.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    return world is None or world.mesh is None
-
-
-def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
-    """Return what is not a sharded tensor: the run's position, the model's shape, the generators.
-
-    By the names of their files, as they are now.
-    """
-    llama = unwrapped(model)
-    assert isinstance(llama, Llama)
-    # All ranks are seeded alike, so one set of generators serves all.
-    generators = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        generators["cuda"] = torch.cuda.get_rng_state()
-    stored = io.BytesIO()
-    torch.save(generators, stored)
-    return {
-        TRAIN_STATE: as_json(state),
-        MODEL: as_json(asdict(llama.config)),
-        GENERATORS: stored.getvalue(),
-    }
-
-
-def checkpoint_folders(directory: Path) -> list[Path]:
-    """Return all checkpoints, newest first, without unfinished ones."""
-    found = [
-        (int(match[1]), path)
-        for path in listed_anew(directory)
-        if (match := CHECKPOINT_NAME.fullmatch(path.name))
-        and (path / MANIFEST if is_remote(path) else path).exists()
-        and path.is_dir()
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-@contextmanager
-def reachable(directory: Path) -> Iterator[None]:
-    """Around the first use of a store: an InputError, one line, if it does not answer as asked."""
-    try:
-        with store_errors(directory):
-            yield
-    except OSError as error:
-        if not is_remote(directory):
-            raise
-        raise InputError(
-            f"{directory} cannot be read ({one_line(error)}); check the name, the credentials and "
-            "the endpoint"
-        ) from error
-
-
-def pick_whole(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint, and a line for each newer one that is damaged."""
-    damaged: list[str] = []
-    for folder in checkpoint_folders(directory):
-        reason = damage(folder)
-        if reason is None:
-            return folder, damaged
-        damaged.append(f"checkpoint {folder} is damaged ({reason})")
-    return None, damaged
-
-
-def damage(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest; return what is wrong, None if nothing is."""
-    try:
-        manifest = read_json(folder / MANIFEST, hint="restore it")
-        entries = {named_file(n, folder / MANIFEST): (s, d) for n, (s, d) in manifest.items()}
-    except (InputError, TypeError, ValueError) as error:
-        return f"{MANIFEST} is missing or damaged: {one_line(error)}"
-    needed = {folder / name for name in (METADATA, TRAIN_STATE, MODEL, GENERATORS)}
-    for path in sorted((needed | set(folder.glob("*.distcp"))) - entries.keys()):
-        return f"{path.name} is not in {MANIFEST}"
-    for path, (size, sha256) in entries.items():
-        name = path.name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256_of(path) != sha256:
-            return f"{name} has changed since it was written: its sha256 differs"
-    return metadata_problem(folder) or misnamed(folder)
-
-
-def misnamed(folder: Path) -> str | None:
-    """Return what a checkpoint holds if its folder is called by another step, else None."""
-    try:
-        step = read_json(folder / TRAIN_STATE, hint="restore it").get("step")
-    except InputError as error:
-        return str(error)
-    match = CHECKPOINT_NAME.fullmatch(folder.name)
-    if match and int(match[1]) != step:
-        return f"it holds step {step}, so its folder was renamed"
-    return None
-
-
-def root_cause(error: BaseException) -> str:
-    """Return one line for what stopped a save: torch wraps each rank's error in its own."""
-    if isinstance(error, CheckpointException):
-        error = next((wrapped[0] for wrapped in error.failures.values()), error)
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = one_line(error)
-    if "inline_container" in line:  # where torch.save writes; it does not say why that failed
-        line = f"the disk is full or fails, torch says {line}"
-    return line

@@ -5,18 +5,26 @@ On disk it is written under another name, flushed and renamed. A store, that is 
 written last and deleted first.
 """
 
+import io
 import itertools
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
+from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.roles import unwrapped
 from gns_pretrain.system.files import as_json, flush_to_disk, sha256_of, write_bytes
 from gns_pretrain.system.remote import is_remote, listed_anew, remove_folder, store_errors
 
-MANIFEST = "manifest.json"
+MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
+MODEL, GENERATORS = "model.json", "generators.pt"
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -111,3 +119,23 @@ def remove(checkpoint: Path) -> None:
             remove_folder(checkpoint)
     else:
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
+    """Return what is not a sharded tensor: the run's position, the model's shape, the generators.
+
+    By the names of their files, as they are now.
+    """
+    llama = unwrapped(model)
+    assert isinstance(llama, Llama)
+    # All ranks are seeded alike, so one set of generators serves all.
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    stored = io.BytesIO()
+    torch.save(generators, stored)
+    return {
+        TRAIN_STATE: as_json(state),
+        MODEL: as_json(asdict(llama.config)),
+        GENERATORS: stored.getvalue(),
+    }

@@ -27,15 +27,14 @@ from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.system.files import read_json, sha256_of, shortened
-from gns_pretrain.training.checkpoint import (
-    MANIFEST,
-    TRAIN_STATE,
+from gns_pretrain.training.checkpoint_reader import (
     damage,
     load_checkpoint,
     load_tensors,
     pick_whole,
     stored_model,
 )
+from gns_pretrain.training.checkpoint_writer import MANIFEST, TRAIN_STATE
 
 # Of a model's settings, what does not change what its weights compute.
 NOT_OF_THE_WEIGHTS = ("name", "activation_checkpointing")

@@ -13,7 +13,8 @@ from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, beside_training, joined
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training import checkpoint
-from gns_pretrain.training.checkpoint import Checkpoints, damage
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_reader import damage
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model
 

@@ -20,7 +20,7 @@ from gns_pretrain.parallel.collectives import global_norm
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.tracking.jsonl import read_records
-from gns_pretrain.training.checkpoint import checkpoint_folders, load_model
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders, load_model
 from tests.distributed.harness import run_ranks
 from tests.settings import VOCABULARY, odd_model, small_run, threads
 

@@ -10,12 +10,8 @@ from gns_pretrain.errors import TrainingError
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import checkpoint
-from gns_pretrain.training.checkpoint import (
-    Checkpoints,
-    CheckpointSettings,
-    checkpoint_folders,
-    damage,
-)
+from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders, damage
 from tests.runs import ALONE, train_here
 from tests.settings import small_run
 from tests.unit.training.test_checkpoint import built

@@ -13,7 +13,8 @@ import torch
 from gns_pretrain.data import embedded
 from gns_pretrain.launch import train as launch
 from gns_pretrain.runs import history
-from gns_pretrain.training.checkpoint import CheckpointSettings, root_cause
+from gns_pretrain.training.checkpoint import CheckpointSettings
+from gns_pretrain.training.checkpoint_reader import root_cause
 from tests.end_to_end.in_process import Ended, command, ended
 from tests.runs import train_here
 from tests.settings import small_run

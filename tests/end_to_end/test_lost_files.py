@@ -9,7 +9,8 @@ import pytest
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch.train import check_run
-from gns_pretrain.training.checkpoint import CheckpointSettings, checkpoint_folders
+from gns_pretrain.training.checkpoint import CheckpointSettings
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders
 from tests.end_to_end import commands
 from tests.runs import train_here
 from tests.settings import small_run

@@ -31,7 +31,8 @@ from gns_pretrain.runs.history import append_event
 from gns_pretrain.runs.lock import locked
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.training.checkpoint import Checkpoints, damage, load_model, tensors_of
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_reader import damage, load_model, tensors_of
 from tests.settings import SEQUENCE_LENGTH, odd_model
 from tests.unit.data_samples import make_texts, write_gzip, write_tokenizer
 from tests.unit.run_records import write_run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gns_pretrain.system.remote import folder_at
-from gns_pretrain.training.checkpoint import checkpoint_folders
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders
 from tests.end_to_end import commands
 from tests.end_to_end.test_resume import die_while_hashing_the_second_checkpoint, lines
 

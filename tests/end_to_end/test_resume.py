@@ -11,6 +11,7 @@ from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import checkpoint, loop
+from gns_pretrain.training.checkpoint_reader import damage
 from tests.end_to_end import commands
 from tests.settings import without_times
 
@@ -223,7 +224,7 @@ def test_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoi
     assert "Traceback" not in log
     folders = checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")
     assert [folder.name for folder in folders] == ["step_00000003", "step_00000002"]
-    assert [checkpoint.damage(folder) for folder in folders] == [None, None]
+    assert [damage(folder) for folder in folders] == [None, None]
     end = read_starts(tmp_path / "small")[-1]
     assert (end["outcome"], end["error"].partition(",")[0]) == ("failed", "step 4: the loss is nan")
 

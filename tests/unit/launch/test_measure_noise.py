@@ -18,7 +18,8 @@ from gns_pretrain.model.huggingface import ExportedText, export_hf_folder
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.training.checkpoint import Checkpoints, load_model
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_reader import load_model
 from tests.settings import SEQUENCE_LENGTH, odd_model
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,8 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training import checkpoint
-from gns_pretrain.training.checkpoint import Checkpoints, checkpoint_folders, damage, load_model
+from gns_pretrain.training.checkpoint import Checkpoints
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders, damage, load_model
 from tests.settings import odd_model
 
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")

@@ -17,7 +17,7 @@ from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.tracking.jsonl import read_records
-from gns_pretrain.training.checkpoint import load_model
+from gns_pretrain.training.checkpoint_reader import load_model
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.initialize import InitSettings, begin_from, find_source
 from gns_pretrain.training.schedule import ScheduleSettings

@@ -16,13 +16,8 @@ from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.system.remote import folder_at
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import checkpoint
-from gns_pretrain.training.checkpoint import (
-    Checkpoints,
-    CheckpointSettings,
-    checkpoint_folders,
-    damage,
-    load_model,
-)
+from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
+from gns_pretrain.training.checkpoint_reader import checkpoint_folders, damage, load_model
 from tests.runs import ALONE, train_here
 from tests.settings import SEQUENCE_LENGTH, small_run, without_times
 from tests.unit.training.test_checkpoint import built, stepped
