@@ -12,7 +12,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from benchmarks.lowering import LoweredGraph
 
-from benchmarks.fake_gpu import FakeGPU, Kernel, Recording, one_rank_of
+from benchmarks.fake_gpu import FakeGPU, Kernel, Recording
+from benchmarks.interception import one_rank_of
 from gns_pretrain.config.schema import Config
 from gns_pretrain.launch.build import build_model
 from gns_pretrain.model.config import LlamaConfig

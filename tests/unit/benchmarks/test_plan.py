@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import fake_gpu
-from benchmarks.fake_gpu import Collective, FakeGPU, Kernel, Recording, Stream, Work, one_rank_of
+from benchmarks.costs import Costs, Rates
+from benchmarks.fake_gpu import Collective, FakeGPU, Kernel, Recording, Stream, Work
 from benchmarks.harness import OPTIMIZERS, model_config
-from benchmarks.plan import NOT_SEEN_GIB, Case, Costs, Rates, RunPlan, cells_of
+from benchmarks.interception import one_rank_of
+from benchmarks.plan import NOT_SEEN_GIB, Case, RunPlan, cells_of
 from benchmarks.rehearsal import rehearsal
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.settings import DataSettings
