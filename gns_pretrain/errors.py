@@ -53,6 +53,13 @@ class TrainingError(OneLineError, RuntimeError):
     exit_code = EXIT_TRAINING
 
 
+class DivergedError(TrainingError):
+    """A loss or gradient that no update can be made of; all ranks raise it.
+
+    Where the run has a checkpoint, the command adds how to go on from it.
+    """
+
+
 def print_error(error: OneLineError, *, rank: int = 0, num_ranks: int = 1) -> int:
     """Print the line to stderr, once for an error of all ranks; return the exit code."""
     line = printable(str(error)).replace("\n", "\\n")  # one line, whatever it quotes

@@ -26,6 +26,7 @@ from gns_pretrain.errors import (
     EXIT_FINISHED,
     EXIT_STOPPED,
     EXIT_TRAINING,
+    DivergedError,
     InputError,
     OneLineError,
     print_error,
@@ -57,6 +58,7 @@ from gns_pretrain.system.processes import StopRequest, end_process, threads_per_
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
+from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders, reachable
 from gns_pretrain.training.initialize import Source, check_source, find_source
 from gns_pretrain.training.loop import train
@@ -253,7 +255,8 @@ def train_in(
         resources.callback(run.record.close)
         resources.callback(run.batches.close)
         resources.callback(run.checkpoints.close)
-        finished = train(run, lambda: stop.requested)
+        with naming_the_way_back(run.checkpoints):
+            finished = train(run, lambda: stop.requested)
         with errors_of_main(world), must_write(directory / STARTS):
             if world.is_main:
                 append_end(directory, "finished" if finished else "stopped")
@@ -262,6 +265,21 @@ def train_in(
             return EXIT_FINISHED
         run.record.message(f"asked to stop: saved at step {run.adaptive.steps:,}; {hint}")
         return EXIT_STOPPED
+
+
+@contextmanager
+def naming_the_way_back(checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to the error of a run that diverged how another goes on from its checkpoint."""
+    try:
+        yield
+    except DivergedError as error:
+        way_back = "start anew under another run_name with a lower optimizer.lr"
+        if checkpoints.newest is not None:
+            way_back = (
+                f"go on under another run_name with init.from={checkpoints.newest} init.what=all "
+                "and a lower optimizer.lr"
+            )
+        raise DivergedError(f"{error}, or {way_back}", on_all_ranks=True) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import DivergedError, InputError
 from gns_pretrain.fields import Settings, at_least
 from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
@@ -88,13 +88,11 @@ class BadSteps:
         return None
 
     def raise_beyond_limit(self, step: int, why: str) -> None:
-        """Raise TrainingError if more steps in a row were bad than may be."""
+        """Raise DivergedError if more steps in a row were bad than may be."""
         if self.consecutive > self.settings.max_consecutive:
-            raise TrainingError(
+            raise DivergedError(
                 f"step {step}: {why}, as in {self.settings.max_consecutive} steps before it, all "
-                "that bad_steps.max_consecutive skips; look at the data, or go on from an earlier "
-                "checkpoint under another run_name (init.from=, init.what=all) with a lower "
-                "optimizer.lr",
+                "that bad_steps.max_consecutive skips; look at the data",
                 on_all_ranks=True,
             )
 

@@ -116,6 +116,7 @@ class Checkpoints:
         self.world = world
         self.writers = beside or world
         self.on_save = on_save
+        self.newest: Path | None = None  # the last one that was saved, or began to be, or loaded
         self._thread = Worker() if beside else None
         # On a GPU the copies are pinned, and kept for the next save. torch 2.11's DefaultStager,
         # which would wait for them, stages only once.
@@ -153,7 +154,8 @@ class Checkpoints:
             if self._on_gpu:
                 torch.cuda.synchronize(self.world.device)
             self._under_way = self._thread.start(lambda: self._write(step, tensors, files))
-        return self._folder_of(step)
+        self.newest = self._folder_of(step)
+        return self.newest
 
     @property
     def has_failed(self) -> bool:
@@ -254,6 +256,7 @@ class Checkpoints:
                     on_all_ranks=True,
                 )
             return None, []
+        self.newest = chosen
         return load_checkpoint(chosen, model, optimizer, self.world), damaged
 
     def _on_main(self, action: Callable[[], None]) -> None:

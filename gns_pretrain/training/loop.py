@@ -183,7 +183,7 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 
 
 def validate(run: Run) -> None:
-    """Take the validation loss and record it; TrainingError if it is not finite."""
+    """Take the validation loss and record it; DivergedError if it is not finite."""
     adaptive = run.adaptive
     loss = evaluate(
         run.model, run.validation_sequences, chunk=adaptive.micro_batch_size, world=run.world

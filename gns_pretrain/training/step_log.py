@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gns_pretrain.batch_size import AdaptiveBatchSize
-from gns_pretrain.errors import TrainingError
+from gns_pretrain.errors import DivergedError
 from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
 from gns_pretrain.parallel.collectives import sum_over_ranks
@@ -93,7 +93,7 @@ class StepLog:
             self._tokens_at_last_flush = tokens_before
 
     def flush(self) -> None:
-        """Record the pending steps, on all ranks; TrainingError at the first that is not finite."""
+        """Record the pending steps, on all ranks; DivergedError at the first that is not finite."""
         if not self._pending:
             return
         steps, results = zip(*self._pending, strict=True)
@@ -121,11 +121,10 @@ class StepLog:
 
 
 def raise_unless_finite(step: int, name: str, value: float) -> None:
-    """Raise TrainingError, which stops the run, for a loss or gradient that is not finite."""
+    """Raise DivergedError, which stops the run, for a loss or gradient that is not finite."""
     if not math.isfinite(value):
-        raise TrainingError(
+        raise DivergedError(
             f"step {step}: the {name} is {value}, not finite; the run stops and saves nothing of "
-            "this step: resume with bad_steps.skip=true, or go on from its last checkpoint under "
-            "another run_name (init.from=, init.what=all) with a lower optimizer.lr",
+            "this step: start the same command with bad_steps.skip=true",
             on_all_ranks=True,
         )

@@ -19,6 +19,7 @@ from tests.settings import SEQUENCE_LENGTH
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
 GATE = "gate"
+HELD = "held"
 
 
 def arguments(folder: Path, data: Path, *more: str, steps: int = 20) -> list[str]:
@@ -61,11 +62,13 @@ def start_and_hold(
 ) -> BaseProcess:
     """Start the command; return when it has told of a step, and takes none until `let_go`.
 
-    A run this small could be over before a signal is sent to it.
+    A run this small could be over before a signal is sent to it. What it began to save is written.
     """
+    (folder / HELD).unlink(missing_ok=True)
     hold = partial(hold_after, after_step, folder / GATE)
     process = start(words, folder / "log", hold)
     wait_for_line(folder / name / "metrics.jsonl", after_step, process)
+    wait_for_file(folder / HELD, process)
     return process
 
 
@@ -95,6 +98,9 @@ def hold_steps(step: int, gate: Path) -> None:
 
     def held_step(run: loop.Run, log: loop.StepLog) -> list[loop.Reading]:
         deadline = time.monotonic() + PATIENCE_SECONDS
+        if run.adaptive.steps == step and run.world.is_main:
+            run.checkpoints.wait()
+            gate.with_name(HELD).touch()
         while run.adaptive.steps == step and not gate.exists():
             assert time.monotonic() < deadline, f"nobody has opened {gate}"
             time.sleep(0.01)
@@ -142,6 +148,15 @@ def kill_alone(process: BaseProcess) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def wait_for_file(path: Path, process: BaseProcess) -> None:
+    """Return once a file is there."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():
+        assert process.is_alive(), f"the command ended before {path} came"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.01)
 
 
 def wait_for_line(metrics: Path, step: int, process: BaseProcess) -> None:

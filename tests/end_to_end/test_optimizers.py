@@ -17,6 +17,7 @@ from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings, SpectralS
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.training import loop
+from gns_pretrain.training.checkpoint import CheckpointSettings
 from tests.distributed.harness import run_ranks
 from tests.end_to_end import commands
 from tests.settings import small_run, without_times
@@ -70,6 +71,8 @@ def trained(place: RankInfo, folder: Path, data: Path, rule: str, name: str) -> 
         run_name=name,
         optimizer=RULES[rule],
         parallel=ParallelSettings(kind="fsdp"),
+        # The kill comes in the step after a save, which must have been written by then.
+        checkpoint=CheckpointSettings(every_steps=SAVED_AFTER, asynchronous=False),
     )
     here = replace(place, rendezvous=f"{place.rendezvous}-{name}")
     return run_rank(config, folder / name, "data", here)

@@ -225,6 +225,7 @@ def test_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoi
     folders = checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")
     assert [folder.name for folder in folders] == ["step_00000003", "step_00000002"]
     assert [damage(folder) for folder in folders] == [None, None]
+    assert f"init.from={folders[0]} init.what=all and a lower optimizer.lr" in log
     end = read_starts(tmp_path / "small")[-1]
     assert (end["outcome"], end["error"].partition(",")[0]) == ("failed", "step 4: the loss is nan")
 
@@ -232,7 +233,9 @@ def test_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoi
 def test_failure_without_a_checkpoint_speaks_of_none(tmp_path, shards):
     words = commands.arguments(tmp_path, shards, "optimizer.lr=1e35", "gradient_clip=null")
     assert commands.run(words, tmp_path / "log") == 3
-    assert "checkpoint" not in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "start anew under another run_name with a lower optimizer.lr" in log
+    assert "checkpoint" not in log
     assert not checkpoint.checkpoint_folders(tmp_path / "small" / "checkpoints")
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gns_pretrain.errors import InputError, TrainingError
+from gns_pretrain.errors import DivergedError, InputError
 from gns_pretrain.launch.train import launch
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import World
@@ -38,7 +38,7 @@ def test_what_is_not_finite_is_bad_and_the_limit_counts_steps_in_a_row(value):
     assert reasons(bad_steps, [value, 1.0, value, value]) == [why, None, why, why]
     bad_steps.raise_beyond_limit(4, why)
     assert reasons(bad_steps, [1.0], loss=value) == [f"the loss is {value}, not finite"]
-    with pytest.raises(TrainingError, match=r"step 5: the loss .*2 steps before it, .*max_cons"):
+    with pytest.raises(DivergedError, match=r"step 5: the loss .*2 steps before it, .*max_cons"):
         bad_steps.raise_beyond_limit(5, f"the loss is {value}, not finite")
 
 
