@@ -43,6 +43,7 @@ COMMANDS = {
     "make-table": Command("a table of the paper, from run records", f"{__name__}.make_table"),
     "plot-runs": Command("draw runs and published curves", f"{__name__}.plot_runs"),
     "best-of-search": Command("best points of searches", f"{__name__}.best_of_search"),
+    "critical-batch": Command("critical batch from branches", f"{__name__}.critical_batch"),
     "replay": Command("a policy's choices on a recorded run", "gns_pretrain.results.replay"),
     "export-hf": Command("export a checkpoint for transformers", f"{__name__}.export_hf"),
 }

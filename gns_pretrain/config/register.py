@@ -53,10 +53,14 @@ def register_experiments() -> None:
                 _register_sweep(f"{table}_{cell}", params, defaults[-1:])
         if swept:
             _register_sweep(table, {"seed": "${scale.seeds}", "+experiment": ",".join(swept)})
+    # Which branches there are, its sweeper finds in the checkpoints of a run.
+    _register_sweep("critical_batch", {}, [{"override /hydra/sweeper": "branches"}])
 
 
 def _register_sweep(name: str, params: dict[str, str], defaults: list[Any] | None = None) -> None:
-    multirun = {"mode": "MULTIRUN", "sweeper": {"params": params}}
+    multirun: dict[str, Any] = {"mode": "MULTIRUN"}
+    if params:
+        multirun["sweeper"] = {"params": params}
     _register("sweep", name, {"defaults": defaults or [], "hydra": multirun})
 
 

@@ -198,13 +198,13 @@ def draw(
         _legend_below(figure, [pyplot.Line2D([], [], **look) for look in looks.values()])
         try:
             for path in paths:
-                _save(figure, path)
+                save(figure, path)
         finally:
             pyplot.close(figure)
     return names
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Write a file whole or not at all: half a picture would replace a good one."""
     hint = "use .png or .pdf in a folder that exists"
     if not path.suffix:  # as matplotlib does

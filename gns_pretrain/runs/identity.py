@@ -73,6 +73,8 @@ BEFORE_ADDED = {
     "bad_steps.window": 128,
     "bad_steps.max_consecutive": 10,
     "noise_scale.read_after_steps": 0,
+    "schedule.decay_fraction": 0.2,
+    "schedule.decay_form": "linear",
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

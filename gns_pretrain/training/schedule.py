@@ -1,10 +1,19 @@
 """The learning rate as a function of sequences consumed: it does not move when the batch does."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from gns_pretrain.fields import Settings, at_least, at_most, one_of, within
+from gns_pretrain.errors import InputError
+from gns_pretrain.fields import Settings, at_least, at_most, key_of, one_of, within
+
+# What is left of the peak at a share p of the decay.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: 1.0 - p,
+    "sqrt": lambda p: 1.0 - math.sqrt(p),  # Haegele et al. 2024, arXiv:2405.18392
+    "cosine": lambda p: (1.0 + math.cos(math.pi * p)) / 2.0,
+}
 
 
 @dataclass
@@ -13,13 +22,25 @@ class ScheduleSettings(Settings):
 
     section: ClassVar[str] = "schedule"
 
-    kind: Annotated[str, one_of("cosine", "constant")] = "cosine"  # after a linear warm-up
+    # after a linear warm-up; wsd: constant, then a decay over the last decay_fraction
+    kind: Annotated[str, one_of("cosine", "constant", "wsd")] = "cosine"
     # of the token budget; the paper's value
     warmup_fraction: Annotated[float, within(0, 1, hint="0.15 is the paper's value")] = 0.15
-    # of the peak, at the end of the cosine; the paper's value
+    # of the peak, at the end of the decay; the paper's value
     final_fraction: Annotated[
         float, at_least(0, hint="0 lets the learning rate end at zero"), at_most(1)
     ] = 0.0
+    # of the token budget, for wsd
+    decay_fraction: Annotated[float, within(0, 1, hint="0.1 to 0.2 is usual")] = 0.2
+    decay_form: Annotated[str, key_of(DECAYS)] = "linear"  # of wsd
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
+            raise InputError(
+                f"schedule.warmup_fraction={self.warmup_fraction:g} and schedule.decay_fraction="
+                f"{self.decay_fraction:g} are more than the whole budget; lower one"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,7 +55,9 @@ class Schedule:
                   = (1 + cos(pi (v - W - 1) / (S - W - 1))) / 2  after it
 
     This is the form that reproduces the learning rates of the published runs (arXiv:2602.03001,
-    Section 4.2 and Figure 3) with S = 24,415 and B_0 = 64.
+    Section 4.2 and Figure 3) with S = 24,415 and B_0 = 64. With `wsd` the factor is 1 up to step
+    D = S - floor(decay_fraction * S), and decays over (v - D) / (S - D) after it: a run that goes
+    on from a checkpoint at its budget's D is the decay branch of a longer one.
     """
 
     settings: ScheduleSettings
@@ -53,10 +76,15 @@ class Schedule:
             return virtual_step / self.warmup_steps
         if self.settings.kind == "constant":
             return 1.0
-        decay_steps = max(self.total_steps - self.warmup_steps - 1, 1)
-        progress = min((virtual_step - self.warmup_steps - 1) / decay_steps, 1.0)
+        form, at_peak = "cosine", self.warmup_steps + 1
+        if self.settings.kind == "wsd":
+            decaying = math.floor(self.settings.decay_fraction * self.total_steps)
+            form, at_peak = self.settings.decay_form, self.total_steps - decaying
+            virtual_step = max(virtual_step, at_peak)
+        decay_steps = max(self.total_steps - at_peak, 1)
+        progress = min((virtual_step - at_peak) / decay_steps, 1.0)
         final = self.settings.final_fraction
-        return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
+        return final + (1.0 - final) * DECAYS[form](progress)
 
 
 def steps_in_budget(token_budget: int, *, batch_size: int, sequence_length: int) -> int:

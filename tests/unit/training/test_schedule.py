@@ -55,8 +55,34 @@ def test_constant_schedule_keeps_the_peak_after_warmup():
 
 
 @pytest.mark.parametrize(
+    ("form", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)]
+)
+def test_wsd_stays_at_the_peak_and_decays_over_its_share(form, middle):
+    # S = 20, W = 2, D = 16: the last four steps decay, to a tenth of the peak.
+    settings = ScheduleSettings("wsd", 0.1, 0.1, decay_fraction=0.2, decay_form=form)
+    schedule = Schedule(settings, initial_batch_size=2, total_steps=20)
+    factors = [schedule.factor(2 * step) for step in range(20)]
+    assert factors[0] == 0.5
+    assert factors[1:16] == [1.0] * 15
+    assert factors[17] == pytest.approx(0.1 + 0.9 * middle, rel=1e-12)
+    assert factors[19] == pytest.approx(0.1, rel=1e-12)
+    assert 1.0 > schedule.factor(2 * 15 + 1) > factors[16]
+    assert schedule.factor(400) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_wsd_of_a_smaller_budget_is_a_decay_branch_of_a_larger_one():
+    settings = ScheduleSettings("wsd", 0.05, decay_fraction=0.25)
+    stable = Schedule(settings, initial_batch_size=8, total_steps=1000)
+    branch = Schedule(settings, initial_batch_size=8, total_steps=400)
+    assert stable.factor(8 * 299) == branch.factor(8 * 299) == 1.0
+    assert branch.factor(8 * 300) == 1.0 - 1 / 100
+    assert branch.factor(8 * 399) == 0.0
+
+
+@pytest.mark.parametrize(
     ("values", "named"),
     [
+        ({"kind": "wsd", "warmup_fraction": 0.9}, "schedule.warmup_fraction=0.9 and schedule"),
         ({"kind": "linear"}, "schedule.kind=linear"),
         ({"warmup_fraction": 1.0}, "schedule.warmup_fraction=1.0"),
         ({"final_fraction": -0.1}, "schedule.final_fraction=-0.1"),
