@@ -12,7 +12,7 @@ from shutil import copy2, copytree, ignore_patterns
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "gns_pretrain", "hydra_plugins")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "gns_pretrain", "hydra_plugins")
 
 
 def required_files(*packages: str) -> dict[str, Path]:

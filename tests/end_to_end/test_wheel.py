@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from gns_pretrain.commands import COMMANDS
-from tests.installed import add_everything, add_required, build_wheel, make_environment, run
+from tests.installed import ROOT, add_everything, add_required, build_wheel, make_environment, run
 
 # By its metadata: looking for the module alone makes setuptools leave distutils to it for good.
 if not list(importlib.metadata.distributions(name="pip")):
@@ -70,6 +71,14 @@ def folder(tmp_path) -> Path:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "mini.yaml").write_text(OWN_MODEL)
     return tmp_path
+
+
+def test_wheel_carries_the_licence(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        assert archive.read(path) == (ROOT / "LICENSE").read_bytes()
+        metadata = archive.read(path.replace("licenses/LICENSE", "METADATA")).decode()
+    assert "License-Expression: Apache-2.0" in metadata
 
 
 def test_library_imports_beside_torch_and_numpy_alone(bare, tmp_path):
