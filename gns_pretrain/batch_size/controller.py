@@ -5,7 +5,7 @@ that was taken between two checkpoints is taken again after a resumption, from t
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -166,6 +166,8 @@ class AdaptiveBatchSize:
         min_samples: micro-batches over all ranks that a step has at least where the batch can
             change, because the noise scale compares them; 8 keep the bias of the paper's estimate
             near 7 %.
+        lr_decay: for a policy that follows the schedule (seesaw): samples consumed in, and out the
+            share of its peak that the learning rate has decayed to; 1 until the peak.
         shadows: further policies that decide beside it and are not followed; see `decide`.
         smoothing: decays of the averages, the paper's by default.
         options: fields of `PolicySettings`, in place of `settings`: policy ("adaptive" unless
@@ -190,6 +192,7 @@ class AdaptiveBatchSize:
         micro_batch_max: MaybeCount = None,
         micro_batch_step: Count = 1,
         min_samples: Count = 8,
+        lr_decay: Callable[[int], float] | None = None,
         shadows: Sequence[PolicySettings] = (),
         smoothing: SmoothingSettings | None = None,
         **options: Any,
@@ -211,10 +214,16 @@ class AdaptiveBatchSize:
                     f"{policy_name}={each.policy} plans in tokens, and tokens_per_sample is not "
                     "given; give it, or use 1 for a plan in samples"
                 )
-            if each.reads is not None and total_samples is None and each.cap is None:
+            if each.kind.follows_schedule and lr_decay is None:
                 raise InputError(
-                    f"{policy_name}={each.policy} follows a noise scale, which may grow without "
-                    f"bound; give {setting_name(prefix, 'cap')} or total_samples"
+                    f"{policy_name}={each.policy} follows the learning rate's schedule, and "
+                    "lr_decay is not given; give the function"
+                )
+            unbounded = each.reads is not None or each.kind.unbounded
+            if unbounded and total_samples is None and each.cap is None:
+                raise InputError(
+                    f"{policy_name}={each.policy} may grow without bound; give "
+                    f"{setting_name(prefix, 'cap')} or total_samples"
                 )
             policy = each.kind(each, initial_batch_size=batch_size, total_steps=total_steps)
             sizes = sizes_for(
@@ -230,6 +239,7 @@ class AdaptiveBatchSize:
         self.initial_batch_size = batch_size
         self.total_samples = total_samples
         self.tokens_per_sample = tokens_per_sample or 0
+        self._lr_decay = lr_decay or (lambda samples: 1.0)
         self.smoothing = smoothing or SmoothingSettings()
         self.steps = 0  # optimizer steps done
         self.samples = 0  # consumed by them: counted, because the batch changes
@@ -278,7 +288,8 @@ class AdaptiveBatchSize:
     def position(self) -> Position:
         """Before the coming step."""
         total = math.inf if self.total_samples is None else self.total_samples
-        return Position(self.steps + 1, self.samples, self.tokens, total - self.samples)
+        decay = self._lr_decay(self.samples)
+        return Position(self.steps + 1, self.samples, self.tokens, total - self.samples, decay)
 
     def step(self, readings: Iterable[Reading] = ()) -> Decision | None:
         """Count an optimizer step, average what was read in it, and decide on the coming one.

@@ -86,6 +86,10 @@ class PolicySettings:
     )
     ramp_size: Annotated[int | None, About("sequences at the end of linear_ramp")] = None
     ramp_tokens: Annotated[int | None, About("tokens that linear_ramp takes")] = None
+    growth: Annotated[
+        float, at_least(1.0), About("factor of exponential, once each growth_tokens")
+    ] = 2.0
+    growth_tokens: Annotated[int | None, About("tokens between steps of exponential")] = None
 
     def __post_init__(self) -> None:
         """Fill in what was left to the policy."""
@@ -146,6 +150,7 @@ class Position:
     samples: int  # consumed before it: sequences, images
     tokens: int  # consumed before it; 0 where samples have none
     samples_left: float  # what the budget has left for it and all later ones; inf without a budget
+    lr_decay: float = 1.0  # share of its peak that the learning rate has, after the peak
 
 
 class Policy(ABC):
@@ -162,6 +167,8 @@ class Policy(ABC):
     name: ClassVar[str]
     changes: ClassVar[bool] = True  # whether the batch can ever change
     plans_in_tokens: ClassVar[bool] = False  # whether its settings count tokens
+    unbounded: ClassVar[bool] = False  # whether no setting says how far it grows
+    follows_schedule: ClassVar[bool] = False  # whether it reads how far the learning rate decayed
     sizes: ClassVar[tuple[str, ...]] = ()  # settings that are batch sizes of its plan
     named_by: ClassVar[tuple[str, ...]] = ()  # settings in the name of a shadow that has none
     # Where a setting is null: those of the published runs.
@@ -352,6 +359,60 @@ class LinearRamp(Policy):
                     f"least 1 for {setting_name(prefix, 'policy')}=linear_ramp; name the ramp's "
                     "last size and its tokens"
                 )
+
+
+class Exponential(Policy):
+    """The batch multiplied by `growth` each `growth_tokens` (arXiv:2508.05297), a baseline.
+
+        B = B_0 growth^floor(tokens / growth_tokens)
+
+    The learning rate grows with it as `lr_scaling` says, which for SGD must not exceed sqrt.
+    """
+
+    name = "exponential"
+    plans_in_tokens = True
+    unbounded = True
+
+    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
+        """The size after so many periods; inf where floating point has no larger one."""
+        period = self.settings.growth_tokens
+        assert period is not None
+        try:
+            return self.initial_batch_size * self.settings.growth ** (position.tokens // period)
+        except OverflowError:
+            return math.inf
+
+    @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """The period is given."""
+        if settings.growth_tokens is None or settings.growth_tokens < 1:
+            value = "null" if settings.growth_tokens is None else settings.growth_tokens
+            raise InputError(
+                f"{setting_name(prefix, 'growth_tokens')}={value} must be at least 1 for "
+                f"{setting_name(prefix, 'policy')}=exponential; give the tokens between two steps"
+            )
+
+
+class Seesaw(Policy):
+    """The batch grows as the learning rate would fall (Seesaw, arXiv:2510.14717), a baseline.
+
+    Where a schedule cuts the learning rate by a, Seesaw cuts it by sqrt(a) and multiplies the batch
+    by 1 / a, which to SGD with normalized steps is the same risk at the same samples in fewer
+    steps. Here in the limit of many small cuts, with f the decay of the schedule after its peak:
+
+        B = B_0 / f,    learning rate = peak f sqrt(B / B_0) = peak sqrt(f)    (lr_scaling: sqrt)
+
+    Rounded down to a feasible size: between two sizes the learning rate falls as f does.
+    """
+
+    name = "seesaw"
+    follows_schedule = True
+    unbounded = True
+
+    def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
+        """The size at this point of the schedule; inf where it has come to zero."""
+        decay = position.lr_decay
+        return self.initial_batch_size / decay if decay > 0.0 else math.inf
 
 
 class NormTest(Policy):

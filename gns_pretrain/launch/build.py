@@ -113,11 +113,6 @@ def build_run(
     validation_sequences = read_in_order(
         validation, sequence_length, 0, config.evaluation.num_sequences
     )
-    schedule = Schedule(
-        config.schedule,
-        initial_batch_size=config.batch_size.initial,
-        total_steps=config.initial_total_steps,
-    )
     noise_scale = config.noise_scale
     meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
     if meter and saved:
@@ -126,7 +121,7 @@ def build_run(
         world=world,
         model=model,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=build_schedule(config),
         batches=batches,
         validation_sequences=validation_sequences.to(world.device),
         adaptive=adaptive,
@@ -175,6 +170,15 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
     return parallelize(model, world, compute_dtype=getattr(torch, precision))
 
 
+def build_schedule(config: Config) -> Schedule:
+    """Build what the learning rate follows."""
+    return Schedule(
+        config.schedule,
+        initial_batch_size=config.batch_size.initial,
+        total_steps=config.initial_total_steps,
+    )
+
+
 def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatchSize:
     """Build what chooses the batch size: the policy that is followed, and the shadows."""
     return AdaptiveBatchSize(
@@ -183,6 +187,7 @@ def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatc
         num_ranks=num_ranks,
         total_samples=config.total_samples,
         tokens_per_sample=config.data.sequence_length,
+        lr_decay=build_schedule(config).decay,
         shadows=config.batch_size.shadows,
         smoothing=config.noise_scale.smoothing,
         **config.micro_batches,

@@ -201,8 +201,18 @@ class ReplaySettings:
             micro_batch_max=policy.micro_batch_max,
             micro_batch_step=policy.micro_batch_step,
             min_samples=run.min_samples,
+            lr_decay=self.lr_schedule.decay,
             smoothing=smoothing,
         )
+
+    @property
+    def lr_schedule(self) -> Schedule:
+        """What the learning rate follows."""
+        run, initial = self.run, self.batch_size.initial
+        total_steps = steps_in_budget(
+            run.token_budget, batch_size=initial, sequence_length=run.sequence_length
+        )
+        return Schedule(self.schedule, initial, total_steps)
 
 
 def policy_settings(
@@ -278,16 +288,14 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
         (of the last decision that was taken, sequences), all NaN where there is none;
         `lr_error`, relative; and `difference`, what differs first, empty if nothing does.
     """
-    run, initial = settings.run, settings.batch_size.initial
-    length, budget = run.sequence_length, run.token_budget
-    total_steps = steps_in_budget(budget, batch_size=initial, sequence_length=length)
+    run = settings.run
     adaptive = settings.adaptive(AS_RECORDED if recorded.averaged else settings.smoothing)
     policy = adaptive.followed.policy
-    schedule = Schedule(settings.schedule, initial, total_steps)
+    schedule = settings.lr_schedule
     target = math.nan
     replayed = dict.fromkeys(recorded.steps.index, (math.nan,) * 4)
     for step in range(1, recorded.steps.index[-1] + 1):
-        if adaptive.tokens >= budget:
+        if adaptive.tokens >= run.token_budget:
             break
         wanted = policy.target(adaptive.position, adaptive.noise_for(adaptive.followed))
         target = target if wanted is None else wanted

@@ -75,6 +75,8 @@ BEFORE_ADDED = {
     "noise_scale.read_after_steps": 0,
     "schedule.decay_fraction": 0.2,
     "schedule.decay_form": "linear",
+    "batch_size.growth": 2.0,
+    "batch_size.growth_tokens": None,
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

@@ -86,6 +86,11 @@ class Schedule:
         final = self.settings.final_fraction
         return final + (1.0 - final) * DECAYS[form](progress)
 
+    def decay(self, sequences_seen: int) -> float:
+        """Factor once the warm-up is over, for a batch size that follows it; 1 before."""
+        virtual_step = sequences_seen / self.initial_batch_size + 1
+        return self.factor(sequences_seen) if virtual_step > self.warmup_steps else 1.0
+
 
 def steps_in_budget(token_budget: int, *, batch_size: int, sequence_length: int) -> int:
     """Steps at a constant batch until the first whole step that reaches the budget (tokens)."""

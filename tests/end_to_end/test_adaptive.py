@@ -1,5 +1,6 @@
 """The adaptive batch size through the real command: grown, killed, moved to other ranks."""
 
+import math
 import os
 import signal
 from itertools import pairwise
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.batch_size.controller import Controller
 from gns_pretrain.results.replay import main as replay
 from gns_pretrain.tracking.jsonl import BatchSizeLine, read_records
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.training import loop
+from gns_pretrain.training.schedule import Schedule
 from tests.end_to_end import commands
-from tests.settings import SEQUENCE_LENGTH, without_times
+from tests.runs import train_here
+from tests.settings import SEQUENCE_LENGTH, small_run, without_times
 
 MEASURED = (
     "noise_scale=manhattan",
@@ -196,3 +200,32 @@ def test_mistake_is_refused_in_one_line_before_anything_is_written(tmp_path, sha
     assert log.endswith("or micro_batch_size=1\n")
     assert log.count("\n") == 1
     assert not folder.exists()
+
+
+def test_seesaw_grows_as_the_schedule_falls_and_resumes_on_its_path(tmp_path, shards):
+    seesaw = BatchSizeSettings(policy="seesaw", initial=8, cap=64)
+    for name, stop_after in (("whole", None), ("resumed", 17), ("resumed", None)):
+        config = small_run(tmp_path, shards, steps=40, run_name=name, batch_size=seesaw)
+        assert train_here(config, stop_after=stop_after) == (75 if stop_after else 0)
+    whole, resumed = (
+        [
+            without_times(record)
+            for record in read_records(tmp_path / name / "metrics.jsonl")
+            if record["kind"] in ("train", "batch_size")
+        ]
+        for name in ("whole", "resumed")
+    )
+    assert resumed == whole
+    # Sizes are whole micro-batches of 2; the cosine of 40 steps of 8 after 6 of warm-up.
+    schedule = Schedule(config.schedule, initial_batch_size=8, total_steps=40)
+    steps, samples, size = of_kind(whole, "train"), 0, 8
+    for step in steps:
+        decay = schedule.decay(samples)
+        wanted = min(8 / decay if decay else math.inf, 64, 320 - samples)
+        size = max(size, 2 * math.floor(wanted / 2))
+        assert step["batch_size"] == size
+        rate = schedule.factor(samples) * (size / 8) ** 0.5
+        assert step["lr"] == pytest.approx(1e-2 * rate, rel=1e-12)
+        samples += size
+    assert len(steps) < 40
+    assert size > 32

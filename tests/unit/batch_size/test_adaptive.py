@@ -288,7 +288,15 @@ def test_other_ranks_that_cannot_take_the_batch_take_the_next_larger_and_say_so(
             {"total_samples": None, "cap": 256, "warmup_fraction": 0.15},
             "^warmup_fraction=0.15 is a share of the budget, and total_samples is not given",
         ),
-        ({"total_samples": None}, "^policy=adaptive follows a noise scale.*give cap or total_samp"),
+        (
+            {"total_samples": None},
+            "^policy=adaptive may grow without bound; give cap or total",
+        ),
+        (
+            {"policy": "seesaw", "total_samples": None, "lr_decay": lambda samples: 0.5},
+            "^policy=seesaw may grow without bound; give cap or total_samp",
+        ),
+        ({"policy": "seesaw"}, "^policy=seesaw follows the learning rate's schedule, and lr_decay"),
     ],
 )
 def test_argument_that_breaks_a_rule_is_named_as_it_was_written(arguments, message):

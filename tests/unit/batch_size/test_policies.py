@@ -1,10 +1,14 @@
 """What each policy wants, and what a controller makes of it."""
 
+import dataclasses
+import math
+
 import pytest
 
 from gns_pretrain.batch_size.controller import Controller
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.policies import PolicySettings, Position
+from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
 
 PUBLISHED = FeasibleSizes(
@@ -86,6 +90,28 @@ def test_linear_ramp_goes_from_the_initial_size_to_its_own_over_its_tokens():
     it = policy(policy="linear_ramp", ramp_size=264, ramp_tokens=1000)
     found = [it.target(before(1, tokens=tokens), None) for tokens in (0, 250, 1000, 5000)]
     assert found == [64.0, 114.0, 264.0, 264.0]
+
+
+def test_exponential_doubles_each_period():
+    it = policy(policy="exponential", growth_tokens=1000)
+    found = [it.target(before(1, tokens=tokens), None) for tokens in (0, 999, 1000, 2999, 3000)]
+    assert found == [64.0, 64.0, 128.0, 256.0, 512.0]
+    assert it.target(before(1, tokens=10**9), None) == math.inf
+    with pytest.raises(InputError, match=r"growth_tokens=null must be at least 1 for it\.pol"):
+        PolicySettings(policy="exponential").check("it")
+
+
+def test_seesaw_gives_the_batch_what_the_schedule_takes_from_the_learning_rate():
+    it = policy(policy="seesaw")
+    position = dataclasses.replace(before(1), lr_decay=0.25)
+    assert it.target(position, None) == 256.0
+    # At a size that is feasible the rate is the peak's times the square root of the decay.
+    decision = controller(policy="seesaw").decide(position, 64, None)
+    assert decision.split.batch_size == 256
+    assert 0.25 * decision.lr_multiplier == 0.25**0.5
+    finished = dataclasses.replace(before(1, samples_left=500), lr_decay=0.0)
+    assert it.target(finished, None) == math.inf
+    assert controller(policy="seesaw").decide(finished, 64, None).split.batch_size == 384
 
 
 def test_norm_test_fails_exactly_where_variance_over_batch_exceeds_eta_squared_norm_squared():

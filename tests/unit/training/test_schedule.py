@@ -54,6 +54,12 @@ def test_constant_schedule_keeps_the_peak_after_warmup():
     assert [schedule.factor(i) for i in (0, 4, 5, 9)] == [0.2, 1.0, 1.0, 1.0]
 
 
+def test_decay_is_the_factor_after_the_peak():
+    schedule = Schedule(ScheduleSettings(warmup_fraction=0.2), initial_batch_size=4, total_steps=20)
+    assert [schedule.decay(4 * step) for step in range(4)] == [1.0] * 4
+    assert 0.0 < schedule.decay(4 * 10) == schedule.factor(4 * 10) < 1.0
+
+
 @pytest.mark.parametrize(
     ("form", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)]
 )
