@@ -40,6 +40,7 @@ COMMANDS = {
         "noise scale of a checkpoint, without training", f"{__name__}.measure_noise", is_rank=True
     ),
     "status": Command("state of the runs in a folder", f"{__name__}.status"),
+    "upload-wandb": Command("upload finished runs to W&B", f"{__name__}.upload_wandb"),
     "make-table": Command("a table of the paper, from run records", f"{__name__}.make_table"),
     "plot-runs": Command("draw runs and published curves", f"{__name__}.plot_runs"),
     "best-of-search": Command("best points of searches", f"{__name__}.best_of_search"),

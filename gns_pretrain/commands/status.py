@@ -1,11 +1,12 @@
 """Show the state of the runs in a folder.
 
-    gns-pretrain status outputs              a table: state, step, tokens, loss, speed, end
-    gns-pretrain status outputs --watch      the same, refreshed until Ctrl-C
-    gns-pretrain status outputs --json       one JSON array
+    gns-pretrain status                      a table of the runs in outputs/
+    gns-pretrain status FOLDER --watch       of others, refreshed until Ctrl-C
+    gns-pretrain status FOLDER --json        one JSON array
 
 The folder of a run, or one that holds some; with SLURM, runs that wait for their first start are
-listed too.
+listed too. Shown are the share of the token budget that is done, the losses of the last step and
+of the last evaluation (nats a token), the batch (sequences), and when the run has ended or will.
 """
 
 import json
@@ -29,7 +30,11 @@ WIDTH = 160  # of a table that is not shown on a terminal
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument(
-        "folder", type=path_argument, help="the folder of a run, or one that holds some"
+        "folder",
+        nargs="?",
+        type=path_argument,
+        default=Path("outputs"),
+        help="the folder of a run, or one that holds some (outputs)",
     )
     parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between refreshes (5)")

@@ -1,7 +1,6 @@
 """From settings to the objects of a run."""
 
 import dataclasses
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.history import note_checkpoint
+from gns_pretrain.runs.identity import Purpose, deciding_settings, flatten
 from gns_pretrain.system.files import parse
 from gns_pretrain.tracking.record import Record
-from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.tracking.wandb import unless_set
+from gns_pretrain.tracking.wandb import about
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_writer import TRAIN_STATE
@@ -76,15 +75,19 @@ def build_run(
     bad_steps = BadSteps(config.bad_steps, world) if config.bad_steps.skip else None
     if bad_steps and saved and "bad_steps" in saved:
         bad_steps.load_state_dict(saved["bad_steps"])
+    settings = dataclasses.asdict(config)
+    parameters = sum(p.numel() for p in model.parameters())
     with errors_of_main(world):
         record = Record(
             directory,
-            shown_as(config),
+            config.metrics,
             is_main=world.is_main,
             resume_step=adaptive.steps if resumed else 0,
-            config=dataclasses.asdict(config),
+            config=settings | about(num_ranks=world.num_ranks, parameters=parameters),
             token_budget=config.token_budget,
             run_id=run_id,
+            hparams=deciding_settings(flatten(settings), Purpose.CURVE)
+            | {"seed": config.seed, "num_ranks": world.num_ranks, "parameters": parameters},
         )
     for line in damaged:
         record.message(f"{line}; the one before it is used")
@@ -192,12 +195,3 @@ def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatc
         smoothing=config.noise_scale.smoothing,
         **config.micro_batches,
     )
-
-
-def shown_as(config: Config) -> MetricsSettings:
-    """Return the record's settings; runs that differ in the seed alone are one group at W&B."""
-    wandb = config.metrics.wandb
-    group = wandb.group or unless_set(
-        "WANDB_RUN_GROUP", re.sub(r"[-_]?seed=?\d+", "", config.run_name)
-    )
-    return dataclasses.replace(config.metrics, wandb=dataclasses.replace(wandb, group=group))

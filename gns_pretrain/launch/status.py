@@ -1,4 +1,4 @@
-"""The status of a folder's runs: progress, last sign of life, estimated end."""
+"""The status of a folder's runs: progress, losses, and when each has ended or will end."""
 
 import time
 from collections import Counter
@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -42,11 +43,13 @@ class RunStatus:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # consumed, of token_budget
     token_budget: int | None = None
-    loss: float | None = None  # nats per token
+    loss: float | None = None  # of the step's batch, nats per token
+    validation_loss: float | None = None  # the last, nats per token
     batch_size: int | None = None  # sequences
     tokens_per_second: float | None = None
     heartbeat: float | None = None  # Unix time of its last sign of life
     end: float | None = None  # estimated Unix time, at the last step's speed, if it is running
+    ended: float | None = None  # Unix time, if it neither runs nor waits for its first start
     job: str | None = None  # SLURM's id
     error: str = ""  # why it failed, or what is damaged
 
@@ -114,9 +117,13 @@ def run_status(
     last = last_record(directory / METRICS, kind="train")
     budget = read_settings(directory).get("token_budget")
     speed = last.get("tokens_per_second")
-    end = None
+    heartbeat = max((p.stat().st_mtime for p in signs_of_life if p.exists()), default=None)
+    end = ended = None
     if state == "running" and budget and speed:
         end = now + max(budget - last.get("tokens", 0), 0) / speed
+    elif state in ("finished", "failed", "preempted"):
+        ended = ending.get("time") if ending.get("event") == "end" else None
+        ended = ended or heartbeat
     return RunStatus(
         name=directory.name,
         state=state,
@@ -124,10 +131,12 @@ def run_status(
         tokens=last.get("tokens", 0),
         token_budget=budget,
         loss=last.get("loss"),
+        validation_loss=last_record(directory / METRICS, kind="validation").get("loss"),
         batch_size=last.get("batch_size"),
         tokens_per_second=speed,
-        heartbeat=max((p.stat().st_mtime for p in signs_of_life if p.exists()), default=None),
+        heartbeat=heartbeat,
         end=end,
+        ended=ended,
         job=job,
         error=error if state == "failed" else "",
     )
@@ -138,25 +147,34 @@ def status_view(runs: list[RunStatus], *, now: float | None = None) -> Group:
     now = time.time() if now is None else now
     counts = Counter(run.state for run in runs)
     title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    table = Table(title=title or "no runs", title_justify="left")
+    table = Table(
+        title=title or "no runs", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for column in ("step", "tokens", "loss", "batch", "tok/s", "heartbeat", "end"):
-        table.add_column(column, justify="right")
+    for column in ("step", "done", "loss", "val.", "batch", "tok/s", "end"):
+        table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
-        share = f" ({run.tokens / run.token_budget:.0%})" if run.token_budget else ""
         table.add_row(
             run.name,
             run.state,
             f"{run.step:,}" if run.step else "",
-            f"{short_number(run.tokens)}{share}" if run.tokens else "",
-            "" if run.loss is None else f"{run.loss:.4f}",
+            f"{run.tokens / run.token_budget:.0%}" if run.token_budget else "",
+            "" if run.loss is None else f"{run.loss:.3f}",
+            "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
             "" if run.batch_size is None else f"{run.batch_size:,}",
             "" if run.tokens_per_second is None else short_number(run.tokens_per_second),
-            "" if run.heartbeat is None else f"{duration(max(now - run.heartbeat, 0))} ago",
-            "" if run.end is None else f"{datetime.fromtimestamp(run.end):%a %d %b %H:%M}",
+            "" if (end := run.end or run.ended) is None else when(end, now),
         )
     lines = [f"{run.name}: {run.error}" for run in runs if run.error]
     if "unknown" in counts:
         lines.append("unknown: squeue does not answer; look again")
     return Group(table, *lines)
+
+
+def when(moment: float, now: float) -> str:
+    """A Unix time as it is read: `in 5 min 10 s` if it is to come, else 17:30 or 26 Nov 17:30."""
+    if moment > now:
+        return f"in {duration(moment - now)}"
+    then, today = datetime.fromtimestamp(moment), datetime.fromtimestamp(now).date()
+    return f"{then:%H:%M}" if then.date() == today else f"{then:%d %b %H:%M}"

@@ -32,10 +32,11 @@ from gns_pretrain.errors import (
     EXIT_STOPPED,
     DamagedFileError,
     InputError,
+    OneLineError,
     TrainingError,
     counted,
 )
-from gns_pretrain.launch.build import shown_as
+from gns_pretrain.launch.upload import upload
 from gns_pretrain.runs.directory import (
     CONFIG,
     METRICS,
@@ -61,9 +62,7 @@ from gns_pretrain.system.processes import (
     threads_per_process,
 )
 from gns_pretrain.system.terminal import Console
-from gns_pretrain.tracking.jsonl import last_record, read_records, write_summary
-from gns_pretrain.tracking.views import MayFail
-from gns_pretrain.tracking.wandb import WandbView
+from gns_pretrain.tracking.jsonl import last_record, write_summary
 
 MAX_WIDTH = 1000  # columns of a table that the terminal may wrap
 SHOWN = 5  # names or problems, of all, in an error
@@ -207,21 +206,17 @@ def copy_record(run: PlannedRun, equal: Path, *, log: Callable[[str], None]) -> 
             (unfinished / CONFIG).write_text(as_yaml(run.config))
             summary = read_summary(equal) | {"same_as": equal.name}
             write_summary(unfinished / SUMMARY, summary)
-            run_id = new_run_id(unfinished)
+            new_run_id(unfinished)
     except OSError:
         if not is_finished(run.directory):
             return None  # training it says what is wrong
         why = "another command has given it the record of an equal run"
         return RunResult(run.name, "skipped", why, read_summary(run.directory))
-    wandb = shown_as(run.config).wandb
-    if wandb.enabled:
-        config = asdict(run.config)
-        make_view = partial(WandbView, run.directory, wandb, config=config, run_id=run_id)
-        view = MayFail("W&B", make_view, log)
-        for record in read_records(run.directory / METRICS):
-            view.write(record)
-        view.finish(summary)
-        view.close()
+    if run.config.metrics.wandb.enabled:
+        try:
+            upload(run.directory, log=log)
+        except OneLineError as error:
+            log(str(error))
     return RunResult(run.name, "shared", f"the same training as {equal.name}", summary)
 
 

@@ -252,7 +252,7 @@ def train_in(
         reporter.set_run_directory(directory)
         run_id = read_provenance(directory)["run_id"] if world.is_main else ""
         run = build_run(config, world, directory, run_id=run_id, source=source)
-        resources.callback(run.record.close)
+        resources.enter_context(run.record)
         resources.callback(run.batches.close)
         resources.callback(run.checkpoints.close)
         with naming_the_way_back(run.checkpoints):

@@ -41,6 +41,7 @@ class Event:
     """What of a line of starts.jsonl is read."""
 
     event: str
+    time: float | None = None  # Unix
     outcome: str | None = None
     error: str | None = None
     slurm: dict[str, Any] | None = None
@@ -77,8 +78,12 @@ def write_provenance(
 
 
 def new_run_id(directory: Path) -> str:
-    """Replace the run's id in its run.json, by which W&B knows it for as long as it lives."""
-    run_id = secrets.token_hex(8)
+    """Replace the run's id in its run.json, by which W&B knows it for as long as it lives.
+
+    The agent of a W&B sweep has chosen one already.
+    """
+    of_agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    run_id = of_agent or secrets.token_hex(8)
     write_json(directory / PROVENANCE, read_provenance(directory) | {"run_id": run_id})
     return run_id
 

@@ -78,7 +78,7 @@ class ConsoleView:
         for line in closing_table(summary, self._run_directory):
             self.message(line)
 
-    def close(self) -> None:
+    def close(self, error: str = "") -> None:
         """End the bar, so that the terminal is usable again; a second call does nothing."""
         if self._bar is not None:
             self._bar.stop()

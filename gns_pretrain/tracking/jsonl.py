@@ -25,7 +25,7 @@ from gns_pretrain.system.files import (
 )
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
-TAIL_BYTES = 2**16  # hold many lines
+TAIL_BYTES = 2**16  # hold many lines; what is rarer is looked for in ever more
 READ_AT = "read_at_step"  # of a noise line: the step at whose end it was written, if a later one
 RESTORE = "restore the file, or start over with resume=never"
 
@@ -192,19 +192,25 @@ def last_record(path: Path, kind: str | None = None) -> dict[str, Any]:
         DamagedFileError: the file cannot be read, or a line that was looked at is none of a
             record's.
     """
+    tail = TAIL_BYTES
     try:
         with open_regular(path) as file:
             size = path.stat().st_size
-            file.seek(-min(size, TAIL_BYTES), os.SEEK_END)
-            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn
+            while True:
+                file.seek(-min(size, tail), os.SEEK_END)
+                lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn
+                # The tail begins in the middle of a line.
+                whole = enumerate(reversed(lines[size > tail :]), start=1)
+                records = (_parse(path, -number, line) for number, line in whole)
+                if found := next((r for r in records if kind in (None, r.get("kind"))), None):
+                    return found
+                if tail >= size:
+                    return {}
+                tail *= 16
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}); {RESTORE}") from error
-    # The tail begins in the middle of a line.
-    whole = reversed(lines[size > TAIL_BYTES :])
-    records = (_parse(path, -number, line) for number, line in enumerate(whole, start=1))
-    return next((record for record in records if kind in (None, record.get("kind"))), {})
 
 
 def truncate_after_step(path: Path, step: int) -> None:

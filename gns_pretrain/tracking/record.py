@@ -4,27 +4,35 @@ metrics.jsonl comes first and is the record; the console, W&B and TensorBoard ar
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gns_pretrain.errors import one_line
 from gns_pretrain.system.files import must_write
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
     METRICS,
-    READ_AT,
     SUMMARY,
     JsonLines,
     Line,
+    last_record,
     read_records,
     summarize,
     truncate_after_step,
     write_summary,
-    written_at,
 )
 from gns_pretrain.tracking.settings import MetricsSettings
-from gns_pretrain.tracking.views import MayFail, TensorboardView, View
-from gns_pretrain.tracking.wandb import WandbView
+from gns_pretrain.tracking.views import (
+    WAIT_SECONDS,
+    MayFail,
+    TensorboardView,
+    View,
+    as_shown,
+    replay,
+)
+from gns_pretrain.tracking.wandb import WandbView, upload_in_process
 
 
 class Record:
@@ -37,6 +45,7 @@ class Record:
         resume_step: step of the checkpoint the run resumes from; 0 starts a run. Lines of later
             steps are cut from metrics.jsonl: they will be written again.
         config: the whole configuration, for W&B.
+        hparams: settings by dotted name, for TensorBoard's table of runs.
         token_budget: tokens at which the run ends.
         run_id: W&B's name of the run, from its run.json; read on the main process alone.
     """
@@ -51,6 +60,7 @@ class Record:
         config: dict[str, Any],
         token_budget: int,
         run_id: str,
+        hparams: Mapping[str, Any] | None = None,
     ) -> None:
         self._run_directory = run_directory
         self._path = run_directory / METRICS
@@ -68,11 +78,29 @@ class Record:
         )
         self._views = [self._console]
         if settings.wandb.enabled:
-            wandb = partial(WandbView, run_directory, settings.wandb, config=config, run_id=run_id)
-            self._views.append(MayFail("W&B", wandb, self.message))
+            wandb = partial(
+                WandbView,
+                run_directory,
+                settings.wandb,
+                config=config,
+                run_id=run_id,
+                log=self.message,
+            )
+            upload = lambda summary: upload_in_process(run_directory, WAIT_SECONDS)  # noqa: E731
+            self._views.append(MayFail("W&B", wandb, self.message, fill_in=upload))
         if settings.tensorboard:
-            tensorboard = partial(TensorboardView, run_directory, resume_step=resume_step)
-            self._views.append(MayFail("TensorBoard", tensorboard, self.message))
+            tensorboard = partial(TensorboardView, run_directory, hparams=hparams or {})
+            tokens = last_record(self._path, kind="train").get("tokens", 0)
+            self._views.append(
+                MayFail(
+                    "TensorBoard",
+                    partial(tensorboard, resume_tokens=tokens),
+                    self.message,
+                    fill_in=lambda summary: replay(
+                        tensorboard(resume_tokens=0), read_records(self._path), summary
+                    ),
+                )
+            )
 
     def write(self, line: Line, **shown: Any) -> None:
         """Write one line, then show it.
@@ -88,11 +116,8 @@ class Record:
             for name, value in line.as_record().items()
         }
         self._lines.write(record)
-        # Views go forward: what was read later is shown where it was read.
-        shown = record | shown | {"step": written_at(record)}
-        shown.pop(READ_AT, None)
         for view in self._views:
-            view.write(shown)
+            view.write(as_shown(record | shown))
 
     def message(self, text: str) -> None:
         """Print one line above the progress bar."""
@@ -124,10 +149,16 @@ class Record:
         for view in reversed(self._views):
             view.finish(full)
 
-    def close(self) -> None:
-        """Stop writing, also after a failure; a second call does nothing."""
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(one_line(error) if isinstance(error, Exception) else "")
+
+    def close(self, error: str = "") -> None:
+        """Stop writing, also after an error, which views show; a second call does nothing."""
         for view in reversed(self._views):
-            view.close()
+            view.close(error)
         self._views = []
         if self._lines is not None:
             self._lines.close()

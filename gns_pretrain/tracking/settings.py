@@ -42,5 +42,5 @@ class MetricsSettings(Settings):
     # Progress bar: auto shows it on a terminal. YAML reads a bare `on` or `off` as a boolean,
     # therefore other words.
     progress: Annotated[str, one_of("auto", "always", "never")] = "auto"
-    tensorboard: bool = False  # event files under <run directory>/tensorboard
+    tensorboard: bool = False  # event files in the run directory
     wandb: WandbSettings = field(default_factory=WandbSettings)

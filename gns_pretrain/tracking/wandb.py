@@ -4,14 +4,17 @@ W&B holds nothing that metrics.jsonl lacks.
 """
 
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from gns_pretrain.errors import InputError, needs
+from gns_pretrain.errors import InputError, TrainingError, needs
+from gns_pretrain.system.processes import python_command, python_environment
 from gns_pretrain.tracking.settings import WandbSettings
 from gns_pretrain.tracking.views import axes, series
 
@@ -19,10 +22,15 @@ from gns_pretrain.tracking.views import axes, series
 # upload at the end.
 _TIMEOUT_SECONDS = 60
 DEFAULT_PROJECT = "gns-pretrain"
+UPLOAD = "upload-wandb"  # the command
+ABOUT = "run"  # of W&B's configuration: what a run is beside its settings
 
 
 class WandbView:
     """One row per step, which carries trainer/step, trainer/tokens and trainer/samples as axes.
+
+    Tokens are the x-axis of every chart until another one is chosen: at one step, runs of
+    different batch sizes have seen different amounts of data.
 
     Records of one step (training, noise scale, validation) are gathered into one row, which is
     logged when the next step begins: whatever was measured has all three axes. W&B's own step is
@@ -31,21 +39,40 @@ class WandbView:
     Args:
         run_directory: W&B writes its files to `wandb/` under it.
         settings: project, group, tags and so on.
-        config: the whole configuration.
+        config: the whole configuration, and what `about` returns.
         run_id: the same each time the run resumes, so that its curves continue.
+        log: prints a line: where the run is to be seen.
+        fills_in: whether records come that W&B may have already. Online, those up to the last step
+            that it has are left out; earlier offline files of the run are set aside at the end.
     """
 
     def __init__(
-        self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
+        self,
+        run_directory: Path,
+        settings: WandbSettings,
+        *,
+        config: dict[str, Any],
+        run_id: str,
+        log: Callable[[str], None],
+        fills_in: bool = False,
     ) -> None:
+        self._log = log
+        self._folder = run_directory / "wandb"
         self._row: dict[str, float] = {}
         self._exit_code = 1  # a run that ends before finish() shows as failed
         self._is_open = True
+        self._earlier = sorted(self._folder.glob(f"offline-run-*-{run_id}")) if fills_in else []
         try:
             self._run = self._start(run_directory, settings, config=config, run_id=run_id)
+            # On resuming W&B hands back the last value of each series.
+            self._known_step = self._run.summary.get("trainer/step", -1) if fills_in else -1
+            if self._run.offline:
+                refuse_uploaded(self._earlier)
         except BaseException:
             self._end_service()
             raise
+        if not self._run.offline and self._run.url:  # asked offline, W&B warns
+            log(f"W&B: {self._run.url}")
 
     def _start(
         self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
@@ -59,7 +86,7 @@ class WandbView:
             # What is None here is W&B's to choose, by its environment variables and settings files.
             project=settings.project or unless_set("WANDB_PROJECT", DEFAULT_PROJECT),
             entity=settings.entity,
-            group=settings.group,
+            group=settings.group or unless_set("WANDB_RUN_GROUP", without_seed(run_directory.name)),
             job_type=settings.job_type,
             tags=list(settings.tags) or None,
             name=settings.name or unless_set("WANDB_NAME", run_directory.name),
@@ -79,13 +106,16 @@ class WandbView:
                 finish_timeout_raises=True,
             ),
         )
-        run.define_metric("trainer/step")
-        run.define_metric("*", step_metric="trainer/step")
-        run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+        run.define_metric("trainer/tokens")
+        run.define_metric("*", step_metric="trainer/tokens")
+        for lowest in ("val/loss", "val/perplexity"):
+            run.define_metric(lowest, step_metric="trainer/tokens", summary="min")
         return run
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record to its step's row."""
+        if record["step"] <= self._known_step:
+            return
         if self._row and record["step"] != self._row["trainer/step"]:
             self._log_row()
         self._row |= axes(record) | series(record)
@@ -97,16 +127,22 @@ class WandbView:
         self._exit_code = 0
         self.close()
 
-    def close(self) -> None:
-        """Log the last row, end the run and W&B's process; a second call does nothing."""
+    def close(self, error: str = "") -> None:
+        """Log the last row, alert of an error, end the run and W&B's process; once."""
         if not self._is_open:
             return
         self._is_open = False
         try:
             self._log_row()
+            if error:
+                self._run.alert(title="Training has failed", text=error, level="ERROR")
             self._run.finish(exit_code=self._exit_code)
         finally:
             self._end_service()
+        for folder in self._earlier:  # else `wandb sync` would upload their rows, too
+            folder.rename(folder.with_name(f"replaced-{folder.name}"))
+        if self._run.offline:
+            self._log(f"W&B: offline; upload with: wandb sync {self._folder}/offline-run-*")
 
     def _end_service(self) -> None:
         """End W&B's process here, where somebody else keeps the time: as Python exits, W&B waits
@@ -126,6 +162,50 @@ class WandbView:
 def unless_set(variable: str, default: str) -> str | None:
     """A default of ours, or None where the environment has a value, which W&B then takes."""
     return None if os.environ.get(variable) else default
+
+
+def without_seed(run_name: str) -> str:
+    """The group of runs that differ in the seed alone."""
+    return re.sub(r"[-_]?seed=?\d+", "", run_name)
+
+
+def about(*, num_ranks: int | None, parameters: int | None) -> dict[str, Any]:
+    """What a run is beside its settings, for W&B's configuration of it."""
+    return {ABOUT: {"num_ranks": num_ranks, "parameters": parameters}}
+
+
+def refuse_uploaded(offline_folders: Iterable[Path]) -> None:
+    """Raise InputError if one has been uploaded: its rows would be there twice."""
+    for folder in offline_folders:
+        if any(folder.glob("*.synced")):
+            raise InputError(
+                f"{folder} has been uploaded by `wandb sync`; upload what is missing online"
+            )
+
+
+def upload_in_process(run_directory: Path, seconds: float) -> None:
+    """Upload a run by the command, in a process that a hung W&B here cannot hold.
+
+    Raises:
+        TrainingError: why it failed, and the command that a user may repeat.
+    """
+    try:
+        done = subprocess.run(
+            python_command("gns_pretrain", UPLOAD, str(run_directory)),
+            env=python_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        if not done.returncode:
+            return
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        why = said[-1].removeprefix("error: ")
+    except subprocess.TimeoutExpired:
+        why = f"no answer in {seconds:.0f} s"
+    raise TrainingError(f"{why}; gns-pretrain {UPLOAD} {run_directory} tries again")
 
 
 @dataclass(frozen=True)
@@ -175,7 +255,8 @@ def tracked_runs(project: str, *, filters: Mapping[str, Any] | None = None) -> l
         for run in remote:
             steps = run.summary.get("final/steps")
             finished = run.state == "finished" and steps is not None
-            runs.append(TrackedRun(run.name, dict(run.config), finished, int(steps or 0), run))
+            config = {name: value for name, value in run.config.items() if name != ABOUT}
+            runs.append(TrackedRun(run.name, config, finished, int(steps or 0), run))
         return runs
     except (wandb.Error, ValueError, OSError) as error:
         raise _unreadable(f"project {project}", error) from error

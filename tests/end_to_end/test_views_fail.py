@@ -115,3 +115,7 @@ def test_a_wandb_core_that_dies_or_hangs_holds_no_run(script, mode, hit, cause, 
     ]
     assert steps == list(range(1, 21))
     assert is_finished(tmp_path / "small")
+    # A process of its own has put the whole run in place of what the other one had.
+    assert lines[-1].startswith("  summary")
+    assert "W&B has been filled in from metrics.jsonl" in lines
+    assert len(list((tmp_path / "small/wandb").glob("offline-run-*"))) == 1

@@ -30,7 +30,7 @@ def make_run(folder: Path, *, steps: int = 3, job: str | None = None) -> Path:
         }
         for step in range(1, steps + 1)
     ]
-    lines.append({"kind": "validation", "step": steps, "tokens": 100 * steps, "loss": 9.0})
+    lines.insert(1, {"kind": "validation", "step": steps, "tokens": 100 * steps, "loss": 9.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in folder.iterdir():
         os.utime(path, (NOW - 60, NOW - 60))
@@ -53,6 +53,7 @@ def test_running_run_tells_its_numbers_and_when_it_will_end(tmp_path):
     hold(run, beat=3)
     status = only(tmp_path)
     assert (status.state, status.step, status.tokens, status.loss) == ("running", 3, 300, 2.0)
+    assert (status.validation_loss, status.ended) == (9.0, None)
     assert status.heartbeat == NOW - 3
     assert status.end == NOW + 70  # 700 tokens at 10 per second
 
@@ -86,7 +87,7 @@ def test_view_has_a_row_a_run_and_a_line_a_failure(tmp_path):
     text = console.export_text()
     assert "1 failed, 1 running" in text
     row = next(line for line in text.splitlines() if "alive" in line)
-    for cell in ("running", "300 (30%)", "2.0000", "3.0 s ago"):
+    for cell in ("running", "3", "30%", "2.000", "9.0000", "8", "10", "in 1 min 10 s"):
         assert cell in row
     assert "gone: rank 1: KeyError: 'x'" in text
 
@@ -95,6 +96,31 @@ def test_finished_run_is_finished_whatever_the_queue_says(tmp_path):
     run = make_run(tmp_path / "a", job="12")
     (run / "summary.json").write_text('{"state": "finished"}')
     assert only(tmp_path, {"12": "RUNNING"}).state == "finished"
+    assert only(tmp_path).ended == NOW - 60  # its last sign of life
+
+
+def test_eighty_columns_hold_every_state_of_a_long_run(tmp_path):
+    for name, state in {"a": "running", "b": "finished", "c": "preempted"}.items():
+        run = make_run(tmp_path / f"table2-signsgd_large-demo-seed0-{name}")
+        (run / "config.yaml").write_text("token_budget: 3200000000\n")
+        line = {"kind": "train", "step": 97_000, "tokens": 1_600_000_000, "loss": 11.234}
+        line |= {"batch_size": 2048, "tokens_per_second": 240_570.0}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if state == "running":
+            hold(run, beat=3)
+        else:
+            append_end(run, state if state == "finished" else "stopped")
+        if state == "finished":
+            (run / "summary.json").write_text('{"state": "finished"}')
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(status_view(statuses(tmp_path, {}, now=NOW), now=NOW))
+    lines = console.export_text().splitlines()
+    assert all(len(line.rstrip()) <= 80 and "…" not in line for line in lines)
+    for state in ("running", "finished", "preempted"):
+        (row,) = (line for line in lines[1:] if state in line.split())
+        assert len(row.split()) >= 9  # no column is blank
+        assert {"97,000", "11.234", "9.0000", "2,048", "241k"} <= set(row.split())
 
 
 def test_submitted_run_without_a_folder_is_pending(tmp_path):

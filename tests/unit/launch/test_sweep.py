@@ -317,7 +317,7 @@ def test_copied_record_is_logged_to_wandb_too(tmp_path, monkeypatch):
     logged, ids = [], []
 
     class View:
-        def __init__(self, directory, settings, *, config, run_id):
+        def __init__(self, directory, settings, *, config, run_id, log, fills_in):
             logged.append(config["run_name"])
             ids.append(run_id)
 
@@ -327,10 +327,10 @@ def test_copied_record_is_logged_to_wandb_too(tmp_path, monkeypatch):
         def finish(self, summary):
             logged.append(summary["same_as"])
 
-        def close(self):
+        def close(self, error):
             logged.append("closed")
 
-    monkeypatch.setattr("gns_pretrain.launch.sweep.WandbView", View)
+    monkeypatch.setattr("gns_pretrain.launch.upload.WandbView", View)
     finish(make(tmp_path, "a"))
     twins = new_run_id(tmp_path / "a")
     metrics = MetricsSettings(wandb=WandbSettings(enabled=True))

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import pytest
 
+from gns_pretrain.tracking import record as module
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.jsonl import (
     BatchSizeLine,
@@ -16,6 +17,7 @@ from gns_pretrain.tracking.jsonl import (
 )
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
+from gns_pretrain.tracking.views import WAIT_SECONDS
 
 TRAIN_LINE = (
     '{"kind":"train","step":1,"samples":64,"tokens":131072,"loss":9.5,"lr":0.001,"grad_norm":1.25,'
@@ -211,6 +213,7 @@ class FailingWandb(ModuleType):
         self.failing = failing
         self.calls = []
         self.summary = {}
+        self.url, self.offline = None, False
         self.Settings = dict
 
     def call(self, name):
@@ -241,6 +244,8 @@ def test_a_wandb_that_fails_is_logged_once_and_training_continues(
 ):
     library = FailingWandb({failing})
     monkeypatch.setitem(sys.modules, "wandb", library)
+    filled = []
+    monkeypatch.setattr(module, "upload_in_process", lambda *given: filled.append(given))
     record = open_record(
         tmp_path, settings=MetricsSettings(log_every=1, wandb=WandbSettings(enabled=True))
     )
@@ -252,11 +257,25 @@ def test_a_wandb_that_fails_is_logged_once_and_training_continues(
     logged = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
     assert logged == [
         "W&B failed and is left out from here on, metrics.jsonl has everything "
-        f"(LibraryError: no {failing} second line)"
+        f"(LibraryError: no {failing} second line)",
+        "W&B has been filled in from metrics.jsonl",
     ]
+    assert filled == [(tmp_path, WAIT_SECONDS)]
     assert library.calls.count(failing) == 1
     assert [line["step"] for line in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert (tmp_path / "summary.json").exists()
+
+
+def test_a_view_that_cannot_be_filled_in_says_what_may_be_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", FailingWandb({"init"}))
+    record = open_record(tmp_path, settings=MetricsSettings(wandb=WandbSettings(enabled=True)))
+    record.finish({})  # which finds no run here, but its record
+    record.close()
+    *_, line = (line for line in capsys.readouterr().out.splitlines() if "W&B" in line)
+    assert line == (
+        f"W&B has not been filled in: {tmp_path} holds no run; name a run, or a folder of some; "
+        f"gns-pretrain upload-wandb {tmp_path} tries again"
+    )
 
 
 def test_a_missing_library_is_logged_with_what_to_install(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 
 from gns_pretrain.tracking.jsonl import TrainLine, ValidationLine, read_records
@@ -9,7 +7,7 @@ from gns_pretrain.tracking.settings import MetricsSettings
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
-def open_record(directory, *, resume_step):
+def open_record(directory, *, resume_step, hparams=None):
     return Record(
         directory,
         MetricsSettings(tensorboard=True, progress="never"),
@@ -18,6 +16,7 @@ def open_record(directory, *, resume_step):
         config={},
         token_budget=1000,
         run_id="tensorboard",
+        hparams=hparams,
     )
 
 
@@ -39,7 +38,7 @@ def train(record, step, loss):
 
 
 def points(directory, name):
-    events = event_accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(directory))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
@@ -57,9 +56,10 @@ def test_event_files_read_back_with_the_repeated_steps_of_a_resumed_run_once(tmp
     record.finish({})
     record.close()
 
-    assert points(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
-    assert points(tmp_path, "val/loss") == [(2, 2.5)]
-    assert points(tmp_path, "train/lr") == [(step, 0.5) for step in range(1, 6)]
+    assert points(tmp_path, "loss/train") == [(10, 1), (20, 2), (30, 30), (40, 40), (50, 50)]
+    assert points(tmp_path, "loss/validation") == [(20, 2.5)]
+    assert points(tmp_path, "train/lr") == [(10 * step, 0.5) for step in range(1, 6)]
+    assert points(tmp_path, "train/step") == [(10 * step, step) for step in range(1, 6)]
 
 
 def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
@@ -70,18 +70,16 @@ def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
     record = open_record(tmp_path, resume_step=0)
     train(record, 1, loss=3.0)
     record.close()
-    assert points(tmp_path, "train/loss") == [(1, 3)]
+    assert points(tmp_path, "loss/train") == [(10, 3)]
 
 
-def test_a_deleted_folder_or_a_full_disk_ends_the_view_with_one_line(tmp_path, capfd):
+def test_a_deleted_file_or_a_full_disk_ends_the_view_with_one_line(tmp_path, capfd):
     for name, cause in {"deleted": "FileNotFoundError", "full": "No space left"}.items():
         (tmp_path / name).mkdir()
         record = open_record(tmp_path / name, resume_step=0)
-        (file,) = (tmp_path / name / "tensorboard").iterdir()
-        if name == "deleted":
-            shutil.rmtree(file.parent)
-        else:
-            file.unlink()
+        (file,) = (tmp_path / name).glob("events.out.tfevents.*")
+        file.unlink()
+        if name == "full":
             file.symlink_to("/dev/full")
         for step in range(1, 50):
             train(record, step, loss=1.0)
@@ -89,7 +87,28 @@ def test_a_deleted_folder_or_a_full_disk_ends_the_view_with_one_line(tmp_path, c
         record.close()
         printed = capfd.readouterr()
         assert printed.err == ""
-        (line,) = (line for line in printed.out.splitlines() if "TensorBoard" in line)
-        assert line.startswith("TensorBoard failed and is left out from here on")
-        assert cause in line
+        failed, filled = (line for line in printed.out.splitlines() if "TensorBoard" in line)
+        assert failed.startswith("TensorBoard failed and is left out from here on")
+        assert cause in failed
+        assert filled == "TensorBoard has been filled in from metrics.jsonl"
         assert len(read_records(tmp_path / name / "metrics.jsonl")) == 49
+        if name == "full":
+            file.unlink()
+        assert points(tmp_path / name, "loss/train") == [(10 * step, 1.0) for step in range(1, 50)]
+
+
+def test_settings_and_results_make_a_table_of_runs(tmp_path):
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    hparams = {"optimizer.lr": 0.5, "optimizer.betas": [0.9, 0.95], "table": None}
+    record = open_record(tmp_path, resume_step=0, hparams=hparams)
+    train(record, 1, loss=3.0)
+    record.finish({})
+    record.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    content = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    known = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert known["optimizer.lr"].number_value == 0.5
+    assert known["optimizer.betas"].string_value == "[0.9, 0.95]"
+    assert metadata.SESSION_END_INFO_TAG in events.summary_metadata

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -13,9 +14,14 @@ from gns_pretrain.tracking.settings import WandbSettings
 from gns_pretrain.tracking.wandb import WandbView, tracked_runs
 from tests.unit.run_records import configuration
 
+# A run that trains, and is uploaded afterwards, twice.
 RUN = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
+import yaml
+from gns_pretrain.launch.upload import upload
+from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.tracking.jsonl import NoiseLine, TrainLine, ValidationLine
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
@@ -24,9 +30,12 @@ wandb = WandbSettings(
     enabled=True, project="study", group="table2-muon", job_type="train", tags=["demo", "muon"],
     mode="offline",
 )
+directory = Path(sys.argv[1])
+config = {"model": {"dim": 64}, "seed": 3, "metrics": {"wandb": asdict(wandb)}}
+facts = {"run": {"num_ranks": None, "parameters": 1000}}
 record = Record(
-    Path(sys.argv[1]), MetricsSettings(wandb=wandb), is_main=True, resume_step=0,
-    config={"model": {"dim": 64}, "seed": 3}, token_budget=300, run_id="0123abcd",
+    directory, MetricsSettings(wandb=wandb), is_main=True, resume_step=0,
+    config=config | facts, token_budget=300, run_id="0123abcd",
 )
 for step in (1, 2, 3):
     if step == 2:
@@ -42,11 +51,16 @@ for step in (1, 2, 3):
     )
     record.write(line)
     record.write(ValidationLine(step=step, tokens=100 * step, loss=[4.5, 3.5, 4.0][step - 1]))
-record.finish({})
+record.finish({"parameters": 1000})
 record.close()
+write_provenance(directory, yaml.safe_dump(config), "fingerprint")
+(directory / "run.json").write_text('{"data_fingerprint": "f", "run_id": "0123abcd"}')
+for _ in range(2):
+    upload(directory, log=print)
 """
 
 
+@cache
 def inspect(run_file, *options):
     """W&B's own reader of a run file."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run_file)]
@@ -55,19 +69,41 @@ def inspect(run_file, *options):
 
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
-    """The .wandb file of a run of three steps, in a process of its own."""
+    """The .wandb file that a run of three steps wrote as it trained, in a process of its own."""
     if find_spec("wandb") is None:
         pytest.skip("needs wandb")
     directory = tmp_path_factory.mktemp("runs") / "table2-muon-seed3"
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", RUN, str(directory), "--key=known-secret"],
         check=True,
         capture_output=True,
+        text=True,
         timeout=120,
         env=os.environ | {"SLURM_JOB_ID": "12", "SLURM_JWT": "known-secret"},
     )
-    (run_file,) = directory.glob("wandb/offline-run-*/run-0123abcd.wandb")
+    (directory / "printed").write_text(done.stdout)
+    run_file, _ = sorted(directory.glob("wandb/replaced-offline-run-*/run-0123abcd.wandb"))
     return run_file
+
+
+def test_an_upload_is_what_the_run_showed_as_it_trained(offline_run):
+    (uploaded,) = offline_run.parents[1].glob("offline-run-*/run-0123abcd.wandb")
+
+    def content(run_file):
+        whole = json.loads(inspect(run_file, "--summary"))
+        records = [json.loads(line) for line in inspect(run_file).splitlines()]
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        run = next(record["run"] for record in records if record["type"] == "run")
+        run = {key: run[key] for key in ("run_id", "project", "run_group", "job_type", "tags")}
+        for row in rows:
+            del row["_timestamp"], row["_runtime"]
+        for when in ("_timestamp", "_runtime", "_wandb"):
+            whole["summary"].pop(when, None)
+        whole["config"].pop("_wandb", None)
+        metrics = [record["metric"] for record in records if record["type"] == "metric"]
+        return run, rows, metrics, whole["config"], whole["summary"], whole["exit_code"]
+
+    assert content(uploaded) == content(offline_run)
 
 
 def test_an_offline_run_reads_back_with_identity_configuration_and_summary(offline_run):
@@ -86,6 +122,7 @@ def test_an_offline_run_reads_back_with_identity_configuration_and_summary(offli
     assert whole["config"]["model"] == {"dim": 64}
     assert whole["config"]["seed"] == 3
     assert whole["summary"]["val/loss"] == {"min": 3.5}
+    assert whole["summary"]["val/perplexity"]["min"] == pytest.approx(33.115, abs=1e-3)
     assert whole["summary"]["final/validation_loss"] == 4.0
     assert whole["summary"]["final/tokens"] == 300
 
@@ -104,13 +141,24 @@ def test_every_row_of_an_offline_run_carries_step_tokens_and_samples(offline_run
     assert [row["trainer/samples"] for row in rows] == [8, 16, 24]
     assert [row["train/loss"] for row in rows] == [4.0, 3.0, 2.0]
     assert [row["val/loss"] for row in rows] == [4.5, 3.5, 4.0]
+    assert rows[1]["val/perplexity"] == pytest.approx(33.115, abs=1e-3)  # e^3.5
+    assert [row["train/batch_tokens"] for row in rows] == [100, 100, 100]
     # Measured before the training line of its step, and still in that step's row.
     assert rows[1]["noise/manhattan/plug_in/noise_scale"] == 4.0
     assert "noise/manhattan/plug_in/noise_scale_ema" not in rows[1]
 
     metrics = [record["metric"] for record in records if record["type"] == "metric"]
     everything = next(metric for metric in metrics if metric.get("glob_name") == "*")
-    assert everything["step_metric"] == "trainer/step"
+    assert everything["step_metric"] == "trainer/tokens"
+    (losses,) = (metric for metric in metrics if metric.get("name") == "val/loss")
+    assert losses["step_metric"] == "trainer/tokens"
+
+
+def test_an_offline_run_ends_with_the_command_that_uploads_it(offline_run):
+    printed = (offline_run.parents[2] / "printed").read_text().splitlines()
+    folder = offline_run.parents[1]
+    assert f"W&B: offline; upload with: wandb sync {folder}/offline-run-*" in printed
+    assert len(list(folder.glob("offline-run-*"))) == 1
 
 
 class NotingWandb(ModuleType):
@@ -121,6 +169,8 @@ class NotingWandb(ModuleType):
         self.rows = []
         self.exit_codes = []
         self.summary = {}
+        self.alerts = []
+        self.url, self.offline = "https://wandb.ai/team/study/runs/id", False
         self.Settings = dict
 
     def setup(self, settings):
@@ -136,6 +186,9 @@ class NotingWandb(ModuleType):
     def log(self, row):
         self.rows.append(row)
 
+    def alert(self, **alert):
+        self.alerts.append(alert)
+
     def finish(self, exit_code):
         self.exit_codes.append(exit_code)
 
@@ -147,8 +200,13 @@ def library(monkeypatch):
     return library
 
 
-def open_view(directory, **settings):
-    return WandbView(directory, WandbSettings(enabled=True, **settings), config={}, run_id="id")
+def open_view(directory, *, log=print, fills_in=False, **settings):
+    settings = WandbSettings(enabled=True, **settings)
+    return WandbView(directory, settings, config={}, run_id="id", log=log, fills_in=fills_in)
+
+
+def validation(step):
+    return {"kind": "validation", "step": step, "tokens": 10 * step, "loss": 0.0}
 
 
 def test_login_start_and_end_wait_for_a_minute_at_most(library, tmp_path):
@@ -171,17 +229,49 @@ def test_a_chosen_name_goes_before_the_run_directory_and_ids_allow_resuming(libr
 
 def test_a_run_that_stops_early_keeps_its_last_row_and_shows_as_failed(library, tmp_path):
     view = open_view(tmp_path)
-    view.write({"kind": "validation", "step": 5, "tokens": 50, "loss": 2.0})
-    view.close()
-    assert library.rows == [{"trainer/step": 5, "trainer/tokens": 50, "val/loss": 2.0}]
+    view.write(validation(5))
+    view.close("step 6: the loss is nan")
+    row = {"trainer/step": 5, "trainer/tokens": 50, "val/loss": 0.0, "val/perplexity": 1.0}
+    assert library.rows == [row]
     assert library.exit_codes == [1]
+    (alert,) = library.alerts
+    assert (alert["level"], alert["text"]) == ("ERROR", "step 6: the loss is nan")
 
 
 def test_a_finished_run_shows_as_finished(library, tmp_path):
     view = open_view(tmp_path)
     view.finish({"tokens": 50})
+    view.close()
     assert library.exit_codes == [0]
+    assert library.alerts == []
     assert library.summary == {"final/tokens": 50}
+
+
+def test_an_online_run_says_once_where_it_is_to_be_seen(library, tmp_path):
+    lines = []
+    view = open_view(tmp_path, log=lines.append)
+    view.write(validation(5))
+    view.finish({})
+    assert lines == ["W&B: https://wandb.ai/team/study/runs/id"]
+
+
+def test_what_w_and_b_has_already_is_not_logged_again(library, tmp_path):
+    library.summary["trainer/step"] = 5  # as it hands it back on resuming
+    view = open_view(tmp_path, fills_in=True)
+    for step in (4, 5, 6):
+        view.write(validation(step))
+    view.finish({})
+    assert [row["trainer/step"] for row in library.rows] == [6]
+
+
+def test_a_run_is_grouped_with_those_of_other_seeds(library, tmp_path, monkeypatch):
+    open_view(tmp_path / "table2-muon-seed3")
+    assert library.arguments["group"] == "table2-muon"
+    open_view(tmp_path / "table2-muon-seed3", group="mine")
+    assert library.arguments["group"] == "mine"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
+    open_view(tmp_path / "table2-muon-seed3")
+    assert library.arguments["group"] is None
 
 
 class RemoteRun:
