@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from benchmarks.harness import (
     paired,
     this_process,
 )
-from gns_pretrain.errors import needs
 from gns_pretrain.fields import About, at_least
 from gns_pretrain.model.config import LlamaConfig, count_parameters
-from gns_pretrain.model.huggingface import ExportedText, hf_config, hf_names
+from gns_pretrain.model.huggingface import ExportedText, to_transformers
 from gns_pretrain.model.llama import Llama
 
 
@@ -44,7 +43,8 @@ class Model(ModelCommand):
             ours = Llama(shape)
         ours.init_weights(seed=0)
         ours.compute_dtype = compute_dtype(device)
-        theirs = transformers_twin(ours, self.sequence_length)
+        positions = ExportedText(max_positions=self.sequence_length)
+        theirs = to_transformers(ours, positions, "the comparison needs transformers").train()
         if self.compile:
             ours.compile_blocks()
             for block in theirs.model.layers:
@@ -103,25 +103,6 @@ def flops_per_token(shape: LlamaConfig, sequence_length: int) -> float:
     """
     attention = shape.num_layers * shape.dim * sequence_length
     return 6.0 * (count_parameters(shape).with_output + attention)
-
-
-def transformers_twin(model: Llama, sequence_length: int) -> Any:
-    """Return a LlamaForCausalLM with a copy of the model's weights."""
-    with needs("huggingface", "the comparison needs transformers"):
-        from transformers import LlamaConfig as TheirConfig
-        from transformers import LlamaForCausalLM
-    values = hf_config(model.config, ExportedText(max_positions=sequence_length))
-    for key in ("architectures", "model_type", "rope_theta", "rope_scaling"):
-        del values[key]
-    with model.embedding.weight.device:
-        twin = LlamaForCausalLM(TheirConfig(**values, attn_implementation="sdpa"))
-    names = hf_names(model.config)
-    state = {names[name]: value for name, value in model.state_dict().items()}
-    # strict=False: transformers lists a tied output matrix a second time.
-    problems = twin.load_state_dict(state, strict=False)
-    assert not problems.unexpected_keys, problems
-    twin.train()
-    return twin
 
 
 def adamw_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:

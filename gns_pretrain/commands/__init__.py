@@ -39,6 +39,10 @@ COMMANDS = {
     "measure-noise": Command(
         "noise scale of a checkpoint, without training", f"{__name__}.measure_noise", is_rank=True
     ),
+    "evaluate": Command(
+        "loss, bits per byte and tasks of checkpoints", f"{__name__}.evaluate", is_rank=True
+    ),
+    "generate": Command("text from a checkpoint", f"{__name__}.generate"),
     "status": Command("state of the runs in a folder", f"{__name__}.status"),
     "upload-wandb": Command("upload finished runs to W&B", f"{__name__}.upload_wandb"),
     "make-table": Command("a table of the paper, from run records", f"{__name__}.make_table"),

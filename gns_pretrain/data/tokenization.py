@@ -5,6 +5,7 @@ A tokenizer is a tokenizer.json: a file, a name on the hub, or a byte-level BPE 
 
 import errno
 import json
+import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from gns_pretrain.system.files import shortened
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 TOKENIZER_FILE = "tokenizer.json"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # what no other token of a vocabulary has
 MIN_BPE_VOCABULARY = 256 + 2  # every byte, and the two tokens around a document
 
 
@@ -155,6 +157,37 @@ def without_special_tokens(tokenizer: Tokenizer, document_ids: Iterable[int]) ->
     if "dropout" in model:  # of BPE's merges, at random: no two preparations would be the same
         model["dropout"] = None
     return Tokenizer.from_str(json.dumps(content))
+
+
+def bytes_of_tokens(tokenizer: Tokenizer, ids: int, document_ids: Iterable[int]) -> np.ndarray:
+    """Count the UTF-8 bytes that each token stands for within a text, int64 [ids].
+
+    A byte-level token has a character for each byte, whole characters of text or not; one of
+    another kind has the bytes that it adds to the decoded text after another token, and a byte of
+    its own (<0x0A>) is one. Special tokens, those of `document_ids` and unused ids have none.
+
+    Args:
+        ids: of the vocabulary; further ones of the tokenizer are left out.
+        document_ids: of the tokens around a document, special or not.
+    """
+    counts = np.zeros(ids, dtype=np.int64)
+    content = json.loads(tokenizer.to_str())
+    is_byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
+    added = {token["id"]: token for token in content["added_tokens"]}
+    before = tokenizer.encode("a", add_special_tokens=False).ids
+    alone = len(tokenizer.decode(before).encode())
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token_id >= ids or token_id in document_ids:
+            continue
+        if token_id in added:
+            counts[token_id] = 0 if added[token_id]["special"] else len(token.encode())
+        elif is_byte_level:
+            counts[token_id] = len(token)
+        elif BYTE_TOKEN.fullmatch(token):
+            counts[token_id] = 1
+        else:
+            counts[token_id] = len(tokenizer.decode([*before, token_id]).encode()) - alone
+    return counts
 
 
 def as_in_training(tokenizer: Tokenizer, bos_id: int | None) -> Tokenizer:

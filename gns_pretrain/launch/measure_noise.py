@@ -7,7 +7,7 @@ micro-batches of equal size. Anyone can compute the same numbers from the same t
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,25 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.data.batches import read_in_order
-from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of, path_name
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
-from gns_pretrain.model.huggingface import CONFIG_FILE, load_hf_folder
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, SampleSums
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS, NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize
-from gns_pretrain.runs.directory import CONFIG, read_settings
-from gns_pretrain.system.files import parse, read_json
-from gns_pretrain.system.remote import folder_at, is_remote
-from gns_pretrain.training.checkpoint_reader import load_model
 from gns_pretrain.training.step import accumulate_gradients
-
-PAPER_LENGTH = 2048  # tokens of a sequence in the paper
+from gns_pretrain.training.trained_model import TrainedModel
 
 
 @dataclass
@@ -45,7 +38,7 @@ class MeasurementRequest(Settings):
     checkpoint: Annotated[
         str | Path,
         path_name(),
-        About("a step_* folder, or its URL, or a Hugging Face Llama folder"),
+        About("a run directory, a step_* folder or its URL, or a Hugging Face Llama folder"),
     ]
     data: Annotated[
         Path, path_name(), About("token-shard folder with a validation split, or embedded")
@@ -159,22 +152,16 @@ def measure(request: MeasurementRequest) -> Report | None:
     )
     ranks = rank_info_from(os.environ) or RankInfo()
     rounds = request.rounds(ranks.num_ranks)
-    checkpoint = folder_at(request.checkpoint, "--checkpoint")
-    is_hf = not is_remote(checkpoint) and (checkpoint / CONFIG_FILE).is_file()
-    own = None if is_hf or is_remote(checkpoint) else data_of_run(checkpoint)
-    trained = positions_of_hf(checkpoint) if is_hf else own and own.sequence_length
-    length = request.sequence_length or min(trained or PAPER_LENGTH, PAPER_LENGTH)
-    if own and not request.sequence_length:
-        length = own.sequence_length
-    folder = replace(own or DataSettings(), path=str(request.data)).find_folder()
-    tokens = TokenShards.open(folder, "validation")
+    trained = TrainedModel.find(request.checkpoint)
+    length = request.sequence_length or trained.default_length
+    tokens = TokenShards.open(trained.data_folder(str(request.data)), "validation")
     available = tokens.num_sequences(length)
     if request.num_sequences > available:
         raise InputError(
             f"--num-sequences={request.num_sequences} is more than the {available} validation "
             f"sequences of --sequence-length={length} in {request.data}; use at most {available}"
         )
-    llama = (load_hf_folder if is_hf else load_model)(checkpoint)
+    llama = trained.load()
     if llama.config.known_vocab_size < tokens.vocab_size:
         raise InputError(
             f"{request.checkpoint} has a vocabulary of {llama.config.known_vocab_size}, but "
@@ -195,27 +182,12 @@ def measure(request: MeasurementRequest) -> Report | None:
     if ranks.rank != 0:
         return None
     notes = request.missing_intervals(ranks.num_ranks)
-    if trained and length > trained:
+    if trained.trained_length and length > trained.trained_length:
         notes.append(
-            f"--sequence-length={length} goes beyond the {trained} tokens that the model was "
-            "trained on, so this is not the noise scale of its training"
+            f"--sequence-length={length} goes beyond the {trained.trained_length} tokens that the "
+            "model was trained on, so this is not the noise scale of its training"
         )
     return Report(rounds * ranks.num_ranks, request.num_sequences, estimated, notes)
-
-
-def data_of_run(checkpoint: Path) -> DataSettings | None:
-    """Settings of the text that a step_* folder's run trains on; None outside a run directory."""
-    directory = checkpoint.resolve().parent.parent
-    values = read_settings(directory).get("data")
-    if values is None:
-        return None
-    return parse(DataSettings, values, source=directory / CONFIG, hint="restore it")
-
-
-def positions_of_hf(folder: Path) -> int | None:
-    """Tokens of context that a Hugging Face model's config.json names, if it does."""
-    positions = read_json(folder / CONFIG_FILE, hint="restore it").get("max_position_embeddings")
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def estimate(

@@ -1,8 +1,8 @@
 """Models to and from the folders that transformers' LlamaForCausalLM reads and writes.
 
 The folder holds model.safetensors and config.json; an exported one also the tokenizer and the ids
-that a text begins and ends with, if there are any. No weight is permuted: both store the same
-matrices and rotate the same pairs of coordinates.
+that a text begins, ends and is padded with, if there are any, and a model card. No weight is
+permuted: both store the same matrices and rotate the same pairs of coordinates.
 """
 
 import os
@@ -32,6 +32,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+CARD_FILE = "README.md"
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>", "<|pad|>")
 HINT = "name the folder of a Llama model, fetched or exported whole"
 
 # transformers' names of our parameters, and our names of its settings.
@@ -103,12 +105,38 @@ class _Shape:
 
 @dataclass(frozen=True)
 class ExportedText:
-    """What a user of the exported folder needs to know about its text."""
+    """What a user of a model needs to know about its text."""
 
     max_positions: int  # tokens; transformers' max_position_embeddings
     tokenizer: Any = None  # tokenizers.Tokenizer, which encodes a prompt as training did
     bos_id: int | None = None  # token before a document
     eos_id: int | None = None  # token after a document
+    source: str | None = None  # file or name that the tokenizer was read from
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token that fills up the shorter texts of a batch, under an attention mask of 0.
+
+        The tokenizer's own token for it, else eos, else bos. It does not stand in config.json, by
+        which transformers would leave its embedding out of any further training.
+        """
+        names = PAD_NAMES if self.tokenizer is not None else ()
+        own = (self.tokenizer.token_to_id(name) for name in names)
+        return next((each for each in (*own, self.eos_id, self.bos_id) if each is not None), None)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids that there are, by transformers' names: bos, eos, pad."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+    @property
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """What transformers has to know beside the tokenizer: prompts are padded on the left."""
+        settings: dict[str, Any] = {"model_max_length": self.max_positions, "padding_side": "left"}
+        for name, token_id in self.special_ids.items():
+            settings[f"{name}_token"] = self.tokenizer.id_to_token(token_id)
+        return settings
 
 
 def hf_names(config: LlamaConfig) -> dict[str, str]:
@@ -139,6 +167,45 @@ def hf_config(config: LlamaConfig, text: ExportedText) -> dict[str, Any]:
         "bos_token_id": text.bos_id,
         "eos_token_id": text.eos_id,
     }
+
+
+def to_transformers(model: Llama, text: ExportedText, sentence: str) -> Any:
+    """Make transformers' LlamaForCausalLM with a copy of the weights, on the same device.
+
+    Args:
+        model: holding its full, unsharded weights.
+        text: whose ids and positions it gets.
+        sentence: what needs transformers, where it is missing.
+
+    Raises:
+        InputError: transformers is missing, or the text's tokenizer does not fit the model.
+    """
+    if text.tokenizer is not None:
+        _check_tokenizer(text.tokenizer, text.special_ids, model.config.known_vocab_size)
+    with needs("huggingface", sentence):
+        import transformers
+    values = hf_config(model.config, text)
+    for key in ("architectures", "model_type", "rope_theta", "rope_scaling"):
+        del values[key]  # its own, or said by rope_parameters
+    with model.embedding.weight.device:
+        made = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**values, attn_implementation="sdpa")
+        )
+    names = hf_names(model.config)
+    state = {names[name]: value for name, value in model.state_dict().items()}
+    # strict=False: transformers lists a tied output matrix a second time.
+    problems = made.load_state_dict(state, strict=False)
+    assert not problems.unexpected_keys, problems
+    ids = {f"{name}_token_id": token_id for name, token_id in text.special_ids.items()}
+    made.generation_config = transformers.GenerationConfig(**ids)
+    return made.eval()
+
+
+def transformers_tokenizer(text: ExportedText) -> Any:
+    """Make transformers' tokenizer of a text that has one, as the exported folder gives it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, **text.tokenizer_settings)
 
 
 def config_from_hf(values: dict[str, Any], source: Path) -> LlamaConfig:
@@ -197,13 +264,16 @@ def config_from_hf(values: dict[str, Any], source: Path) -> LlamaConfig:
         raise InputError(f"{source}: {error}") from error
 
 
-def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
+def export_hf_folder(
+    model: Llama, folder: Path, text: ExportedText, card: str | None = None
+) -> None:
     """Write a folder for LlamaForCausalLM.from_pretrained, whole or not at all.
 
     Args:
         model: holding its full, unsharded weights; they are written in their own dtype.
         folder: must not exist.
         text: tokenizer, and what config.json says of the text.
+        card: the model card, which becomes README.md.
 
     Raises:
         InputError: the folder exists, or the tokenizer does not fit the model.
@@ -211,8 +281,7 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
     library = _safetensors()
     if folder.exists():
         raise InputError(f"--out {folder} exists already; name a new folder, or remove it first")
-    ends = {"bos": text.bos_id, "eos": text.eos_id}
-    ids = {name: token_id for name, token_id in ends.items() if token_id is not None}
+    ids = text.special_ids
     if text.tokenizer is not None:
         _check_tokenizer(text.tokenizer, ids, model.config.known_vocab_size)
     names = hf_names(model.config)
@@ -236,13 +305,12 @@ def export_hf_folder(model: Llama, folder: Path, text: ExportedText) -> None:
             write_bytes(unfinished / TOKENIZER_FILE, text.tokenizer.to_str(pretty=True).encode())
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": text.max_positions,
                 "add_bos_token": text.bos_id is not None,
                 "add_eos_token": False,
             }
-            for name, token_id in ids.items():
-                settings[f"{name}_token"] = text.tokenizer.id_to_token(token_id)
-            write_json(unfinished / "tokenizer_config.json", settings)
+            write_json(unfinished / "tokenizer_config.json", settings | text.tokenizer_settings)
+        if card is not None:
+            write_bytes(unfinished / CARD_FILE, card.encode())
 
 
 def _check_tokenizer(tokenizer: Any, ids: dict[str, int], vocab_size: int) -> None:

@@ -160,6 +160,11 @@ def load_model(checkpoint: Path) -> Llama:
         reason = damage(checkpoint)
     if reason:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({reason}); name a step_* folder")
+    return read_model(checkpoint)
+
+
+def read_model(checkpoint: Path) -> Llama:
+    """Load the model of a checkpoint that is known to be whole, on the CPU in float32."""
     model = Llama(stored_model(checkpoint))
     tensors = {"model": model.state_dict()}
     load_tensors(tensors, checkpoint)

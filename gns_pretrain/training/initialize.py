@@ -25,16 +25,14 @@ from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.huggingface import CONFIG_FILE, HINT, config_from_hf, load_hf_folder
 from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.mesh import World
-from gns_pretrain.runs.directory import CHECKPOINTS
 from gns_pretrain.system.files import read_json, sha256_of, shortened
 from gns_pretrain.training.checkpoint_reader import (
-    damage,
     load_checkpoint,
     load_tensors,
-    pick_whole,
     stored_model,
 )
 from gns_pretrain.training.checkpoint_writer import MANIFEST, TRAIN_STATE
+from gns_pretrain.training.trained_model import find_checkpoint
 
 # Of a model's settings, what does not change what its weights compute.
 NOT_OF_THE_WEIGHTS = ("name", "activation_checkpointing")
@@ -100,19 +98,7 @@ def find_source(settings: InitSettings) -> Source | None:
             )
         shape = config_from_hf(read_json(config_file, hint=HINT), config_file)
         return Source(given, True, shape, {}, sha256_of(config_file))
-    folder = given
-    if (given / CHECKPOINTS).is_dir():
-        whole, damaged = pick_whole(given / CHECKPOINTS)
-        if whole is None:
-            found = "; ".join(damaged) or "it has none yet"
-            raise InputError(f"{name} has no whole checkpoint ({found}); name another run")
-        folder = whole
-    elif not (folder / MANIFEST).is_file():
-        raise InputError(
-            f"{name} is no run directory, step_* folder or Hugging Face Llama folder; name one"
-        )
-    elif reason := damage(folder):
-        raise InputError(f"{name} is not a whole checkpoint ({reason}); name an older one")
+    folder = find_checkpoint(given, name)
     state = read_json(folder / TRAIN_STATE, hint="name an older checkpoint")
     return Source(folder, False, stored_model(folder), state, sha256_of(folder / MANIFEST))
 

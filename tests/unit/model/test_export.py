@@ -56,7 +56,7 @@ def saved(tmp_path, data, monkeypatch) -> Path:
     model = Llama(odd_model())
     model.init_weights(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, world=ALONE)
-    state = {"step": 1}
+    state = {"step": 1, "tokens": 128}
     return checkpoints.save(model, config.optimizer.build(model), state)
 
 

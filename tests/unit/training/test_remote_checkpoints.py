@@ -147,7 +147,8 @@ def check_measurement(checkpoint: str, shards: Path) -> None:
 
 
 def check_export(checkpoint: str, run: Path, url: str) -> None:
-    options = {"tokenizer": None, "max_positions": None, "json": False}
+    unset = ("tokenizer", "max_positions", "license", "push_to_hub", "public")
+    options = dict.fromkeys(unset) | {"json": False}
     words = argparse.Namespace(checkpoint=checkpoint, run=run, out=url, **options)
     export_hf.export(words)
     out = folder_at(url, "--out")
