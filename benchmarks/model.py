@@ -17,7 +17,7 @@ from benchmarks.harness import (
     this_process,
 )
 from gns_pretrain.fields import About, at_least
-from gns_pretrain.model.config import LlamaConfig, count_parameters
+from gns_pretrain.model.config import count_parameters
 from gns_pretrain.model.huggingface import ExportedText, to_transformers
 from gns_pretrain.model.llama import Llama
 
@@ -90,19 +90,6 @@ class Model(ModelCommand):
             ),
             "loss_difference": difference,
         }
-
-
-def flops_per_token(shape: LlamaConfig, sequence_length: int) -> float:
-    """Return the FLOPs of forward and backward for one token; recomputation is not counted.
-
-        6 P + 6 L D T
-
-    P parameters that multiply (all but an untied embedding), each used once forward and twice
-    backward at 2 FLOPs; L layers whose causal attention averages T / 2 keys of width D, scored and
-    mixed.
-    """
-    attention = shape.num_layers * shape.dim * sequence_length
-    return 6.0 * (count_parameters(shape).with_output + attention)
 
 
 def adamw_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from benchmarks.costs import GPUS_PER_NODE, Costs, Rates
 from benchmarks.fake_gpu import Collective, Kernel, Recording
 from benchmarks.harness import MODELS, OPTIMIZERS, Row, model_config
-from benchmarks.model import flops_per_token
 from benchmarks.rehearsal import rehearsal
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
@@ -29,6 +28,7 @@ from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least, one_of
 from gns_pretrain.model.config import count_parameters
+from gns_pretrain.model.flops import flops_per_token
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, shard_group_size

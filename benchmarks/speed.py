@@ -20,9 +20,10 @@ from benchmarks.harness import (
     repeated,
     this_process,
 )
-from benchmarks.model import Model, flops_per_token
+from benchmarks.model import Model
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, at_least, one_of
+from gns_pretrain.model.flops import flops_per_token
 from gns_pretrain.noise_scale.tap import GradientTap
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.step import accumulate_gradients

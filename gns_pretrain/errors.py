@@ -1,5 +1,6 @@
 """The failures that end a command with one line instead of a traceback, and its exit codes."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,10 +64,12 @@ class DivergedError(TrainingError):
 def print_error(error: OneLineError, *, rank: int = 0, num_ranks: int = 1) -> int:
     """Print the line to stderr, once for an error of all ranks; return the exit code."""
     line = printable(str(error)).replace("\n", "\\n")  # one line, whatever it quotes
+    red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    label = "\x1b[31merror:\x1b[0m" if red else "error:"
     if num_ranks > 1 and not error.on_all_ranks:
-        print(f"error: rank {rank}: {line}", file=sys.stderr)
+        print(f"{label} rank {rank}: {line}", file=sys.stderr)
     elif rank == 0:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{label} {line}", file=sys.stderr)
     return error.exit_code
 
 

@@ -7,7 +7,8 @@ import difflib
 import importlib
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -73,9 +74,26 @@ def run_command(name: str) -> None:
     outlive_output(logs=COMMANDS[name].is_rank)
     with rank_process() if COMMANDS[name].is_rank else nullcontext():
         try:
-            sys.exit(load(name).main() or EXIT_FINISHED)
+            with loading_notice() if COMMANDS[name].is_rank else nullcontext():
+                command = load(name)
+            sys.exit(command.main() or EXIT_FINISHED)
         except OneLineError as error:
             sys.exit(print_error(error))
+
+
+@contextmanager
+def loading_notice() -> Iterator[None]:
+    """Show on a terminal what the first seconds go by with; it vanishes with the block."""
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    completes = {"-sc", "--shell_completion"} & set(sys.argv)  # while somebody types
+    if not first or completes or not sys.stderr.isatty():
+        yield
+        return
+    print("loading torch ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def load(name: str) -> ModuleType:

@@ -33,15 +33,16 @@ def main() -> None:
             "resume=never would train into folders that the table does not show; "
             "use another output_directory=..."
         )
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
+    outputs, seed = Path(at_home(given.get("output_directory", "outputs"))), given.get("seed", "0")
     for label, experiment in RUNS.items():
         words = ["train", f"+experiment=demo/{experiment}"]
         Console(soft_wrap=True).print(f"\n{label}: gns-pretrain {' '.join(words)}")
-        command = python_command("gns_pretrain", *words, *settings)
+        name = f"run_name=demo-{experiment}-seed{seed}"
+        command = python_command("gns_pretrain", *words, name, *settings)
         code = subprocess.run(command, env=python_environment(), check=False).returncode
         if code:
             sys.exit(code)
-    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    outputs, seed = Path(at_home(given.get("output_directory", "outputs"))), given.get("seed", "0")
     picture = outputs / f"demo-seed{seed}.png"
     runs = {label: outputs / f"demo-{experiment}-seed{seed}" for label, experiment in RUNS.items()}
     curves = {label: [read_curves(run)] for label, run in runs.items()}

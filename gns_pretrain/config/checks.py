@@ -6,6 +6,7 @@ Each function raises an InputError at the first rule that is broken.
 import math
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 import torch
 
@@ -111,9 +112,17 @@ def check_data(config: Config, *, data_vocab_size: int, validation_sequences: in
         )
 
 
+class Memory(NamedTuple):
+    """What a run holds and what there is, in bytes."""
+
+    needed: int  # at least, on a GPU or by all ranks of a machine
+    there: int  # of that GPU or machine
+    checkpoint: int  # weights and optimizer state
+
+
 def check_memory(
     config: Config, *, data_vocab_size: int, num_ranks: int, ranks_per_node: int, device: str
-) -> None:
+) -> Memory:
     """Refuse a model or a micro-batch that cannot fit, before anything is built or written.
 
     Counted is what every run holds at least, so that nothing that fits is refused: weights and the
@@ -152,12 +161,13 @@ def check_memory(
             f"on {counted(ranks, 'rank')}, but the {'GPU' if on_gpu else 'machine'} has {there:,}; "
             "use a smaller model or micro-batch, or shard over more ranks"
         )
-    copies, there, others = ranks_per_node * held, machine_memory(), 0 if on_gpu else needed
-    if config.checkpoint.asynchronous and others + copies > there:
+    copies, machine, others = ranks_per_node * held, machine_memory(), 0 if on_gpu else needed
+    if config.checkpoint.asynchronous and others + copies > machine:
         raise InputError(
             f"checkpoint.asynchronous=true copies {copies:,} bytes to the memory of the machine, "
-            f"{there:,}, beside {others:,} of the run; use checkpoint.asynchronous=false"
+            f"{machine:,}, beside {others:,} of the run; use checkpoint.asynchronous=false"
         )
+    return Memory(needed, there, checkpoint=4 * parameters + state)
 
 
 def state_bytes(settings: OptimizerSettings) -> tuple[int, int]:

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from gns_pretrain.config.naming import name_of_overrides
+from gns_pretrain.config.register import SCHEMA, choices_of
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.identity import changes_run_name, flatten
+from gns_pretrain.runs.identity import flatten
 
 
 def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
@@ -17,11 +19,13 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
 
     Args:
         node: the composed configuration, without Hydra's own.
-        overrides: the command's, for the run_name of a table's cell.
+        overrides: the command's, for run_name.
 
     Raises:
         InputError: a setting breaks a rule or is still missing.
     """
+    overrides = list(overrides)
+    refuse_schemas(overrides)
     # Unresolved: what a setting is taken from can then be named.
     values = flatten(cast(dict[str, Any], OmegaConf.to_container(node)))
     missing = {key for key, value in values.items() if value == "???"}
@@ -36,29 +40,18 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     refuse_additions(config)
-    if config.table is not None:
-        more = name_of_overrides(overrides, policy=config.batch_size.policy)
-        config = dataclasses.replace(config, run_name=config.run_name + more)  # checked as it is
-    return config
+    template = values["run_name"]
+    more = name_of_overrides(node, overrides, template=template, settings=values.keys())
+    return dataclasses.replace(config, run_name=config.run_name + more)  # checked as it is
 
 
-def name_of_overrides(overrides: Iterable[str], *, policy: str) -> str:
-    """Return the end of a cell's run_name: the settings overridden, as in `-optimizer.lr=0.001`.
-
-    The experiment, the scale and the seed stand in the name already; what changes only how and
-    where a run computes stays out of it. A run_name that is given stays as it is.
-    """
-    words = [word.lstrip("+") for word in overrides]
-    keys = [word.partition("=")[0] for word in words]
-    if "run_name" in keys:
-        return ""
-    named = ("experiment", "sweep", "scale", "seed")
-    own = sorted(
-        word
-        for key, word in zip(keys, words, strict=True)
-        if key not in named and (key.startswith("scale.") or changes_run_name(key, policy=policy))
-    )
-    return "".join("-" + re.sub(r"[^A-Za-z0-9._=,+-]", "", word) for word in own)
+def refuse_schemas(overrides: Iterable[str]) -> None:
+    """Refuse the schema of a group as its choice: YAML files begin from it, and nothing else."""
+    for word in overrides:
+        group, _, choice = word.lstrip("+").partition("=")
+        if choice.startswith(SCHEMA):
+            known = ", ".join(choices_of(group))
+            raise InputError(f"{word}: there is no such choice; use one of {known}")
 
 
 def missing_of_scale(number: str, scale: str) -> str:

@@ -3,14 +3,11 @@
 import difflib
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from traceback import walk_tb
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
@@ -22,13 +19,30 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gns_pretrain.config.register import CONFIG_FOLDER
+from gns_pretrain.config.naming import is_token_count, shortest_end
+from gns_pretrain.config.register import CONFIG_FOLDER, choices_of
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.optim import OPTIMIZERS
 from gns_pretrain.runs.identity import flatten
 
 WANTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 SEVERAL_VALUES = "Ambiguous value for argument"
+LENGTH = (
+    "a run's length is token_budget, in tokens: steps x batch_size.initial x data.sequence_length"
+)
+# What other trainers call a setting of ours, or what has no counterpart.
+OTHER_NAMES = {
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "max_iters", "epochs"), LENGTH),
+    "wandb": "metrics=wandb shows a run there",
+    "max_tokens": "did you mean token_budget?",
+    "bs": "did you mean batch_size.initial?",
+    "nproc_per_node": "did you mean launch.nproc_per_node?",
+}
+# Of a group that is given a number or a path, what was probably meant.
+OF_GROUP = {
+    "batch_size": "batch_size.initial=N is the number of sequences in a step",
+    "data": "data=shards data.path=FOLDER trains on what gns-pretrain prepare-data wrote",
+}
 
 
 def as_input_error(error: Exception, overrides: Sequence[str] = ()) -> InputError:
@@ -70,23 +84,15 @@ def mistake_in_choice(error: Exception, overrides: Sequence[str]) -> str:
         options = choices_of(str(override.key_or_group))
         if options and not isinstance(override.value(), str):
             group = override.key_or_group
+            hint = OF_GROUP.get(str(group), f"set what is in it by {group}.NAME=...")
             return (
                 f"{override.input_line}: {group} is a group of settings; choose one of "
-                f"{', '.join(options)}, and set what is in it by {group}.NAME=..."
+                f"{', '.join(options)}; {hint}"
             )
     return (
         f"{' '.join(overrides)}: Hydra cannot compose these settings ({one_line(error)}); see "
         "--help for how they are written"
     )
-
-
-def choices_of(group: str) -> list[str]:
-    """List a group's choices; empty where there is no such group."""
-    names = [path.name for path in (CONFIG_FOLDER / group).glob("*.yaml")] if group else []
-    with suppress(OSError):
-        names += ConfigStore.instance().list(group) if group else []
-    found = {name.removesuffix(".yaml") for name in names}
-    return sorted(name for name in found if not name.startswith("schema_"))
 
 
 def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> InputError:
@@ -115,15 +121,18 @@ def mistake_in_list_of_values(error: Exception, overrides: Sequence[str]) -> Inp
 
 def missing_choice(error: MissingConfigException) -> str:
     """Describe a choice that has no file: which ones there are."""
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    options = [name for name in error.options or [] if not name.startswith("schema_")]
-    with suppress(OSError):  # Hydra looks for other cells of experiment=table2/x in `experiment`
-        options = options or [Path(name).stem for name in ConfigStore.instance().list(group)]
+    missing = error.missing_cfg_file or ""
+    group, _, choice = missing.rpartition("/")
+    if missing.startswith("data/"):  # data=/a/path
+        group, choice = "data", missing.removeprefix("data/")
+    # Hydra looks for other cells of experiment=table2/x in `experiment`.
+    options = error.options or choices_of(group)
     if (group, choice) == ("hydra/sweeper", "optuna"):
         return "Optuna's sweeper is not installed; pip install 'gns-pretrain[tune]'"
     if not group or not options:
         return f"{error.missing_cfg_file}: there is no such file under {CONFIG_FOLDER}"
-    return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}"
+    hint = f"; {OF_GROUP[group]}" if group in OF_GROUP else ""
+    return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}{hint}"
 
 
 def bad_override(error: ConfigCompositionException) -> str:
@@ -141,6 +150,8 @@ def bad_override(error: ConfigCompositionException) -> str:
             return f"{assignment}: {reason}; give a value of the setting's own kind"
         wanted = WANTED.get(wrong_type[1], wrong_type[1])
         hint = ", written without a point or exponent" if wrong_type[1] == "Integer" else ""
+        if hint and is_token_count(assignment.partition("=")[0]):
+            hint = " of tokens, such as 1_000_000, 1e6, 1M or 3.2B"
         return f"{assignment}: this setting is {wanted}{hint}; give it one"
     return f"{text}; see the files under {CONFIG_FOLDER}"
 
@@ -158,7 +169,11 @@ def setting_hint(name: str, known: Sequence[str]) -> str:
     having = [n for n, schema in OPTIMIZERS.items() if key in (f.name for f in fields(schema))]
     if group == "optimizer" and having:
         return f"optimizer={' or '.join(having)} has it"
-    close = difflib.get_close_matches(name, known, n=1)
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    of_a_run = [n for n in known if not n.startswith("scale.")]
+    close = [n for n in of_a_run if shortest_end(n, of_a_run) == name]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else "--cfg job lists those of a command"
 
 

@@ -1,5 +1,6 @@
 """What Hydra finds beside the files under conf/: schemas, experiments and sweeps."""
 
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from gns_pretrain.fields import at_home
 from gns_pretrain.optim import OPTIMIZERS
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
+SCHEMA = "schema_"  # begins the names of dataclasses, from which YAML files begin
+_every_name = ConfigStore.list
 # Keys of a table's cell that choose a file, as entries of a defaults list; the others are settings.
 CHOICES = {
     "role": "/role",
@@ -24,15 +27,31 @@ CHOICES = {
 def register_configs() -> None:
     """Register the schemas, from which each group's YAML files begin, and conf/tables.yaml."""
     OmegaConf.register_new_resolver("home", at_home, replace=True)
+    ConfigStore.list = _choices  # type: ignore[method-assign]
     store = ConfigStore.instance()
-    store.store(name="schema_train", node=Config)
+    store.store(name=f"{SCHEMA}train", node=Config)
     for field in fields(Config):
         if (CONFIG_FOLDER / field.name).is_dir() and field.name != "optimizer":
             name = "llama" if field.name == "model" else field.name
-            store.store(group=field.name, name=f"schema_{name}", node=field.type)
+            store.store(group=field.name, name=f"{SCHEMA}{name}", node=field.type)
     for name, schema in OPTIMIZERS.items():
-        store.store(group="optimizer", name=f"schema_{name}", node=schema)
+        store.store(group="optimizer", name=f"{SCHEMA}{name}", node=schema)
     register_experiments()
+
+
+def _choices(self: ConfigStore, path: str) -> list[str]:
+    """What Hydra lists, in completion and help as well: no schemas, which nobody can choose."""
+    return [name for name in _every_name(self, path) if not name.startswith(SCHEMA)]
+
+
+def choices_of(group: str) -> list[str]:
+    """List a group's choices; empty where there is no such group."""
+    if not group:
+        return []
+    found = {path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")}
+    with suppress(OSError):
+        found |= {Path(name).stem for name in ConfigStore.instance().list(group)}
+    return sorted(found)
 
 
 def register_experiments() -> None:

@@ -95,6 +95,10 @@ class Config(Settings):
     output_directory: Annotated[str, path_name()] = "outputs"
     # auto: resume the run | never: start it again in a fresh directory
     resume: Annotated[str, one_of("auto", "never")] = "auto"
+    # check everything, show what would be trained, write nothing
+    dry_run: bool = False
+    # and train so many steps, in a folder that is deleted; a dry run's
+    dry_run_steps: Annotated[int, at_least(0)] = 0
     seed: int = 0  # of the weights and of the data's order
     table: str | None = None  # of the paper, that this run belongs to; null: none
     cell: str | None = None  # its place in that table
@@ -127,6 +131,10 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.initial  # checks itself
+        if self.dry_run_steps and not self.dry_run:
+            raise InputError(
+                f"dry_run_steps={self.dry_run_steps} are those of a dry run; set dry_run=true too"
+            )
         if not re.fullmatch(RUN_NAME, self.run_name):
             raise InputError(
                 f"run_name={self.run_name!r} is a folder's name; use letters, digits and ._=,+- "
@@ -149,6 +157,12 @@ class Config(Settings):
         if unknown := self.init.keys() - {"from", "what"}:
             raise InputError(f"init.{min(unknown)}: there is no such setting; leave it out")
         return InitSettings(self.init.get("from"), self.init.get("what", "weights"))
+
+    def dtype_on(self, device: str) -> str:
+        """Name the dtype of the compute copies of the weights on `cpu` or `cuda`."""
+        if self.precision == "auto":
+            return "bfloat16" if device == "cuda" else "float32"
+        return self.precision
 
     @property
     def initial_total_steps(self) -> int:

@@ -1,7 +1,6 @@
 """From settings to the objects of a run."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
 from gns_pretrain.errors import InputError
+from gns_pretrain.model.flops import flops_per_token, peak_flops
 from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update_half_life
@@ -55,12 +55,18 @@ def build_run(
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
     adaptive = build_adaptive_batch_size(config, num_ranks=world.num_data_ranks)
+    checkpoint_folder = config.checkpoint.folder(directory)
+
+    def on_save(step: int) -> None:
+        note_checkpoint(directory, step)
+        record.message(f"step {step:,}: checkpoint written to {checkpoint_folder}")
+
     checkpoints = Checkpoints(
-        config.checkpoint.folder(directory),
+        checkpoint_folder,
         keep=config.checkpoint.keep,
         world=world,
         beside=beside_training(world, config.parallel) if config.checkpoint.asynchronous else None,
-        on_save=partial(note_checkpoint, directory),
+        on_save=on_save,
     )
     saved, damaged = checkpoints.load_latest(model, optimizer)
     resumed = saved is not None
@@ -139,7 +145,17 @@ def build_run(
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         metrics=config.metrics,
+        peak_tokens_per_second=peak_tokens_per_second(config, world, training.vocab_size),
     )
+
+
+def peak_tokens_per_second(config: Config, world: World, data_vocab_size: int) -> float | None:
+    """Tokens/s of all ranks at the bfloat16 peak of their GPUs; None where that is not known."""
+    if world.device.type != "cuda" or config.dtype_on("cuda") != "bfloat16":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(world.device))
+    shape = config.model.of_data(data_vocab_size)
+    return peak and world.num_ranks * peak / flops_per_token(shape, config.data.sequence_length)
 
 
 def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> None:
@@ -167,10 +183,8 @@ def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.
     on_gpu = world.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and on_gpu):
         model.compile_blocks()
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if on_gpu else "float32"
-    return parallelize(model, world, compute_dtype=getattr(torch, precision))
+    dtype = getattr(torch, config.dtype_on(world.device.type))
+    return parallelize(model, world, compute_dtype=dtype)
 
 
 def build_schedule(config: Config) -> Schedule:

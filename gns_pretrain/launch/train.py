@@ -5,10 +5,11 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from gns_pretrain.errors import (
 )
 from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.crash_report import CrashReporter, remove_empty_stacks, traces
+from gns_pretrain.launch.header import header
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
 from gns_pretrain.parallel.collectives import barrier, errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
@@ -58,10 +60,11 @@ from gns_pretrain.system.processes import StopRequest, end_process, threads_per_
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
 from gns_pretrain.system.terminal import write
+from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders, reachable
 from gns_pretrain.training.initialize import Source, check_source, find_source
-from gns_pretrain.training.loop import train
+from gns_pretrain.training.loop import rehearse, train
 
 
 def launch(config: Config) -> int:
@@ -74,7 +77,35 @@ def launch(config: Config) -> int:
         InputError: before any process has started or any file was written.
     """
     info = rank_info_from(os.environ)
-    directory, fingerprint = check_run(config, info)
+    show = write if info is None or info.rank == 0 else None
+    directory, fingerprint = check_run(config, info, show=show)
+    if not config.dry_run or is_finished(directory):
+        return start(config, directory, fingerprint, info)
+    code = EXIT_FINISHED
+    if config.dry_run_steps:
+        with TemporaryDirectory(prefix="gns-pretrain-dry-run-") as folder:
+            directory = Path(folder) / directory.name
+            code = start(in_folder(config, Path(folder)), directory, fingerprint, info)
+    if show and code == EXIT_FINISHED:
+        show("dry run: everything is checked, nothing was written")
+    return code
+
+
+def in_folder(config: Config, folder: Path) -> Config:
+    """The settings of a dry run's steps, which write into a folder and nowhere else."""
+    return dataclasses.replace(
+        config,
+        output_directory=str(folder),
+        resume="auto",
+        checkpoint=dataclasses.replace(config.checkpoint, directory=None, asynchronous=False),
+        data=dataclasses.replace(config.data, stage_to=None),
+        launch=dataclasses.replace(config.launch, compile_cache=None),
+        metrics=MetricsSettings(log_every=1, progress="never"),
+    )
+
+
+def start(config: Config, directory: Path, fingerprint: str, info: RankInfo | None) -> int:
+    """Train as the rank that this process is, or start the ranks; return the exit code."""
     if info is not None or config.launch.nproc_per_node == 1:
         return run_rank(config, directory, fingerprint, info or RankInfo())
     began = time.time()
@@ -102,7 +133,11 @@ def launch(config: Config) -> int:
 
 
 def check_run(
-    config: Config, info: RankInfo | None, *, trains_here: bool = True
+    config: Config,
+    info: RankInfo | None,
+    *,
+    trains_here: bool = True,
+    show: Callable[..., None] | None = None,
 ) -> tuple[Path, str]:
     """Validate what one process can; return the run directory and the fingerprint of the data.
 
@@ -110,6 +145,7 @@ def check_run(
         config: of the run.
         info: this rank, if a launcher has started it.
         trains_here: whether this machine's memory and disk are those of the run.
+        show: prints lines: the header of a run that is not finished.
 
     Raises:
         InputError: the first rule that is broken; nothing of the run has been written.
@@ -127,9 +163,9 @@ def check_run(
         directory = directory_of_requeued_job(directory) or fresh_directory(directory)
     checkpoints = config.checkpoint.folder(directory)
     with reachable(checkpoints):
-        is_saved = bool(checkpoint_folders(checkpoints))
+        newest = next(iter(checkpoint_folders(checkpoints)), None)
     # A resumed run keeps its batch: where other ranks cannot take it, the next larger one.
-    if not is_saved:
+    if newest is None:
         check_batch_size(config, num_ranks=ranks)
     for local_rank in range(ranks) if info is None else (info.local_rank,):
         device = pick_device(config.launch.device, local_rank)
@@ -140,21 +176,23 @@ def check_run(
         validation_sequences=splits[1].num_sequences(config.data.sequence_length),
     )
     if trains_here:
-        check_memory(
+        memory = check_memory(
             config,
             data_vocab_size=splits[0].vocab_size,
             num_ranks=ranks,
             ranks_per_node=ranks_per_node,
             device=device.type,
         )
-        if config.data.stage_to is not None:
+        if config.data.stage_to is not None and not config.dry_run:
             make_folder(local_folder(config.data.stage_to), "data.stage_to")
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
     # Read by one of the ranks, or by what starts them: whoever started the others ends them.
-    looks = not is_saved and (info is None or info.rank == 0)
+    looks = newest is None and (info is None or info.rank == 0)
+    begins = f"resumes from {newest.name}" if newest else "random weights"
     if looks and (source := find_source(config.initial)):
+        begins = f"begins with {config.initial.what} of {source.folder}"
         check_source(
             config.initial,
             source,
@@ -162,6 +200,19 @@ def check_run(
             sequence_length=config.data.sequence_length,
             token_budget=config.token_budget,
         )
+    if show and trains_here and not is_finished(directory):
+        lines = header(
+            config,
+            num_ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            device=device,
+            training_tokens=splits[0].num_tokens,
+            data_vocab_size=splits[0].vocab_size,
+            memory=memory,
+            directory=directory,
+            begins=begins,
+        )
+        show(*lines)
     return directory, fingerprint
 
 
@@ -255,6 +306,10 @@ def train_in(
         resources.enter_context(run.record)
         resources.callback(run.batches.close)
         resources.callback(run.checkpoints.close)
+        run.record.start()
+        if config.dry_run:
+            rehearse(run, config.dry_run_steps)
+            return EXIT_FINISHED
         with naming_the_way_back(run.checkpoints):
             finished = train(run, lambda: stop.requested)
         with errors_of_main(world), must_write(directory / STARTS):

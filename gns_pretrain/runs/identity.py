@@ -49,6 +49,8 @@ EXECUTION = (
     "checkpoint",
     "compile",
     "resume",
+    "dry_run",
+    "dry_run_steps",
     "output_directory",
     "model.activation_checkpointing",
     "data.path",  # the data itself is compared by its fingerprint
@@ -123,13 +125,20 @@ def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 
 def changes_run_name(name: str, *, policy: str) -> bool:
-    """Whether a default run_name holds an override of this setting or group.
+    """Whether a run_name holds an override of this setting or group.
+
+    It holds what must be equal to resume, the data by its folder's name, and with a batch that
+    changes the micro-batch, by which two adaptive runs differ.
 
     Args:
         name: as typed: `optimizer.lr`, or `optimizer` for a group.
         policy: the run's batch-size policy.
     """
-    return not _is_one_of(name, EXECUTION) and (name not in SAMPLES or policy != "constant")
+    if name == "data.path":
+        return True
+    if name in SAMPLES:
+        return policy != "constant"
+    return not _is_one_of(name, (*EXECUTION, *FREE_ON_RESUME))
 
 
 def identifying_settings(settings: Mapping[str, Any], data_fingerprint: str) -> dict[str, Any]:

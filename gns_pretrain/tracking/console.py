@@ -1,9 +1,15 @@
 """The console: a progress bar on a terminal, one line per interval elsewhere. Nobody parses it."""
 
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console as AnyConsole  # noqa: TID251  as a type alone
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 from gns_pretrain.errors import counted, printable
@@ -13,10 +19,24 @@ from gns_pretrain.tracking.settings import MetricsSettings
 
 _REFRESHES_PER_SECOND = 4  # enough for the eye; the bar shares the cores with training
 _SPEED_SECONDS = 3600.0  # that the time left goes by: evaluations are included
+_FIRST_SECONDS = 5.0  # of a process, whose steps' own speed tells more
+_NARROWEST_BAR, _USUAL_BAR = 4, 10  # columns, the second where the others are 80 or more
+_SEPARATOR = "  "
+
+
+class Part(NamedTuple):
+    """A number that is shown while training; of a narrow bar the most important are left."""
+
+    text: str
+    importance: int
+    style: str = ""
 
 
 class ConsoleView:
     """Progress bar or lines for training; lines for validation and for the batch size.
+
+    A bar names step, loss, speed and time left at 60 columns, and more the wider it is; of several
+    noise scales, 3 letters of the geometry and its estimates in their order: man 5.8|71.2.
 
     Args:
         settings: `progress` chooses between bar and lines, `log_every` spaces the lines.
@@ -43,23 +63,37 @@ class ConsoleView:
         self._log_every = settings.log_every
         self._token_budget = token_budget
         self._run_directory = run_directory
-        self._bar: Progress | None = None
+        self._progress = Progress(
+            _PartsColumn(self._console),
+            BarColumn(bar_width=None),
+            console=self._console,
+            refresh_per_second=_REFRESHES_PER_SECOND,
+            speed_estimate_period=_SPEED_SECONDS,
+            expand=True,
+            disable=not self._shows_bar,
+        )
+        first = [Part("the first step ...", 0)]
+        self._task = self._progress.add_task("", total=token_budget, parts=first)
+        self._began: float | None = None  # time of this process's first training record
+        self._is_styled = on_terminal
         self._has_logged = False
-        self._noise_scales: dict[str, str] = {}  # by geometry and estimate
+        self._noise_scales: dict[tuple[str, str], str] = {}  # by geometry and estimate
+
+    def start(self) -> None:
+        """Show the bar, if there is one, before the first step."""
+        self._progress.start()
 
     def write(self, record: dict[str, Any]) -> None:
         """Show a record; a noise scale is shown with the next training line, a shadow is not."""
         if record["kind"] == "train":
             self._show_training(record)
         elif record["kind"] == "noise":
-            name = f"{record['geometry']} {record['estimate']}"
+            name = (record["geometry"], record["estimate"])
             scale = record["noise_scale_ema"]
             self._noise_scales[name] = "undefined" if scale is None else f"{scale:.1f}"
         elif record["kind"] == "validation":
-            self.message(
-                f"step {record['step']:,} | tokens {self._tokens_text(record['tokens'])} | "
-                f"validation loss {record['loss']:.4f}"
-            )
+            loss = Part(f"validation loss {record['loss']:.4f}", 0, "bold green")
+            self._show_line([*self._position(record, "tokens "), loss])
         elif record["kind"] == "batch_size":
             target = "" if record["target"] is None else f": target {record['target']:.1f}"
             why = f", {record['why']}" if record.get("why") else ""
@@ -80,49 +114,99 @@ class ConsoleView:
 
     def close(self, error: str = "") -> None:
         """End the bar, so that the terminal is usable again; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._progress.stop()
 
     def _show_training(self, record: dict[str, Any]) -> None:
+        left = self._advance(record)
+        shows_line = not self._has_logged or record["step"] % self._log_every == 0
+        if not self._shows_bar and not shows_line:
+            return
+        self._has_logged = True
+        # null of a skipped step whose loss was not finite
+        loss = "nan" if record["loss"] is None else f"{record['loss']:.3f}"
         parts = [
-            f"tokens {self._tokens_text(record['tokens'])}",
-            # null of a skipped step whose loss was not finite
-            "loss nan" if record["loss"] is None else f"loss {record['loss']:.3f}",
-            f"lr {record['lr']:.1e}",
-            f"batch {record['batch_size']:,}",
+            *self._position(record, "" if self._shows_bar else "tokens "),
+            Part(f"loss {loss}", 1, "green"),
+            Part(f"lr {record['lr']:.1e}", 7),
+            Part(f"batch {record['batch_size']:,}", 4),
         ]
-        if len(self._noise_scales) == 1:
-            parts += [f"noise scale {scale}" for scale in self._noise_scales.values()]
-        elif self._noise_scales:
-            named = (f"{name} {scale}" for name, scale in self._noise_scales.items())
-            parts.append(f"noise scale {', '.join(named)}")
-        parts.append(f"{short_number(record['tokens_per_second'])} tok/s")
+        if self._noise_scales:
+            parts.append(Part(self._noise_text(), 5))
+        parts.append(Part(f"{short_number(record['tokens_per_second'])} tok/s", 2, "blue"))
+        if "mfu" in record:
+            parts.append(Part(f"mfu {record['mfu']:.1%}", 8, "magenta"))
+        if "peak_memory_gib" in record:
+            parts.append(Part(f"{record['peak_memory_gib']:.1f} GiB", 9, "yellow"))
+        if left:
+            whole = str(timedelta(seconds=math.ceil(left)))
+            parts.append(Part(whole if self._shows_bar else f"{duration(left)} left", 3))
         if self._shows_bar:
-            self._advance_bar(record["tokens"], "  ".join(parts).removeprefix("tokens "))
-        elif not self._has_logged or record["step"] % self._log_every == 0:
-            self.message(" | ".join([f"step {record['step']:,}", *parts]))
-            self._has_logged = True
+            self._progress.start()
+            self._progress.update(self._task, parts=parts)
+        else:
+            self._show_line(parts)
 
-    def _advance_bar(self, tokens: int, status: str) -> None:
-        if self._bar is None:
-            self._bar = Progress(
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}", markup=False),
-                TimeRemainingColumn(),
-                console=self._console,
-                refresh_per_second=_REFRESHES_PER_SECOND,
-                speed_estimate_period=_SPEED_SECONDS,
-                expand=True,
-            )
+    def _advance(self, record: dict[str, Any]) -> float | None:
+        """Follow a training record; return the seconds left, None where nothing says."""
+        tokens, now = record["tokens"], self._console.get_time()
+        if self._began is None:
             # Tokens before this point may be those of a run that was resumed: they took no time.
-            self._bar.add_task("", total=self._token_budget, completed=tokens, status="")
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=tokens, status=status)
+            self._began = now
+            self._progress.reset(self._task, completed=tokens)
+        self._progress.update(self._task, completed=tokens)
+        left = self._progress.tasks[0].time_remaining
+        if left is None or now - self._began < _FIRST_SECONDS:
+            speed = record["tokens_per_second"]
+            left = max(self._token_budget - tokens, 0) / speed if speed else None
+        return left
 
-    def _tokens_text(self, tokens: int) -> str:
-        percent = 100 * tokens / self._token_budget
-        return f"{short_number(tokens)}/{short_number(self._token_budget)} ({percent:.1f}%)"
+    def _position(self, record: dict[str, Any], label: str) -> list[Part]:
+        tokens = f"{short_number(record['tokens'])}/{short_number(self._token_budget)}"
+        share = f"({100 * record['tokens'] / self._token_budget:.1f}%)"
+        return [Part(f"step {record['step']:,}", 0, "cyan"), Part(f"{label}{tokens} {share}", 6)]
+
+    def _noise_text(self) -> str:
+        scales = list(self._noise_scales.items())
+        if len(scales) == 1:
+            return f"noise scale {scales[0][1]}"
+        if not self._shows_bar:
+            return f"noise scale {', '.join(f'{g} {e} {scale}' for (g, e), scale in scales)}"
+        of_geometry = groupby(scales, key=lambda each: each[0][0])
+        texts = (f"{g[:3]} {'|'.join(scale for _, scale in found)}" for g, found in of_geometry)
+        return f"noise {' '.join(texts)}"
+
+    def _show_line(self, parts: Iterable[Part]) -> None:
+        line = joined(parts, " | ")
+        self._console.print(line if self._is_styled else Text(line.plain), soft_wrap=True)
+
+
+class _PartsColumn(ProgressColumn):
+    """The most important parts that the terminal's width, whatever it is by now, has room for."""
+
+    def __init__(self, console: AnyConsole) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        width = self._console.width
+        bar = _USUAL_BAR if width >= 80 else _NARROWEST_BAR
+        return joined(fitting(task.fields["parts"], width - bar - 1), _SEPARATOR)
+
+
+def fitting(parts: Iterable[Part], width: int) -> list[Part]:
+    """Leave out the least important parts, until the others fit into `width` columns."""
+    kept: list[Part] = []
+    parts = list(parts)
+    for part in sorted(parts, key=lambda part: part.importance):
+        more = [*kept, part]
+        if sum(len(p.text) + len(_SEPARATOR) for p in more) - len(_SEPARATOR) <= width:
+            kept = more
+    return [part for part in parts if part in kept]
+
+
+def joined(parts: Iterable[Part], separator: str) -> Text:
+    """Return the parts as one line."""
+    return Text(separator).join(Text(part.text, style=part.style) for part in parts)
 
 
 def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:

@@ -48,7 +48,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLine(Line):
-    """One optimizer step; `skipped` among the further fields says why it changed no weight."""
+    """One optimizer step.
+
+    Among the further fields, `skipped` says why it changed no weight. On a GPU there are
+    `peak_memory_gib`, what rank 0 has reserved at most so far, and, where the GPU's peak is known,
+    `mfu`, the model's FLOPs over those of all GPUs at their bfloat16 peak.
+    """
 
     kind = "train"
     samples: int  # sequences consumed so far

@@ -102,6 +102,11 @@ class Record:
                 )
             )
 
+    def start(self) -> None:
+        """Show that the run begins; whoever calls this calls `close`, too."""
+        if self._console is not None:
+            self._console.start()
+
     def write(self, line: Line, **shown: Any) -> None:
         """Write one line, then show it.
 

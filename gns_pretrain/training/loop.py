@@ -22,7 +22,12 @@ from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings, evaluate
 from gns_pretrain.training.schedule import Schedule
 from gns_pretrain.training.step import train_step
-from gns_pretrain.training.step_log import StepLog, raise_unless_finite, record_noise
+from gns_pretrain.training.step_log import (
+    StepLog,
+    peak_memory,
+    raise_unless_finite,
+    record_noise,
+)
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Run:
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     metrics: MetricsSettings
+    peak_tokens_per_second: float | None = None  # at the peak FLOP/s of all GPUs, if known
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes beside weights and optimizer state, fit for JSON."""
@@ -74,7 +80,7 @@ def train(
         Whether the run is finished; False after a stop, when it is saved and can be resumed.
     """
     adaptive = run.adaptive
-    log = StepLog(run.record, run.world)
+    log = StepLog(run.record, run.world, peak_tokens_per_second=run.peak_tokens_per_second)
     take_step = step or one_step
     stopping = save_due = False
     while adaptive.tokens < run.token_budget and not stopping:
@@ -104,6 +110,19 @@ def train(
             log.restart_clock()
     run.checkpoints.wait()
     return adaptive.tokens >= run.token_budget
+
+
+def rehearse(run: Run, num_steps: int) -> None:
+    """Take the first steps and an evaluation, record them, and save nothing."""
+    log = StepLog(run.record, run.world, peak_tokens_per_second=run.peak_tokens_per_second)
+    for _ in range(num_steps):
+        choose_batch_size(run, log)
+        readings = one_step(run, log)
+        log.flush()
+        record_noise(run.record, run.adaptive.steps, readings, run.adaptive.averages)
+    validate(run)
+    peak = peak_memory(run.world.device) / 2**30
+    run.record.message(f"peak memory of rank 0: {peak:.2f} GiB")
 
 
 def choose_batch_size(run: Run, log: StepLog) -> None:

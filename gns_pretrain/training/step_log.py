@@ -1,6 +1,8 @@
 """What steps leave for the record: their numbers wait on the device, read once an interval."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,11 +64,21 @@ def record_noise(
 
 
 class StepLog:
-    """Collects steps and writes them to the record with one synchronisation an interval."""
+    """Collects steps and writes them to the record with one synchronisation an interval.
 
-    def __init__(self, record: Record, world: World) -> None:
+    Args:
+        record: takes the lines.
+        world: of training.
+        peak_tokens_per_second: of all ranks, at which their GPUs do nothing but matmuls; None
+            leaves out how near a step comes to it.
+    """
+
+    def __init__(
+        self, record: Record, world: World, *, peak_tokens_per_second: float | None = None
+    ) -> None:
         self._record = record
         self._world = world
+        self._peak_tokens_per_second = peak_tokens_per_second
         self._pending: list[tuple[dict[str, Any], StepResult]] = []  # each step's counters, result
         self._tokens_at_last_flush: int | None = None
         self.restart_clock()
@@ -102,6 +114,11 @@ class StepLog:
         values = torch.stack([total_losses / self._world.num_ranks, norms]).tolist()
         seconds = time.perf_counter() - self._since
         tokens = steps[-1]["tokens"] - self._tokens_at_last_flush
+        on_gpu: dict[str, float] = {}
+        if self._world.device.type == "cuda":
+            on_gpu["peak_memory_gib"] = round(peak_memory(self._world.device) / 2**30, 2)
+        if self._peak_tokens_per_second:
+            on_gpu["mfu"] = tokens / seconds / self._peak_tokens_per_second
         for counters, result, loss, norm in zip(steps, results, *values, strict=True):
             if result.skipped is None:
                 raise_unless_finite(counters["step"], "loss", loss)
@@ -112,12 +129,20 @@ class StepLog:
                 grad_norm=norm,
                 step_seconds=seconds / len(steps),
                 tokens_per_second=tokens / seconds,
-                more={} if result.skipped is None else {"skipped": result.skipped},
+                more=on_gpu | ({} if result.skipped is None else {"skipped": result.skipped}),
             )
             self._record.write(line)
         self._tokens_at_last_flush = steps[-1]["tokens"]
         self._pending.clear()
         self.restart_clock()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this rank has taken so far, of a GPU or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def raise_unless_finite(step: int, name: str, value: float) -> None:

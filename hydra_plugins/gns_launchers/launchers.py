@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.schema import Config
-from gns_pretrain.errors import EXIT_STOPPED, InputError, TrainingError
+from gns_pretrain.errors import EXIT_STOPPED, InputError, TrainingError, counted
 from gns_pretrain.launch.ranks import rank_info_from
 from gns_pretrain.launch.slurm_sweep import SlurmSettings, submit_runs
 from gns_pretrain.launch.sweep import (
@@ -27,7 +27,7 @@ from gns_pretrain.launch.sweep import (
 )
 from gns_pretrain.launch.train import check_run
 from gns_pretrain.parallel.mesh import RankInfo
-from gns_pretrain.system.terminal import Console
+from gns_pretrain.system.terminal import Console, write
 
 
 class SweepLauncher(Launcher):
@@ -56,12 +56,22 @@ class SweepLauncher(Launcher):
             raise InputError(
                 "a sweep starts its runs itself: start it as one process, without torchrun or srun"
             )
-        planned = plan_runs(
-            job_overrides,
-            self.compose,
-            partial(check_run, info=self.first_rank, trains_here=self.trains_here),
-            search_path=search_path_of(self.config),
+        dry_run = self.config.dry_run
+        if self.config.dry_run_steps:
+            raise InputError("dry_run_steps are a single run's; a sweep's dry run trains none")
+        check = partial(
+            check_run,
+            info=self.first_rank,
+            trains_here=self.trains_here,
+            show=partial(write, "") if dry_run else None,
         )
+        planned = plan_runs(
+            job_overrides, self.compose, check, search_path=search_path_of(self.config)
+        )
+        if dry_run:
+            write("", f"dry run: {counted(len(planned), 'run')} checked, nothing was written")
+            done = partial(JobReturn, status=JobStatus.COMPLETED, _return_value=0.0)
+            return [done(words) for words in job_overrides]
         runs = {run.directory: run for run in planned}
         console = Console()
         results = dict(zip(runs, self.run(list(runs.values()), console), strict=True))

@@ -11,7 +11,7 @@ from tests.end_to_end import commands
         (["optimizer.lrr=1"], ["optimizer.lrr: there is no such setting", "optimizer.lr?"]),
         (["+optimizer.lrr=1"], ["optimizer.lrr: there is no such setting"]),
         (["token_budget=many"], ["token_budget=many", "a whole number"]),
-        (["token_budget=1e6"], ["token_budget=1e6", "without a point or exponent"]),
+        (["token_budget=1.5"], ["token_budget=1.5", "1_000_000, 1e6, 1M or 3.2B"]),
         (["model=huge"], ["model=huge: there is no such choice", "llama3_160m"]),
         (["optimizer.lr"], ["optimizer.lr", "not of the form setting=value"]),
         (["optimizer.lr=1e-3,2e-3"], ["optimizer.lr=1e-3,2e-3", "add --multirun"]),

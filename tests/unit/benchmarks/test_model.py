@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
-from benchmarks.model import Model, flops_per_token
+from benchmarks.model import Model
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig, count_parameters
+from gns_pretrain.model.flops import flops_per_token
 
 
 def config(**changes):

@@ -1,5 +1,6 @@
 """Every YAML file composes, passes the checks, and builds what it names."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,7 @@ def test_search_covers_the_papers_space(name):
     point = composed(f"+experiment={params['+experiment']}", "scale=demo", "optimizer.lr=0.1")
     assert (point.optimizer.name, point.batch_size.policy) == (name, "constant")
     assert point.batch_size.initial == (64 if name == "signsgd" else 16)
-    assert point.run_name == f"tune-{name}-demo-seed0-optimizer.lr=0.1"
+    assert point.run_name == f"tune-{name}-demo-seed0-lr0.1"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_choice_named_in_a_hint_exists(choice):
 def test_run_like_a_cell_is_in_no_table():
     config = composed("+tuned=muon", "+role=nuclear", "+start=small", "scale=demo")
     cell = composed("+experiment=table2/muon_adaptive", "scale=demo")
-    assert config.run_name == "demo-muon-seed0"
+    assert config.run_name == "demo-muon-seed0-role_nuclear-scale_demo-start_small-tuned_muon"
     assert (config.optimizer, config.batch_size) == (cell.optimizer, cell.batch_size)
 
 
@@ -264,7 +265,7 @@ def test_larger_models_table_is_refused_at_the_smaller_ones_scale():
         composed("+experiment=table3/signsgd_baseline", "scale=paper")
 
 
-@pytest.mark.parametrize(("cell", "named"), [("adaptive", "-micro_batch_size=1"), ("small", "")])
+@pytest.mark.parametrize(("cell", "named"), [("adaptive", "-micro_batch_size1"), ("small", "")])
 def test_run_name_holds_the_micro_batch_where_it_decides_the_samples(cell, named):
     words = [f"+experiment=table2/signum_{cell}", "scale=demo", "micro_batch_size=1"]
     assert composed(*words).run_name == f"table2-signum_{cell}-demo-seed0{named}"
@@ -282,15 +283,77 @@ def test_run_name_holds_whatever_else_is_given_and_not_what_changes_no_result():
         "scale.signum.lr=1e-2",
     ]
     assert composed(*words).run_name == (
-        "table2-signum_adaptive-demo-seed3-batch_size.theta=0.5"
-        "-noise_scale.estimates=cross_fitted-scale.signum.lr=1e-2"
+        "table2-signum_adaptive-demo-seed3-theta0.5-estimates_cross_fitted-signum.lr0.01"
     )
 
 
-def test_run_name_that_overrides_make_too_long_is_refused_with_the_way_to_shorten_it():
-    words = [f"scale.{name}.lr=0.{'1' * 60}" for name in ("signum", "adamw", "muon")]
-    with pytest.raises(InputError, match=r"has 2\d\d letters, .* at most 200; .*run_name=\.\.\."):
-        composed("+experiment=table2/signum_adaptive", "scale=demo", *words)
+def test_run_name_that_overrides_make_long_ends_in_a_hash_of_them_all():
+    def name(first: float) -> str:
+        words = [f"scale.{name}.lr=0.12345678{first}" for name in TUNED]
+        words += [f"scale.{name}.adamw_lr=0.12345678" for name in ("specsgd", "muon")]
+        return composed("+experiment=table2/signum_adaptive", "scale=demo", *words).run_name
+
+    assert len(name(1)) < 150
+    assert re.fullmatch(
+        r"table2-signum_adaptive-demo-seed0-adamw.lr0.123456781-.*-[0-9a-f]{8}", name(1)
+    )
+    assert name(1)[-8:] != name(2)[-8:]
+    assert name(1) == name(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (["optimizer.lr=1e-3"], "-lr1e-3"),
+        (["optimizer.lr=0.001"], "-lr1e-3"),
+        (["optimizer.lr=1", "optimizer.lr=2e-4"], "-lr2e-4"),
+        (
+            ["token_budget=3200000000", "optimizer.weight_decay=0"],
+            "-weight_decay0-token_budget3.2B",
+        ),
+        (
+            ["token_budget=102400", "+experiment=demo/constant"],
+            "demo-constant-seed0-token_budget102.4k",
+        ),
+        (
+            ["noise_scale=nuclear", "noise_scale.every_steps=20"],
+            "-noise_scale_nuclear-every_steps20",
+        ),
+        (
+            ["batch_size=staged", "batch_size.stage_sizes=[32,64]"],
+            "-batch_size_staged-stage_sizes_32_64",
+        ),
+        (["data=shards", "data.path=/a/b/c4"], "-data_shards-path_c4"),
+        (["init.from=outputs/a", "init.what=all"], "-from_outputs_a-what_all"),
+        (
+            ["gradient_clip=null", "model.tie_embeddings=true"],
+            "-gradient_clip_null-tie_embeddings_true",
+        ),
+        (["optimizer=muon", "optimizer.adamw.lr=1e-3"], "tiny-muon-seed0-adamw.lr1e-3"),
+        (
+            ["batch_size.shadows=[{theta: 0.5}]", "noise_scale=manhattan"],
+            "-shadows_theta_0.5-noise_scale_manhattan",
+        ),
+        (["model=small", "optimizer=muon", "seed=3"], "small-muon-seed3"),
+        (["run_name=mine", "seed=3"], "mine"),
+        # What changes nothing that is trained, so that the run resumes.
+        (["launch.nproc_per_node=2", "parallel=fsdp", "metrics=wandb", "micro_batch_size=4"], ""),
+        (["evaluation.every_tokens=1000", "checkpoint.every_steps=7", "metrics.log_every=1"], ""),
+        (["output_directory=elsewhere", "resume=never", "bad_steps.skip=true", "dry_run=true"], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_default_run_name_holds_what_was_overridden(words, more):
+    name = composed(*words).run_name
+    assert name == (f"tiny-adamw-seed0{more}" if more[:1] in ("", "-") else more)
+
+
+def test_schema_is_no_choice():
+    listed = ConfigStore.instance().list("optimizer")
+    assert "adamw.yaml" not in listed
+    assert [name for name in listed if "schema" in name] == []
+    with pytest.raises(InputError, match=r"optimizer=schema_signum: .* no such choice; .* muon"):
+        composed("optimizer=schema_signum")
 
 
 def test_default_run_composes_and_names_itself():

@@ -78,7 +78,21 @@ def checked(words: list[str]) -> Config:
         ("=5", "=5: Hydra cannot compose these settings"),
         ("hydra=5", "hydra is a group of settings"),
         ("seed=${oc.env:NOT_SET_ANYWHERE}", "'NOT_SET_ANYWHERE' not found"),
-        ("token_budget=1e24", "is a whole number, written without a point or exponent"),
+        ("token_budget=1e24", "at most 9223372036854775807"),
+        ("token_budget=1.5", "is a whole number of tokens, such as 1_000_000, 1e6, 1M or 3.2B"),
+        ("token_budget=1e999999", "is a whole number of tokens"),
+        ("seed=1e3", "is a whole number, written without a point or exponent"),
+        ("batch_size=64", "batch_size.initial=N is the number of sequences in a step"),
+        ("model=1", r"model=1: .* choose one of demo, .*; set what is in it by model.NAME=..."),
+        ("data=/a/b", "data=/a/b: there is no such choice; .* data=shards data.path=FOLDER"),
+        ("data=c4", "data=c4: .* data=shards data.path=FOLDER .* gns-pretrain prepare-data wrote"),
+        ("lr=1e-3", "lr: there is no such setting; did you mean optimizer.lr?"),
+        ("theta=1", "did you mean batch_size.theta?"),
+        ("steps=100", "a run's length is token_budget, in tokens: steps x batch_size.initial x"),
+        ("max_steps=100", "a run's length is token_budget"),
+        ("wandb=true", "metrics=wandb shows a run there"),
+        ("optimizer=schema_adamw", "optimizer=schema_adamw: there is no such choice; .* signum"),
+        ("dry_run_steps=2", "dry_run_steps=2 are those of a dry run; set dry_run=true too"),
         ("token_budget=1000000000000000000000000", "at most 9223372036854775807"),
         ("metrics.log_every=9223372036854775808", "at most 9223372036854775807"),
         ("seed=-9223372036854775809", "at most 9223372036854775807"),
@@ -139,10 +153,20 @@ def test_text_stays_as_it_was_typed(name, base):
         ("~data", "~data"),
         ("init.from=~/run", 'init.from="~/run"'),
         ("init.from=null", "init.from=null"),
+        ("init.from=runs/a=1", 'init.from="runs/a=1"'),
         ("--config-dir=~/c", "--config-dir=/home/me/c"),
+        *((f"token_budget={text}", "token_budget=1000000") for text in ("1e6", "1M", "1_000_000")),
+        ("token_budget=3.2B,1e3", "token_budget=3200000000,1000"),
+        ("batch_size.stage_tokens=[300k,0.5m]", "batch_size.stage_tokens=[300000,500000]"),
+        *((f"token_budget={text}",) * 2 for text in ("1.5", "0.1k5", "M", "1e999", "1e-3", "-1M")),
+        ("seed=1M", "seed=1M"),
+        # As W&B's agents write a setting.
+        ("--optimizer.lr=1e-3", "optimizer.lr=1e-3"),
+        ("--token_budget=1M", "token_budget=1000000"),
+        ("--cfg=job", "--cfg=job"),
     ],
 )
-def test_only_text_is_quoted(typed, word, monkeypatch):
+def test_text_is_quoted_and_tokens_are_counted(typed, word, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert as_typed(typed) == word
 

@@ -144,6 +144,11 @@ def test_growth_of_the_micro_batch_may_change_on_resume_and_the_policy_not():
         ("micro_batch_size", "adaptive", True),
         ("launch.nproc_per_node", "adaptive", False),
         ("parallel", "adaptive", False),
+        ("evaluation.every_tokens", "constant", False),
+        ("evaluation.num_sequences", "constant", True),
+        ("bad_steps.skip", "constant", False),
+        ("data.path", "constant", True),
+        ("data.stage_to", "constant", False),
     ],
 )
 def test_run_name_holds_overrides_that_make_another_run(name, policy, expected):

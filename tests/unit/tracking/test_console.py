@@ -26,7 +26,7 @@ NOISE = {
 }
 LINE = (
     "step 3,700 | tokens 485M/3.20B (15.2%) | loss 4.873 | lr 3.7e-03 | batch 96 | "
-    "noise scale 42.9 | 586k tok/s"
+    "noise scale 42.9 | 586k tok/s | 1 h 17 min left"
 )
 
 
@@ -35,12 +35,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def open_view(file, *, width=200, **settings):
+def open_view(file, *, width=200, color_system="auto", **settings):
     return ConsoleView(
         MetricsSettings(**settings),
         token_budget=3_200_000_000,
         run_directory=Path("outputs/demo"),
-        console=Console(file=file, width=width),
+        console=Console(file=file, width=width, color_system=color_system),
     )
 
 
@@ -126,7 +126,7 @@ def test_a_terminal_of_80_columns_shows_the_whole_bar(monkeypatch, progress):
     view.message("a line of [its] own")
     view.close()
     screen = file.getvalue()
-    text = "1.60B/3.20B (50.0%)  loss 4.873  lr 3.7e-03  batch 96  586k tok/s -:--:--"
+    text = "step 3,700  loss 4.873  lr 3.7e-03  batch 96  586k tok/s  0:45:29 "
     assert text in screen
     assert "━" in screen
     assert "a line of [its] own\n" in screen
@@ -134,9 +134,73 @@ def test_a_terminal_of_80_columns_shows_the_whole_bar(monkeypatch, progress):
     assert screen.endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_progress_never_prints_lines_on_a_terminal():
+ON_GPU = TRAIN | {"tokens": 1_600_000_000, "mfu": 0.4125, "peak_memory_gib": 61.25}
+SIX_SCALES = [
+    NOISE | {"geometry": geometry, "estimate": estimate}
+    for geometry in ("euclidean", "manhattan", "nuclear")
+    for estimate in ("plug_in", "cross_fitted")
+]
+MUST = ("step 3,700", "loss 4.873", "586k tok/s")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "left_out"),
+    [
+        (40, MUST, ("0:45",)),
+        (60, (*MUST, "0:45:29", "batch 96"), ("lr", "noise")),
+        (80, (*MUST, "0:45:29", "batch 96"), ("noise", "GiB")),
+        (
+            120,
+            (*MUST, "0:45:29", "batch 96", "noise euc 42.9|42.9 man 42.9|42.9 nuc"),
+            ("mfu",),
+        ),
+        (
+            200,
+            (*MUST, "1.60B/3.20B (50.0%)", "lr 3.7e-03", "mfu 41.2%", "61.2 GiB", "noise euc"),
+            (),
+        ),
+    ],
+)
+def test_a_bar_keeps_what_matters_at_any_width(width, shown, left_out, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = Terminal()
+    view = open_view(file, width=width, progress="always")
+    for record in (*SIX_SCALES, ON_GPU):
+        view.write(record)
+    view.close()
+    bar = next(line for line in file.getvalue().splitlines() if "step 3,700" in line)
+    assert all(text in bar for text in shown), bar
+    assert not any(text in bar for text in left_out), bar
+    assert "…" not in bar
+
+
+def test_a_bar_is_there_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = Terminal()
+    view = open_view(file, width=60, progress="always")
+    view.start()
+    view.close()
+    assert "the first step ..." in file.getvalue()
+
+
+@pytest.mark.parametrize(("no_color", "styled"), [("", True), ("1", False)])
+def test_lines_on_a_terminal_are_coloured_unless_the_environment_asks_for_none(
+    no_color, styled, monkeypatch
+):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", no_color)
     file = Terminal()
     view = open_view(file, progress="never")
+    view.write(TRAIN)
+    view.close()
+    assert ("\x1b[32mloss 4.873" in file.getvalue()) is styled
+    assert "loss 4.873" in file.getvalue()
+
+
+def test_progress_never_prints_lines_on_a_terminal():
+    file = Terminal()
+    view = open_view(file, progress="never", color_system=None)
     view.write(TRAIN)
     view.close()
     assert file.getvalue() == LINE.replace("noise scale 42.9 | ", "") + "\n"
@@ -159,6 +223,13 @@ def test_time_left_goes_by_the_tokens_of_this_process():
         view.write(TRAIN | {"tokens": tokens})
     view.close()
     assert "0:10:00" in file.getvalue()
+
+
+def test_time_left_at_the_first_step_goes_by_that_steps_speed():
+    (line,) = printed(TRAIN | {"tokens": 2_000_000_000, "tokens_per_second": 1e6})
+    assert line.endswith(" | 1.00M tok/s | 20 min 00 s left")
+    (line,) = printed(TRAIN | {"tokens": 3_300_000_000})
+    assert line.endswith(" | 586k tok/s")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""What a run is about to do, for its log: shown before anything is built or written."""
+
+from pathlib import Path
+
+import torch
+from rich.filesize import decimal
+
+from gns_pretrain.config.checks import Memory
+from gns_pretrain.config.schema import Config
+from gns_pretrain.errors import counted
+from gns_pretrain.model.config import count_parameters
+from gns_pretrain.system.processes import threads_per_process
+from gns_pretrain.tracking.console import short_number
+
+FAR_LARGER = 2  # times the data's vocabulary, which padding it does not reach
+
+
+def header(
+    config: Config,
+    *,
+    num_ranks: int,
+    ranks_per_node: int,
+    device: torch.device,
+    training_tokens: int,
+    data_vocab_size: int,
+    memory: Memory,
+    directory: Path,
+    begins: str,
+) -> list[str]:
+    """Format a run's plan, a line for each subject.
+
+    Args:
+        training_tokens: of the training split.
+        memory: as `check_memory` counts it.
+        begins: with what.
+    """
+    model = config.model.of_data(data_vocab_size)
+    parameters = count_parameters(model)
+    on_gpu = device.type == "cuda"
+    threads = config.launch.threads or threads_per_process(ranks_per_node)
+    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {counted(threads, 'thread')}"
+    nodes = -(-num_ranks // ranks_per_node)
+    layout = config.parallel.resolved_kind(num_ranks)
+    if config.parallel.tensor_size > 1:
+        layout += f", parallel.tensor_size={config.parallel.tensor_size}"
+    length, batch = config.data.sequence_length, config.batch_size
+    epochs = config.token_budget / training_tokens
+    measured = ", ".join(config.noise_scale.geometries) or "not measured"
+    if config.noise_scale.geometries:
+        measured += f", every {counted(config.noise_scale.every_steps, 'step')}"
+    at_first = "" if batch.policy == "constant" else " at the first batch size"
+    lines = {
+        "model": f"{model.name}, {parameters.total:,} parameters ({parameters.in_blocks:,} in "
+        f"blocks), {config.dtype_on(device.type)}",
+        "device": f"{where}; {counted(num_ranks, 'rank')} on {counted(nodes, 'node')}, {layout}",
+        "data": f"{config.data.path}, {short_number(training_tokens)} tokens to train on; the "
+        f"budget of {short_number(config.token_budget)} is {epochs:.2f} epochs",
+        "batch": f"{counted(batch.initial, 'sequence')} x {length:,} = {batch.initial * length:,} "
+        f"tokens, {batch.policy}; {counted(config.initial_total_steps, 'step')}{at_first}",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, "
+        f"{config.schedule.kind}; noise scale {measured}",
+        "memory": f"at least {decimal(memory.needed)} of {decimal(memory.there)}"
+        f"{' on each GPU' if on_gpu else ''}; a checkpoint takes {decimal(memory.checkpoint)}",
+        "run": f"{directory}, {begins}",
+    }
+    shown = [f"{name:9}  {text}" for name, text in lines.items()]
+    if model.known_vocab_size >= FAR_LARGER * data_vocab_size:
+        unused = (model.known_vocab_size - data_vocab_size) * model.dim
+        unused *= 1 if model.tie_embeddings else 2
+        shown.append(
+            f"note: model.vocab_size={model.known_vocab_size:,}, but the data has "
+            f"{data_vocab_size:,} token ids: {short_number(unused)} parameters are of ids that "
+            "never come; model.vocab_size=null takes the data's"
+        )
+    return shown
