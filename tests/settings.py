@@ -52,8 +52,8 @@ def small_run(folder: Path, data: Path, *, steps: int = 20, **changes: Any) -> C
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl less what the clock put into it."""
-    timed = ("step_seconds", "tokens_per_second", "seconds")
+    """A line of metrics.jsonl less what the clock and the memory of a GPU put into it."""
+    timed = ("step_seconds", "tokens_per_second", "seconds", "mfu", "peak_memory_gib")
     return {key: value for key, value in record.items() if key not in timed}
 
 
