@@ -1,11 +1,12 @@
 # Three commands: train (the demo), test, check. Each installs what it needs into .venv first.
-# slurm puts Debian's SLURM on this machine, so that the tests that submit real jobs are not skipped.
+# slurm and browser put Debian's SLURM and Chromium on this machine, so that the tests that submit real jobs, and the one
+# that opens a report, are not skipped.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test check slurm clean
+.PHONY: train test check slurm browser clean
 
 train: $(VENV)/.training
 	$(BIN)/python scripts/demo.py
@@ -21,6 +22,9 @@ check: $(VENV)/.development
 
 slurm:
 	tests/slurm/install.sh
+
+browser:
+	tests/install_browser.sh
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'

@@ -48,6 +48,7 @@ COMMANDS = {
     "upload-wandb": Command("upload finished runs to W&B", f"{__name__}.upload_wandb"),
     "make-table": Command("a table of the paper, from run records", f"{__name__}.make_table"),
     "plot-runs": Command("draw runs and published curves", f"{__name__}.plot_runs"),
+    "report": Command("a page to compare runs in a browser", f"{__name__}.report"),
     "best-of-search": Command("best points of searches", f"{__name__}.best_of_search"),
     "critical-batch": Command("critical batch from branches", f"{__name__}.critical_batch"),
     "replay": Command("a policy's choices on a recorded run", "gns_pretrain.results.replay"),

@@ -16,10 +16,10 @@ token; a batch size and a noise scale are in sequences.
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,15 @@ from gns_pretrain.runs.directory import (
     run_directories,
 )
 from gns_pretrain.runs.identity import flatten, settings_of_run
-from gns_pretrain.tracking.jsonl import READ_AT, read_records, written_at
+from gns_pretrain.tracking.jsonl import (
+    READ_AT,
+    BatchSizeLine,
+    NoiseLine,
+    TrainLine,
+    ValidationLine,
+    read_records,
+    written_at,
+)
 from gns_pretrain.tracking.wandb import tracked_runs
 
 with needs("results", "results are read with pandas"):
@@ -44,10 +52,11 @@ with needs("results", "results are read with pandas"):
 Runs: TypeAlias = pd.DataFrame
 Curve: TypeAlias = pd.Series
 Noise = tuple[str, str]  # geometry and estimate of a noise scale
+WhoseNoise = Noise | Literal["all"] | None  # None: the one that chose the batch, else the first
 
 RUN_COLUMNS = ["name", "table", "cell", "seed", "scale", "settings", "finished", "steps", "read"]
 NOISE_SCALE = "noise_scale"
-QUANTITIES = ("loss", "train_loss", "batch_size", "lr", NOISE_SCALE)  # that have a curve
+QUANTITIES = ("loss", "train_loss", "batch_size", "lr")  # that have a curve, beside noise scales
 PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no file names
 # Columns of a record, and what a CSV may call them: as our runs log them, as the published ones do.
 COLUMNS = {
@@ -57,9 +66,10 @@ COLUMNS = {
     "train_loss": ("train/loss", "loss_metrics/global_avg_loss"),
     "batch_size": ("train/batch_size", "batch_size/global_batch_size"),
     "lr": ("train/lr", "lr"),
+    "grad_norm": ("train/grad_norm",),
     PUBLISHED_AVERAGE: (PUBLISHED_AVERAGE,),
 }
-NOISE_PARTS = ("noise", "signal", "noise_ema", "signal_ema", "noise_scale_ema")
+NOISE_PARTS = ("noise", "signal", "noise_ema", "signal_ema", "noise_scale", "noise_scale_ema")
 
 
 def runs_of_folders(paths: Iterable[Path]) -> tuple[Runs, list[str]]:
@@ -197,6 +207,21 @@ class Record:
     path: Path
     lines: pd.DataFrame
     names: Sequence[str] = ()  # of all columns of a CSV
+    followed: Noise | None = None  # the noise scale by which the policy of a run chose the batch
+
+    @property
+    def noises(self) -> list[str]:
+        """Names of the averaged noise scales, <geometry>/<estimate>, in the record's order."""
+        ends = "noise/", "/noise_scale_ema"
+        return [
+            column.removeprefix(ends[0]).removesuffix(ends[1])
+            for column in self.lines
+            if column.startswith(ends[0]) and column.endswith(ends[1])
+        ]
+
+    @property
+    def has_tokens(self) -> bool:
+        return "tokens" in self.lines and bool(self.lines["tokens"].notna().any())
 
     def require(self, *columns: str) -> str:
         """The first of these columns that is there; InputError names what CSVs call them."""
@@ -225,18 +250,31 @@ class Record:
             )
         return [self.require(noise_column(noise, "noise_scale_ema"), PUBLISHED_AVERAGE)]
 
-    def curves(self, axis: str, noise: Noise | None) -> dict[str, Curve]:
-        """Curves by quantity; of several noise scales that of `noise`, else the first."""
+    def curves(self, axis: str, noise: WhoseNoise = None) -> dict[str, Curve]:
+        """Curves by quantity: QUANTITIES, and noise_scale/<geometry>/<estimate>.
+
+        A published noise scale, of which no file says whose it is, is noise_scale.
+
+        Raises:
+            InputError: there is no such axis, or a CSV holds no curve.
+        """
         self.require(axis)
-        start = "noise/" if noise is None else noise_column(noise, "")
-        names = [name for name in self.lines if name.startswith(start)]
-        averages = [name for name in names if name.endswith("/noise_scale_ema")]
-        found = {}
-        for quantity in QUANTITIES:
-            names = [*averages, PUBLISHED_AVERAGE] if quantity == NOISE_SCALE else [quantity]
-            column = next((name for name in names if name in self.lines), None)
-            if column and len(points := self.lines[[axis, column]].dropna()):
-                found[quantity] = to_curve(points)
+        if noise is None:
+            followed = "/".join(self.followed or ())
+            wanted = [followed] if followed in self.noises else self.noises[:1]
+        else:
+            wanted = [name for name in self.noises if noise == "all" or name == "/".join(noise)]
+        columns = dict(zip(QUANTITIES, QUANTITIES, strict=True))
+        columns |= {f"{NOISE_SCALE}/{name}": f"noise/{name}/noise_scale_ema" for name in wanted}
+        if not wanted:
+            columns[NOISE_SCALE] = PUBLISHED_AVERAGE
+        found = {
+            quantity: to_curve(points)
+            for quantity, column in columns.items()
+            if column in self.lines and len(points := self.lines[[axis, column]].dropna())
+        }
+        if self.names and not found:
+            raise InputError(f"{self.path} holds no curve; it has {', '.join(self.names)}")
         return found
 
 
@@ -244,56 +282,67 @@ def noise_column(noise: Noise, part: str) -> str:
     return "noise/{}/{}/{}".format(*noise, part)
 
 
-def named_noise(text: str) -> Noise:
-    """Geometry and estimate of GEOMETRY/ESTIMATE."""
+def named_noise(text: str) -> WhoseNoise:
+    """Geometry and estimate of GEOMETRY/ESTIMATE, or all."""
+    if text == "all":
+        return "all"
     geometry, _, estimate = text.partition("/")
     if not (geometry and estimate):
         raise InputError(
-            f"--noise {text} is not GEOMETRY/ESTIMATE, as in --noise manhattan/plug_in"
+            f"--noise {text} is neither all nor GEOMETRY/ESTIMATE, as in manhattan/plug_in"
         )
     return geometry, estimate
 
 
-def read_curves(path: Path, *, axis: str = "step", noise: Noise | None = None) -> dict[str, Curve]:
-    """All curves that a run directory or a CSV holds, by quantity (QUANTITIES).
-
-    Args:
-        path: a run directory, finished or not, or a CSV.
-        axis: step or tokens.
-        noise: whose noise scale; None takes the one that chose the batch, else the first there is.
+def read_curves(path: Path, *, axis: str = "step", noise: WhoseNoise = None) -> dict[str, Curve]:
+    """All curves that a run directory or a CSV holds, by quantity (`Record.curves`).
 
     Raises:
         InputError: the file cannot be read, or has no such axis.
     """
+    return open_record(path).curves(axis, noise)
+
+
+def open_record(path: Path) -> Record:
+    """Read a run directory, finished or not, or a CSV.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
     if path.is_dir():
-        record = read_jsonl(path / METRICS)
         policy = read_settings(path).get("batch_size") or {}
         followed = (str(policy.get("geometry")), str(policy.get("estimate")))
-        if noise is None and noise_column(followed, "noise_scale_ema") in record.lines:
-            noise = followed
-        return record.curves(axis, noise)
+        return replace(read_jsonl(path / METRICS), followed=followed)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; name a run directory or a CSV")
-    record = read_csv(path)
-    if not (found := record.curves(axis, noise)):
-        raise InputError(f"{path} holds no curve; it has {', '.join(record.names) or 'nothing'}")
-    return found
+    return read_csv(path)
 
 
 def read_jsonl(path: Path) -> Record:
-    """Read steps, evaluations and noise scales of a metrics.jsonl; InputError if damaged."""
+    """Read steps, evaluations, noise scales and changes of the batch size of a metrics.jsonl.
+
+    Raises:
+        DamagedFileError: it cannot be read.
+    """
+    columns: dict[Any, tuple[str, ...]] = {
+        TrainLine.kind: (
+            *("batch_size", "lr", "grad_norm", "micro_batch_size", "accumulation"),
+            *("step_seconds", "tokens_per_second"),
+        ),
+        BatchSizeLine.kind: ("from", "to", "target", "lr_multiplier", "why"),
+        ValidationLine.kind: ("loss",),
+    }
     rows = []
     for number, line in enumerate(read_records(path), start=1):
-        kind = line.get("kind")
-        if kind == "train":
-            names = ("batch_size", "lr", "micro_batch_size", "accumulation")
-            row = {name: line.get(name) for name in names} | {"train_loss": line.get("loss")}
-        elif kind == "validation":
-            row = {"loss": line.get("loss")}
-        elif kind == "noise":
+        kind = str(line.get("kind"))
+        if kind == NoiseLine.kind:
             measured = (str(line.get("geometry")), str(line.get("estimate")))
             row = {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
             row |= {READ_AT: written_at(line)}
+        elif kind in columns:
+            row = {name: line.get(name) for name in columns[kind]}
+            if kind == TrainLine.kind:
+                row["train_loss"] = line.get("loss")
         else:
             continue
         place = {"where": f"line {number}", "step": line.get("step"), "tokens": line.get("tokens")}
@@ -383,10 +432,48 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
             if path not in members:
                 members.append(path)
     names = [name for _, name in groups]
-    return {
-        f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name: paths
-        for (folder, name), paths in groups.items()
-    }
+    full_names = [
+        f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name
+        for folder, name in groups
+    ]
+    found = [number for number, (folder, _) in enumerate(groups) if folder]
+    short = without_common_parts([full_names[number] for number in found])
+    for number, name in zip(found, short, strict=True):
+        full_names[number] = name
+    return dict(zip(full_names, groups.values(), strict=True))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell all apart."""
+    real = [Path(os.path.realpath(path)) for path in paths]
+    depth, names = 1, [path.name for path in real]
+    while len({*names}) < len({*real}):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in real]
+    return names
+
+
+def without_common_parts(names: Sequence[str]) -> list[str]:
+    """Cut what all names begin and end with: `adaptive` of table2-signum_adaptive-demo.
+
+    Parts end at - / _, but an override such as optimizer.lr=1e-3 is one; of each name one stays.
+    """
+    parts = [
+        [
+            part
+            for word in re.findall(r"(?:[^-/]|(?<=\de)-(?=\d))+[-/]?|[-/]", name)
+            for part in ([word] if "=" in word else re.findall(r"[^_]+_?|_", word))
+        ]
+        for name in names
+    ]
+    if len({*names}) < 2:
+        return list(names)
+    most = min(map(len, parts)) - 1
+    start = next((n for n in range(most) if len({each[n] for each in parts}) > 1), most)
+    ends = [[part.rstrip("-/_") for part in reversed(each)] for each in parts]
+    most -= start
+    end = next((n for n in range(most) if len({each[n] for each in ends}) > 1), most)
+    return ["".join(each[start : len(each) - end]).rstrip("-/_") for each in parts]
 
 
 def _label_and_path(argument: str) -> tuple[str | None, Path]:

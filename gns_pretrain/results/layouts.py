@@ -209,3 +209,17 @@ THETA_SENSITIVITY = TableLayout(
     ),
 )
 LAYOUTS = {layout.name: layout for layout in (TABLE2, TABLE3, TABLE8, TABLE9, THETA_SENSITIVITY)}
+# Files of the paper's arXiv source that hold a cell's curve, by table and cell, as a pattern.
+PUBLISHED_CURVES = {
+    ("table2", "signum_small"): "signum_64.csv",
+    ("table2", "signum_large"): "signum_256.csv",
+    ("table2", "signum_adaptive"): "signum_gns.csv",
+    ("table2", "muon_small"): "MUON_64.csv",
+    ("table2", "muon_large"): "MUON_256.csv",
+    ("table2", "muon_adaptive"): "MUON_gns.csv",
+    ("table8", "constant_small"): "baseline_64.csv",
+    ("table8", "adaptive_small_scaled"): "signsgd_160m/seed_*.csv",
+    ("table9", "euclidean_small"): "gns_l2.csv",
+    ("table9", "manhattan_small"): "signsgd_160m/seed_*.csv",
+    ("theta_sensitivity", "theta_middle"): "signsgd_160m/seed_*.csv",
+}

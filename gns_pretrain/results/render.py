@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -14,7 +15,23 @@ from gns_pretrain.results.layouts import Quantity, Statistic
 from gns_pretrain.results.tables import FilledEntry, FilledTable
 from gns_pretrain.system.terminal import Console
 
-NO_RUN, NEVER, MARK = "no run", "-", "*"
+NO_RUN, NEVER, MARK, BEST = "no run", "-", "*", "↓"
+LOWEST = "the lowest loss of those that are compared"
+LATEX = {
+    "\\": r"\textbackslash ",
+    **{character: f"\\{character}" for character in "%_&#{}"},
+    "$": r"\$",
+    "~": r"\textasciitilde ",
+    "^": r"\textasciicircum ",
+    "±": r"$\pm$",
+}
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%" + "\n"
+ONE_COLUMN = 5  # columns of a table fit beside another one
+FORMULAS = {
+    r"\bB = ([\w,.]+)": r"$B = \1$",
+    r"\b1 - a/b\b": "$1 - a/b$",
+    r"(?<!\.)\btheta\b(?!\\)": r"$\\theta$",  # but no setting's or cell's name
+}
 HEADER_WIDTH = 15  # characters; about what a loss takes
 WIDTH = 500  # characters of a line of text; none is wrapped
 
@@ -37,36 +54,52 @@ def loss_text(mean: float, deviation: float | None) -> str:
     return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
-def shown(table: FilledTable) -> pd.DataFrame:
-    """Labels and numbers as texts; the paper's follow ours. Columns: group and title."""
+def shown(
+    table: FilledTable,
+    *,
+    best: Callable[[str], str],
+    escape: Callable[[str], str] = str,
+) -> pd.DataFrame:
+    """Labels and numbers as texts; the paper's follow ours. Columns: group and title.
+
+    Args:
+        table: to show.
+        best: emphasizes the number of the lowest loss.
+        escape: of every text, before that.
+    """
 
     def ours(filled: FilledEntry) -> str:
         if filled.statistic is None:
             return NO_RUN
-        return number(filled.entry.quantity, filled.statistic) + (MARK if filled.marked else "")
+        mark = MARK if filled.marked else ""
+        text = escape(number(filled.entry.quantity, filled.statistic) + mark)
+        return best(text) if filled.best else text
 
     def papers(filled: FilledEntry) -> str:
         entry = filled.entry
-        return "" if entry.paper is None else number(entry.quantity, entry.paper)
+        return "" if entry.paper is None else escape(number(entry.quantity, entry.paper))
 
     lines = []
     for labels, entries in table.rows:
-        lines.append([*labels, *map(ours, entries)])
+        lines.append([*map(escape, labels), *map(ours, entries)])
         if table.with_paper:
             lines.append(["  paper", *[""] * (len(labels) - 1), *map(papers, entries)])
     headers = [*(("", title) for title in table.layout.label_titles), *table.headers]
-    return pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(headers))
+    escaped = [tuple(map(escape, header)) for header in headers]
+    return pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(escaped))
 
 
 def as_text(table: FilledTable) -> str:
     """For a terminal; the grid is as wide as it must be and is not wrapped."""
-    frame, labels = shown(table), len(table.layout.label_titles)
+    frame = shown(table, best=lambda text: BEST + text)
+    labels = len(table.layout.label_titles)
     headers = [
         "\n".join(line for words in header for line in textwrap.wrap(words, HEADER_WIDTH))
         for header in frame.columns
     ]
     grid = text_grid(headers, frame.to_numpy(), left=labels)
-    return "\n".join([table.title, grid, *table.notes, *table.explanations]) + "\n"
+    lowest = [f"{BEST} {LOWEST}"] if table.has_best else []
+    return "\n".join([table.title, grid, *table.notes, *lowest, *table.explanations]) + "\n"
 
 
 def text_grid(
@@ -85,10 +118,12 @@ def text_grid(
 
 def as_markdown(table: FilledTable) -> str:
     """A table of GitHub's Markdown, with its notes as a list."""
-    frame, labels = shown(table), len(table.layout.label_titles)
-    lines = [[_escape_markdown(cell.strip()) for cell in line] for line in frame.to_numpy()]
+    frame = shown(table, best="**{}**".format, escape=_escape_markdown)
+    lines = [[cell.strip() for cell in line] for line in frame.to_numpy()]
     notes = [_escape_markdown(note) for note in [*table.notes, *table.explanations]]
-    return markdown(table.title, map(_flat, frame.columns), lines, notes, left=labels)
+    notes += [f"bold: {LOWEST}"] if table.has_best else []
+    headers = map(_flat, frame.columns)
+    return markdown(table.title, headers, lines, notes, left=len(table.layout.label_titles))
 
 
 def markdown(
@@ -115,27 +150,44 @@ def _flat(header: tuple[str, str]) -> str:
 
 
 def as_latex(table: FilledTable) -> str:
-    """A table environment for the package booktabs."""
-    frame = shown(table).map(str.strip)
+    """A table environment for the packages booktabs and graphicx; across two columns if wide."""
+    frame = shown(table, best=r"\textbf{{{}}}".format, escape=_escape_latex)
+    frame = frame.map(lambda text: re.sub("^  ", r"\\quad ", text))
     labels = len(table.layout.label_titles)
     if not any(group for group, _ in frame.columns):
         frame.columns = frame.columns.get_level_values(1)
-    escaped = frame.to_latex(
+    title = re.sub(r"^Table \d+: ", "", table.title)  # LaTeX numbers it
+    sentences = [title, *table.explanations, *([f"bold: {LOWEST}"] if table.has_best else [])]
+    drawn = frame.to_latex(
         index=False,
-        escape=True,
+        escape=False,
         column_format="l" * labels + "r" * len(table.headers),
         multicolumn_format="c",
-        caption=_escape_latex(f"{table.title}. {'. '.join(table.explanations)}."),
+        caption=" ".join(f"{_escape_latex(_capitalized(text))}." for text in sentences),
         label=f"tab:{table.layout.name}",
     )
     notes = "".join(f"\\par\\footnotesize {_escape_latex(note)}\n" for note in table.notes)
-    end = "\\end{table}\n"
-    return escaped.replace("±", r"$\pm$").replace(end, notes + end)
+    for plain, placed in (
+        ("\\caption", "\\centering\n\\caption"),
+        ("\\begin{tabular}", f"{FITTED}\\begin{{tabular}}"),
+        ("\\end{tabular}", "\\end{tabular}}"),
+        ("\\end{table}", f"{notes}\\end{{table}}"),
+    ):
+        drawn = drawn.replace(plain, placed)
+    return drawn.replace("{table}", "{table*}") if len(frame.columns) > ONE_COLUMN else drawn
+
+
+def _capitalized(text: str) -> str:
+    """A sentence's first letter as a capital, unless it begins with a name such as signSGD."""
+    return text[0].upper() + text[1:] if text.split()[0].rstrip(":").islower() else text
 
 
 def _escape_latex(text: str) -> str:
-    for plain, command in (("%", r"\%"), ("_", r"\_"), ("&", r"\&")):
+    """Text as LaTeX reads it, with its formulas as such."""
+    for plain, command in LATEX.items():
         text = text.replace(plain, command)
+    for pattern, formula in FORMULAS.items():
+        text = re.sub(pattern, formula, text)
     return text
 
 

@@ -94,7 +94,7 @@ def read_run(
                 f"the file does not say whose noise scale {noise[0]} is; taken as {' '.join(reads)}"
             )
     record.require("batch_size")
-    lines = record.lines[record.lines["kind"] != "validation"]
+    lines = record.lines[~record.lines["kind"].isin(["validation", "batch_size"])]
     lines = lines.reindex(columns=lines.columns.union(["tokens", "lr"], sort=False))
     for column in ("step", "batch_size", "tokens"):
         may_be_empty = lines[column].isna() & (column != "step")

@@ -11,7 +11,7 @@ from gns_pretrain.config.schema import TunedSettings
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.results.frame import Runs, pd, with_losses
 from gns_pretrain.results.render import loss_text, markdown, text_grid
-from gns_pretrain.runs.identity import Purpose, decides
+from gns_pretrain.runs.identity import Purpose, varying_settings
 
 SEARCH = "tune"  # the runs' setting `table`
 LOSS = "lowest validation loss"
@@ -103,13 +103,7 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
             f"no run of {optimizer}'s search at scale={scale} is finished; start its command again"
         )
     finished, damaged = with_losses(finished)
-    settings = list(finished["settings"])
-    searched = [
-        name
-        for name in sorted({name for each in settings for name in each})
-        if any(each.get(name) != settings[0].get(name) for each in settings)
-        and any(decides(name, each, Purpose.CURVE) for each in settings)
-    ]
+    searched = varying_settings(list(finished["settings"]), Purpose.CURVE)
     points = []
     key = finished["settings"].map(lambda each: repr([each.get(name) for name in searched]))
     for _, seeds in finished.groupby(key, sort=False):

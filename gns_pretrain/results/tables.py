@@ -7,7 +7,7 @@ runs that are compared have the same seed.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -77,6 +77,7 @@ class FilledEntry:
     entry: Entry
     statistic: Statistic | None
     marked: bool  # seeds are missing; the notes say which
+    best: bool = False  # the lowest loss of those that it stands beside
 
 
 @dataclass
@@ -106,6 +107,10 @@ class FilledTable:
         meanings = [text for quantity, text in MEANING.items() if quantity in quantities]
         baseline = [self.layout.baseline] if self.layout.baseline else []
         return [*meanings, *baseline, *([PAPER_MEANING] if self.with_paper else [])]
+
+    @property
+    def has_best(self) -> bool:
+        return any(entry.best for _, entries in self.rows for entry in entries)
 
 
 def make_table(
@@ -160,6 +165,7 @@ def make_table(
                 found = runs_of_project(project, name)
             else:
                 found, damaged = runs_of_folders(folders)
+                _refuse_bare_curves(layout, found, folders)
             runs, notes = select(layout, found, scale=scale, where=where)
         table = fill(layout, runs, with_losses(runs_of_curves(curves))[0])
     except InputError as error:
@@ -169,6 +175,17 @@ def make_table(
 
 
 # ---- selection
+
+
+def _refuse_bare_curves(layout: TableLayout, runs: Runs, folders: Sequence[Path]) -> None:
+    """Raise InputError where folders hold CSVs in place of runs: no CSV names its cell."""
+    curves = [path for folder in folders for path in sorted(folder.rglob("*.csv"))]
+    if runs.empty and curves:
+        raise InputError(
+            f"{folders[0]}: no run, but {counted(len(curves), 'CSV file')}, none of which says "
+            f"what it is; name its cell, as in {layout.cells[0]}={curves[0]} "
+            f"(cells: {', '.join(layout.cells)})"
+        )
 
 
 def select(
@@ -395,6 +412,7 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
         return FilledEntry(entry, statistic, marked)
 
     absent = [cell for cell in layout.cells if cell not in cells]
+    rows = [list(map(filled, entries)) for _, entries in layout.rows]
     return FilledTable(
         layout=layout,
         scale=scale,
@@ -403,8 +421,8 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
             for number, (group, title) in enumerate(layout.columns)
         ],
         rows=[
-            ([shown(label, entries) for label in labels], list(map(filled, entries)))
-            for labels, entries in layout.rows
+            ([shown(label, entries) for label in labels], marked)
+            for (labels, entries), marked in zip(layout.rows, with_best(rows), strict=True)
         ],
         notes=[
             *([f"no run: {', '.join(absent)}"] if absent else []),
@@ -417,6 +435,23 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
             *(f"not counted, unfinished: {name}" for name in unfinished),
         ],
     )
+
+
+def with_best(rows: Sequence[Sequence[FilledEntry]]) -> list[list[FilledEntry]]:
+    """Mark the lowest mean loss of each row; of the column, where a row has a single loss."""
+
+    def losses(entries: Iterable[FilledEntry]) -> list[float]:
+        found = [e.statistic for e in entries if e.entry.quantity == "loss" and e.statistic]
+        return [statistic.value for statistic in found if statistic.value is not None]
+
+    column = [entry for row in rows for entry in row]
+    one_a_row = max(sum(e.entry.quantity == "loss" for e in row) for row in rows) == 1
+    marked = []
+    for row in rows:
+        compared = losses(column if one_a_row else row)
+        best = min(compared) if len(compared) > 1 else None
+        marked.append([replace(e, best=best is not None and losses([e]) == [best]) for e in row])
+    return marked
 
 
 def statistic_of(entry: Entry, cells: Cells) -> Statistic | None:

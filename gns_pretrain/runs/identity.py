@@ -23,7 +23,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
 Another run may begin where one stands, with whatever settings: `training.initialize`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,16 @@ def decides(name: str, settings: Mapping[str, Any], purpose: Purpose) -> bool:
 def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names whose values differ, in order; a setting that is missing counts as None."""
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def varying_settings(runs: Sequence[Mapping[str, Any]], purpose: Purpose) -> list[str]:
+    """Names of the settings that differ between runs and count in one of them, sorted."""
+    return [
+        name
+        for name in sorted({name for settings in runs for name in settings})
+        if any(settings.get(name) != runs[0].get(name) for settings in runs)
+        and any(decides(name, settings, purpose) for settings in runs)
+    ]
 
 
 def changes_run_name(name: str, *, policy: str) -> bool:

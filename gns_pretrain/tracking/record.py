@@ -107,12 +107,10 @@ class Record:
         if self._console is not None:
             self._console.start()
 
-    def write(self, line: Line, **shown: Any) -> None:
+    def write(self, line: Line) -> None:
         """Write one line, then show it.
 
-        Args:
-            line: any number in it that is not finite becomes null, since JSON has no infinity.
-            shown: what the views show beside it and metrics.jsonl leaves out.
+        A number that is not finite becomes null, since JSON has no infinity.
         """
         if self._lines is None:
             return
@@ -122,7 +120,7 @@ class Record:
         }
         self._lines.write(record)
         for view in self._views:
-            view.write(as_shown(record | shown))
+            view.write(as_shown(record))
 
     def message(self, text: str) -> None:
         """Print one line above the progress bar."""

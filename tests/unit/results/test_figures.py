@@ -67,14 +67,19 @@ def test_a_record_gives_its_curves_over_steps_or_tokens(run):
     assert over_steps["batch_size"].tolist() == [16.0, 32.0]
     assert over_tokens["batch_size"].index.tolist() == [100.0, 300.0]
     # A noise line has no tokens of its own.
-    assert over_tokens["noise_scale"].index.tolist() == [300.0]
+    assert over_tokens["noise_scale/manhattan/plug_in"].index.tolist() == [300.0]
 
 
 def test_the_noise_scale_is_that_of_the_policy_unless_another_is_named(run):
-    assert read_curves(run)["noise_scale"].tolist() == [9.0]
-    other = read_curves(run, noise=("euclidean", "plug_in"))
-    assert other["noise_scale"].tolist() == [7.0]
-    assert "noise_scale" not in read_curves(run, noise=("nuclear", "plug_in"))
+    def noise_scales(noise=None):
+        curves = read_curves(run, noise=noise)
+        return {name: curves[name].tolist() for name in curves if "noise_scale" in name}
+
+    manhattan, euclidean = "noise_scale/manhattan/plug_in", "noise_scale/euclidean/plug_in"
+    assert noise_scales() == {manhattan: [9.0]}
+    assert noise_scales(("euclidean", "plug_in")) == {euclidean: [7.0]}
+    assert noise_scales("all") == {euclidean: [7.0], manhattan: [9.0]}
+    assert noise_scales(("nuclear", "plug_in")) == {}
 
 
 def test_a_published_curve_gives_what_it_has(tmp_path):
@@ -231,6 +236,70 @@ def test_a_mean_goes_on_to_the_last_seeds_end_and_says_where_seeds_end(monkeypat
     assert ticks.get_xdata().tolist() == [6.0, 8.0]
     (note,) = notes_on_ends({"a": seeds, "b": seeds[1:3]}, ["loss"], "step")
     assert note == "a is a mean over 4 to 6, 3 to 8, 1 to 9 (optimizer step)"
+    texts = [text.get_text() for text in figures[0].legends[0].texts]
+    assert texts == ["a (n = 4)", "mean ± standard deviation over n seeds"]
+    monkeypatch.undo()
+    pyplot.close(figures[0])
+
+
+def test_noise_scales_of_one_run_share_a_panel_and_are_named(run, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    for noise in (None, "all"):
+        curves = {"mine": [read_curves(run, noise=noise)]}
+        draw(curves, [tmp_path / "a.png"], panels=["noise_scale"])
+    one, several = (figure.axes[0] for figure in figures)
+    assert one.get_title() == "Manhattan, plug-in: running average"
+    names = [text.get_text() for text in several.get_legend().texts]
+    assert names == ["Euclidean, plug-in", "Manhattan, plug-in"]
+    assert [line.get_ydata().tolist() for line in several.lines] == [[7.0], [9.0]]
+    assert len({line.get_color() for line in several.lines}) == 2
+    monkeypatch.undo()
+    for figure in figures:
+        pyplot.close(figure)
+
+
+def test_panels_have_the_axes_that_their_quantities_need(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    # A constant batch, and a learning rate that ends at 0.
+    steps = range(1, 101)
+    curves = {
+        "batch_size": curve(*((step, 16) for step in steps)),
+        "lr": curve(*((step, 0.1 * (1 - step / 100)) for step in steps)),
+        "train_loss": curve(*((step, 2.0 + step % 2) for step in steps)),
+    }
+    panels = ["batch_size", "lr", "train_loss"]
+    draw({"a": [curves]}, [tmp_path / "a.png"], panels=panels, smooth=0.5, size="column")
+    batch, lr, loss = figures[0].axes
+    assert batch.get_ylim()[0] == 0.0
+    assert lr.get_yscale() == "log"
+    assert lr.get_ylim()[0] > 1e-4
+    faint, smoothed = loss.lines
+    assert faint.get_alpha() < 0.5
+    assert smoothed.get_ydata()[30:70] == pytest.approx([2.5] * 40, abs=0.02)
+    assert [text.get_text() for text in loss.get_legend().texts] == [
+        "mean over 50 % of the run",
+        "each step",
+    ]
+    assert figures[0].get_size_inches()[0] == 3.25
+    monkeypatch.undo()
+    pyplot.close(figures[0])
+
+
+def test_lines_can_be_told_apart_without_color_and_the_papers_has_ours(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    groups = {name: [{"loss": curve((1, 5), (9, 3))}] for name in ("a", "a, paper", "b", "c")}
+    draw(groups, [tmp_path / "a.png"], panels=["loss"], partners={"a, paper": "a"})
+    ours, papers, *others = figures[0].axes[0].lines
+    assert ours.get_color() == papers.get_color()
+    styles = [line._dash_pattern for line in figures[0].axes[0].lines]
+    assert len({str(style) for style in styles}) == 4
+    assert len({line.get_color() for line in (ours, *others)}) == 3
     monkeypatch.undo()
     pyplot.close(figures[0])
 
@@ -310,6 +379,7 @@ def test_the_command_draws_runs_and_published_curves_side_by_side(
     assert code == 0
     assert json.loads(printed.out) == {
         "out": [str(out)],
+        "axis": "tokens",
         "panels": ["perplexity", "batch_size", "noise_scale", "lr"],
         "runs": {"table2-signum_adaptive-demo": [str(run)], "them": [str(published)]},
     }
@@ -318,6 +388,42 @@ def test_the_command_draws_runs_and_published_curves_side_by_side(
     assert code == 2
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
+
+
+def test_the_x_axis_is_tokens_where_steps_differ_and_every_run_has_them(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    rows = {"a": [(1, 9.0), (5, 4.0)], "b": [(1, 9.0), (7, 4.0)], "c": [(1, 9.0), (7, 5.0)]}
+    paths = {
+        name: write_curve(tmp_path / f"{name}.csv", rows[name], tokens=[64, 96]) for name in rows
+    }
+    bare = write_curve(tmp_path / "bare.csv", rows["a"])
+    axes = []
+    for chosen in ([paths["a"], paths["b"]], [paths["b"], paths["c"]], [paths["b"], bare]):
+        _, printed = call(monkeypatch, capsys, *chosen, f"--out={tmp_path}/a.png", "--json")
+        axes.append(json.loads(printed.out)["axis"])
+    assert axes == ["tokens", "step", "step"]
+
+
+def test_the_papers_curves_stand_beside_the_runs_of_their_cells(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [
+        write_run(tmp_path, "table2", f"signum_{role}", [(1, 5.0), (9, 4.0)], seed=seed)
+        for role in ("small", "adaptive")
+        for seed in (0, 1)
+    ]
+    published = write_curve(tmp_path / "paper" / "figure2" / "signum_64.csv", [(1, 9.0), (5, 4.0)])
+    options = [f"--out={tmp_path}/a.png", "--json", f"--paper={tmp_path}/paper"]
+    _, printed = call(monkeypatch, capsys, *runs, *options)
+    drawn = {label: len(paths) for label, paths in json.loads(printed.out)["runs"].items()}
+    assert drawn == {"small": 2, "small, paper": 1, "adaptive": 2}
+    assert "note: small is of scale demo, the paper's curve of paper" in printed.err
+    published.unlink()
+    code, printed = call(monkeypatch, capsys, *runs, *options)
+    assert code == 2
+    assert printed.err.count("\n") == 1
+    assert "signum_64.csv" in printed.err
 
 
 def test_the_papers_figures_are_drawn_from_the_published_files(tmp_path, monkeypatch, capsys):

@@ -186,7 +186,7 @@ def test_cells_with_missing_seeds_are_marked_and_listed(outputs):
         "4.5000 ± 0.7071",
         "5.5000 ± 0.7071",
         "4.5000 ± 0.7071",
-        "3.0000*",
+        "↓3.0000*",
         "75.00*",
         "1/1*",
         "50.00*",
@@ -323,6 +323,9 @@ def test_nothing_to_make_a_table_of_is_reported_in_one_line(tmp_path):
         made()
     with pytest.raises(InputError, match="is not a folder"):
         made(tmp_path / "missing")
+    curves = write_curve(tmp_path / "curves" / "signum_64.csv", [(1, 9.0)])
+    with pytest.raises(InputError, match=f"no run, but 1 CSV file.*signsgd_small={curves} "):
+        made(curves.parent)
     write_run(tmp_path, "table8", "constant_small", [(1, 0.1)])
     with pytest.raises(InputError, match=r"none of 1 run belongs to table2 .*table8.*=table2"):
         made(tmp_path)
@@ -469,7 +472,7 @@ def test_markdown_has_as_many_cells_in_every_line(outputs):
     assert {row.count("|") for row in rows} == {9}
     assert rows[0].startswith("| optimizer | validation loss: B = 16 | validation loss: B = 64 |")
     assert "| Signum | 4.5000 ± 0.7071 | 5.5000 ± 0.7071 |" in text
-    assert "| 75.00 | 2/2 | 50.00 |" in text
+    assert "| **3.5000 ± 0.7071** | 75.00 | 2/2 | 50.00 |" in text
     assert r"- no run: signsgd\_small" in text
 
 
@@ -479,8 +482,39 @@ def test_latex_has_as_many_cells_in_every_line(outputs):
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:-1]
     assert {row.count("&") for row in body} == {7}
     assert r"Signum & 4.5000 $\pm$ 0.7071 & " in text
+    assert r"& \textbf{3.5000 $\pm$ 0.7071} & 75.00 &" in text
+    assert r"optimizer & $B = 16$ & $B = 64$ & Euclidean" in text
+    assert r"\caption{Constant and adaptive batches (scale demo). Validation loss: " in text
     assert r"\multicolumn{4}{c}{validation loss} & \multicolumn{3}{c}{steps reduction (\%)}" in text
     assert "no run: signsgd\\_small" in text
+
+
+def test_the_best_is_the_lowest_of_a_row_or_of_the_column_where_a_row_has_one_loss(
+    outputs, tmp_path_factory
+):
+    best = lambda table: [  # noqa: E731
+        (filled.entry.cell, filled.statistic.value)
+        for _, entries in table.rows
+        for filled in entries
+        if filled.best
+    ]
+    # Muon's small batch has 3.0, its adaptive one 3.1.
+    assert best(made(outputs)) == [("signum_adaptive", 3.5), ("muon_small", 3.0)]
+    folder = tmp_path_factory.mktemp("table8")
+    for cell, loss in (("constant_small", 4.0), ("constant_large", 3.0)):
+        write_run(folder, "table8", cell, [(10, loss)])
+    table = made(folder, table="table8")
+    assert best(table) == [("constant_large", 3.0)]
+    assert "\n↓ the lowest loss" in FORMATS["text"](table)
+    assert best(made(folder, table="table8", where=["batch_size.initial=16"])) == []
+
+
+def test_latex_escapes_what_it_would_obey(outputs):
+    directory = outputs / "table2-signum_small-demo-seed0"
+    directory.rename(directory.with_name("a{b}$c^d~e#f\\g"))
+    write_run(outputs, "table2", "signum_small", [(90, 2.0)], name="z")
+    notes = FORMATS["latex"](made(outputs)).partition(r"\end{tabular}")[2]
+    assert r"a\{b\}\$c\textasciicircum d\textasciitilde e\#f\textbackslash g" in notes
 
 
 def test_json_has_numbers_seeds_and_notes(outputs):

@@ -81,8 +81,15 @@ def test_the_five_kinds_of_lines_are_the_documented_ones(tmp_path, capsys):
     train(record, 1)
     record.write(ValidationLine(step=100, tokens=13107200, loss=4.873))
     noise(record)
-    change = BatchSizeLine(step=3700, previous=64, new=96, target=118.9, lr_multiplier=1.2247)
-    record.write(change, why="rounded down")
+    change = BatchSizeLine(
+        step=3700,
+        previous=64,
+        new=96,
+        target=118.9,
+        lr_multiplier=1.2247,
+        more={"why": "rounded down"},
+    )
+    record.write(change)
     shadow = ShadowLine(
         step=3700, policy="staged", previous=64, new=128, target=128.0, lr_multiplier=1.4142
     )
@@ -92,11 +99,11 @@ def test_the_five_kinds_of_lines_are_the_documented_ones(tmp_path, capsys):
         TRAIN_LINE,
         '{"kind":"validation","step":100,"tokens":13107200,"loss":4.873}',
         NOISE_LINE,
-        '{"kind":"batch_size","step":3700,"from":64,"to":96,"target":118.9,"lr_multiplier":1.2247}',
+        '{"kind":"batch_size","step":3700,"from":64,"to":96,"target":118.9,"lr_multiplier":1.2247,'
+        '"why":"rounded down"}',
         '{"kind":"shadow","step":3700,"from":64,"to":128,"target":128.0,"lr_multiplier":1.4142,'
         '"policy":"staged"}',
     ]
-    # The reason of a decision is for the eye alone.
     assert "target 118.9, rounded down; lr x1.225\n" in capsys.readouterr().out
 
 
