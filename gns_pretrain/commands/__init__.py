@@ -46,6 +46,7 @@ COMMANDS = {
     "generate": Command("text from a checkpoint", f"{__name__}.generate"),
     "status": Command("state of the runs in a folder", f"{__name__}.status"),
     "upload-wandb": Command("upload finished runs to W&B", f"{__name__}.upload_wandb"),
+    "wandb-workspace": Command("a W&B workspace for a table", f"{__name__}.wandb_workspace"),
     "make-table": Command("a table of the paper, from run records", f"{__name__}.make_table"),
     "plot-runs": Command("draw runs and published curves", f"{__name__}.plot_runs"),
     "report": Command("a page to compare runs in a browser", f"{__name__}.report"),

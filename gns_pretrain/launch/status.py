@@ -147,9 +147,8 @@ def status_view(runs: list[RunStatus], *, now: float | None = None) -> Group:
     now = time.time() if now is None else now
     counts = Counter(run.state for run in runs)
     title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    table = Table(
-        title=title or "no runs", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title or "no runs", title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     for column in ("step", "done", "loss", "val.", "batch", "tok/s", "end"):

@@ -1,6 +1,7 @@
 """Every YAML file composes, passes the checks, and builds what it names."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim import OPTIMIZERS
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.identity import flatten
+from gns_pretrain.tracking.jsonl import summarize
 from tests.settings import odd_model
 
-CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
+ROOT = Path(__file__).parents[3]
+CONF = ROOT / "gns_pretrain" / "conf"
 # Groups without a choice in gns_pretrain/conf/train.yaml, which a command adds.
 ADDED = ("role", "start", "tuned")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -411,3 +414,21 @@ def test_noise_scale_builds_a_meter(choice):
         assert settings.geometries == []
         return
     assert len(NoiseMeter(model, settings).tap.weights) == len(list(model.parameters()))
+
+
+def test_each_point_of_the_sweep_of_w_and_b_is_a_run_with_a_name_of_its_own():
+    sweep = OmegaConf.load(ROOT / "examples" / "wandb_sweep.yaml")
+    command = OmegaConf.to_container(sweep.command, resolve=False)
+    assert command[:3] + command[-1:] == ["${env}", "gns-pretrain", "train", "${args_no_hyphens}"]
+    values = {name: list(given["values"]) for name, given in sweep.parameters.items()}
+    first = {name: given[0] for name, given in values.items()}
+    points = [first | {name: value} for name in values for value in values[name][1:]]
+    names = set()
+    for point in [first, *points]:
+        words = [f"{name}={value}" for name, value in point.items()]
+        config = composed(*command[3:-1], *words)
+        assert config.metrics.wandb.enabled
+        assert {name: flatten(asdict(config))[name] for name in point} == point
+        names.add(config.run_name)
+    assert len(names) == 1 + len(points) == 6
+    assert sweep.metric.name.removeprefix("final/") in summarize([])
