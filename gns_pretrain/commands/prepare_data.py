@@ -1,11 +1,11 @@
-"""Turn C4, or any text in its schema, into token shards.
+"""Turn C4, or text of your own, into token shards.
 
     gns-pretrain prepare-data --out data/c4 --tokenizer meta-llama/Llama-3.2-1B \\
         --max-tokens 4_000_000_000
     gns-pretrain prepare-data --out data/c4 --tokenizer tokenizer.json \\
         --train 'c4/en/c4-train.*.json.gz' --validation 'c4/en/c4-validation.*.json.gz'
     gns-pretrain prepare-data --out data/mine --train-bpe 32_000 \\
-        --train 'texts/*.parquet' --validation-fraction 0.01
+        --train 'texts/*.txt' 'more/*.jsonl.zst' --text-key content --validation-fraction 0.01
 
 Killed and restarted with the same settings, it resumes from the last whole shard.
 """
@@ -37,6 +37,7 @@ def main() -> None:
 def _summary(row: dict[str, Any]) -> str:
     splits = ", ".join(
         f"{name} {split['tokens']:,} tokens of {counted(split['documents'], 'document')}"
+        + (f" ({counted(bad, 'bad record')} left out)" if (bad := split["skipped_records"]) else "")
         for name, split in row["splits"].items()
     )
     rate = row["tokens_per_second"]

@@ -54,6 +54,8 @@ class CorpusMeta:
     tokenizer: str | None = None  # file inside the folder, or just a name
     tokenizer_sha256: str | None = None  # of that file
     documents: dict[str, int] = field(default_factory=dict)  # by split; the last may be cut off
+    # By split: bad records that were left out.
+    skipped_records: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)  # how the folder was prepared
 
     def of_split(self, split: str) -> tuple[ShardMeta, ...]:

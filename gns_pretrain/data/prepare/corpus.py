@@ -1,4 +1,4 @@
-"""Documents in C4's own schema: one record per document, its text under `text`.
+"""Documents: one record each, its text under a key (C4's is `text`), or plain text.
 
 A corpus yields batches of records in a fixed order, which a worker process turns into texts
 (`parse_texts`): decompressing is left to one process, parsing and tokenizing to all. Each batch
@@ -10,20 +10,26 @@ import codecs
 import copy
 import glob
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from gns_pretrain.data.tokenization import hub_hint
 from gns_pretrain.errors import InputError, needs, one_line
 
 BATCH_BYTES = 300_000  # of text: about 0.1 s of tokenizing, long against the cost of sending it
-SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".parquet")
+TEXT_KEY = "text"  # C4's
+KINDS = (".jsonl", ".json", ".txt")
+SUFFIXES = (*(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst")), ".parquet")
+
+MEND = "fix or remove the record, or leave it out with --skip-bad-records"
 
 # JSON: `record`, the number of records before it in its file or stream; the rest is the corpus's.
 Cursor = dict[str, Any]
@@ -35,38 +41,54 @@ class RecordBatch:
 
     cursor: Cursor  # of the first record
     origin: str  # file or dataset, for error messages
-    records: list[Any]  # lines of JSON, bytes; or what a column holds, which should be str
+    records: list[Any]  # lines of JSON, bytes; or texts, which should be str or its bytes
     fraction: float  # of the corpus that is read when this batch is
+    text_key: str  # of the text in a record
+    is_json: bool  # a line of it each; otherwise the records are the texts
 
 
-def parse_texts(batch: RecordBatch) -> list[str]:
-    """Return the texts of a batch; InputError names the file and the line that hold none."""
-    unit = "line" if batch.records and isinstance(batch.records[0], bytes) else "record"
-    return [
-        _text_of(record, f"{batch.origin}, {unit} {number}")
-        for number, record in enumerate(batch.records, start=batch.cursor["record"] + 1)
-        if not isinstance(record, bytes) or not record.isspace()
-    ]
+def parse_texts(batch: RecordBatch, *, skip_bad: bool = False) -> tuple[list[str], int]:
+    """Return the texts of a batch, and how many records without one were skipped.
+
+    Raises:
+        InputError: naming the file and the line that hold no text, unless bad ones are skipped.
+    """
+    unit = "line" if batch.is_json else "record"
+    texts, skipped = [], 0
+    for number, record in enumerate(batch.records, start=batch.cursor["record"] + 1):
+        if batch.is_json and record.isspace():
+            continue
+        try:
+            texts.append(_text_of(record, batch, f"{batch.origin}, {unit} {number}"))
+        except InputError:
+            if not skip_bad:
+                raise
+            skipped += 1
+    return texts, skipped
 
 
-def _text_of(record: Any, where: str) -> str:
-    text = record
+def _text_of(record: Any, batch: RecordBatch, where: str) -> str:
+    key, others = batch.text_key, ""
     try:
-        if isinstance(record, bytes):
+        text = record.decode("utf-8") if isinstance(record, bytes) else record
+        if batch.is_json:
             # As floats, since an int of 5,000 digits is JSON, but not for Python.
-            content = json.loads(record.decode("utf-8"), parse_int=float)
-            text = content.get("text") if isinstance(content, dict) else None
+            content = json.loads(text, parse_int=float)
+            text = content.get(key) if isinstance(content, dict) else None
+            if isinstance(content, dict) and key not in content:
+                texts = [name for name, value in content.items() if isinstance(value, str)]
+                others = f"; --text-key names another, here one of {', '.join(texts)}"
         if not isinstance(text, str):
-            raise InputError(f"{where}: no `text` in it; each record needs one, a string")
+            raise InputError(f"{where}: no `{key}` in it; each record needs one, a string{others}")
         text.encode("utf-8")  # JSON may escape a lone surrogate
     except UnicodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error}); fix or remove the record") from error
+        raise InputError(f"{where}: not UTF-8 ({error}); {MEND}") from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not JSON ({error}); is the file cut short, or a record not on one line?"
         ) from error
     except RecursionError as error:
-        raise InputError(f"{where}: nested too deeply; fix or remove the record") from error
+        raise InputError(f"{where}: nested too deeply; {MEND}") from error
     return text
 
 
@@ -112,10 +134,17 @@ def _in_batches(records: Iterable[tuple[Any, float]]) -> Iterator[tuple[list[Any
 
 
 class LocalFiles:
-    """JSON lines, gzipped or not, and Parquet."""
+    """JSON lines and plain text, compressed or not, and Parquet.
 
-    def __init__(self, paths: list[Path]):
+    Args:
+        paths: in the order in which they are read.
+        text_key: of the text in a JSON record, or its column in Parquet.
+        by_paragraph: a document of plain text ends at a blank line, not with its file.
+    """
+
+    def __init__(self, paths: list[Path], *, text_key: str = TEXT_KEY, by_paragraph: bool = False):
         self.paths = paths
+        self._text_key, self._by_paragraph = text_key, by_paragraph
         self._sizes = [path.stat().st_size for path in paths]
 
     def sizes_read(self, cursor: Cursor) -> list[int]:
@@ -130,14 +159,22 @@ class LocalFiles:
         """
         first_file, record = (cursor["file"], cursor["record"]) if cursor else (0, 0)
         for number, path in list(enumerate(self.paths))[first_file:]:
-            read = _parquet_texts if path.suffix == ".parquet" else _lines
-            for records, fraction in _in_batches(islice(read(path), record, None)):
+            is_json = False
+            if path.suffix == ".parquet":
+                read = _parquet_texts(path, self._text_key)
+            elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
+                read = _plain_texts(path, by_paragraph=self._by_paragraph)
+            else:
+                read, is_json = _lines(path), True
+            for records, fraction in _in_batches(islice(read, record, None)):
                 bytes_read = sum(self._sizes[:number]) + fraction * self._sizes[number]
                 yield RecordBatch(
                     cursor={"file": number, "record": record},
                     origin=str(path),
                     records=records,
                     fraction=bytes_read / max(1, sum(self._sizes)),
+                    text_key=self._text_key,
+                    is_json=is_json,
                 )
                 record += len(records)
             if record == 0:
@@ -145,59 +182,90 @@ class LocalFiles:
             record = 0
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Read the lines of a file, gzipped or not, each with the fraction of the file that is read."""
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+    """Open a file, gzip or Zstandard or neither; the second says the fraction that is read.
+
+    Raises:
+        InputError: naming a file that is truncated or damaged.
+    """
     size = path.stat().st_size
+    damages: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     try:
         with path.open("rb") as raw:
-            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
-            if first.lstrip().startswith(b"["):
-                raise InputError(
-                    f"{path} is one array, where each line should be a record; "
-                    "jq -c '.[]' writes it so"
-                )
-            for line in chain([first] if first else [], lines):
-                yield line, raw.tell() / size
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+            stream: IO[bytes] = raw
+            if path.suffix == ".gz":
+                stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+            elif path.suffix == ".zst":
+                with needs("data", f"reading {path} needs pyarrow"):
+                    import pyarrow
+                stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+            yield stream, lambda: raw.tell() / size
+    except damages as error:
+        raise InputError(
+            f"{path} is truncated or damaged ({one_line(error)}); fetch it again"
+        ) from error
 
 
-def _decoded(value: Any) -> Any:
-    """Decode a text that a column holds as bytes (Spark and Impala write such); others stay."""
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
+    """Read the lines of a file, each with the fraction of the file that is read."""
+    with _unpacked(path) as (lines, fraction):
+        first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+        if first.lstrip().startswith(b"["):
+            raise InputError(
+                f"{path} is one array, where each line should be a record; jq -c '.[]' writes it so"
+            )
+        for line in chain([first] if first else [], lines):
+            yield line, fraction()
 
 
-def _parquet_texts(path: Path) -> Iterator[tuple[Any, float]]:
-    """Read the column `text`, each text with the fraction of the file that is read."""
+def _plain_texts(path: Path, *, by_paragraph: bool) -> Iterator[tuple[bytes, float]]:
+    """Read a file's text, whole or up to each blank line, with the fraction that is read."""
+    with _unpacked(path) as (stream, fraction):
+        if not by_paragraph:
+            text = stream.read().removeprefix(codecs.BOM_UTF8)
+            if text.strip():
+                yield text, 1.0
+            return
+        lines = chain([next(stream, b"").removeprefix(codecs.BOM_UTF8)], stream)
+        for is_blank, paragraph in groupby(lines, key=lambda line: not line.strip()):
+            if not is_blank:
+                yield b"".join(paragraph).rstrip(b"\r\n"), fraction()
+
+
+def _parquet_texts(path: Path, column: str) -> Iterator[tuple[Any, float]]:
+    """Read a column of texts, each with the fraction of the file that is read."""
     with needs("data", f"reading {path} needs pyarrow"):
         import pyarrow
         from pyarrow import parquet
     record = 0
     try:
         file = parquet.ParquetFile(path)
-        if file.schema_arrow.names.count("text") != 1:
-            raise InputError(f"{path} has no column `text`, or several; C4's schema has one")
-        kind = file.schema_arrow.field("text").type
+        names = file.schema_arrow.names
+        if names.count(column) != 1:
+            raise InputError(
+                f"{path} has no column `{column}`, or several; --text-key names one of "
+                f"{', '.join(names)}"
+            )
+        kind = file.schema_arrow.field(column).type
         kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)
         if kind.removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
-            raise InputError(f"{path}: its column `text` is of {kind}; each record needs a string")
-        for rows in file.iter_batches(batch_size=64, columns=["text"]):
+            raise InputError(
+                f"{path}: its column `{column}` is of {kind}; each record needs a string"
+            )
+        for rows in file.iter_batches(batch_size=64, columns=[column]):
             for text in rows.column(0):
                 record += 1
-                yield _decoded(text.as_py()), record / file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+                yield text.as_py(), record / file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} is not a whole Parquet file ({one_line(error)}); fetch it again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, record {record}: not UTF-8 ({error}); fix or remove the record"
+            f"{path} is not a whole Parquet file (after record {record}: {one_line(error)}); "
+            "fetch it again"
         ) from error
 
 
 class HubDataset:
-    """One split of a dataset, its column `text` alone, streamed by `datasets`.
+    """One split of a dataset, its column of texts alone, streamed by `datasets`.
 
     Args:
         path: as load_dataset takes it (allenai/c4); "json" and "parquet" read data_files, without
@@ -205,15 +273,22 @@ class HubDataset:
         name: configuration of the dataset (en), if it has several.
         split: a split of the dataset.
         data_files: local files of this split.
+        text_key: name of the column.
     """
 
     def __init__(
-        self, path: str, name: str | None, split: str, data_files: list[str] | None = None
+        self,
+        path: str,
+        name: str | None,
+        split: str,
+        data_files: list[str] | None = None,
+        *,
+        text_key: str = TEXT_KEY,
     ):
         with needs("data", "--source=hub needs the package datasets"):
             from datasets import load_dataset_builder
         self._label = " ".join(filter(None, [path, name, split]))
-        self._split = split
+        self._split, self._text_key = split, text_key
         try:
             # Of this split alone: the library takes the columns of the first split for all.
             files = {split: data_files} if data_files else None
@@ -240,15 +315,18 @@ class HubDataset:
         dataset: Any = None
         try:
             # Parsing C4's other columns costs time, and fails where one is left out.
-            dataset = self._builder.as_streaming_dataset(split=self._split).select_columns(["text"])
+            dataset = self._builder.as_streaming_dataset(split=self._split)
+            dataset = dataset.select_columns([self._text_key])
             state = cursor["stream"] if cursor else dataset.state_dict()
             dataset.load_state_dict(copy.deepcopy(state))
-            for records, _ in _in_batches((_decoded(row["text"]), 0.0) for row in dataset):
+            for records, _ in _in_batches((row[self._text_key], 0.0) for row in dataset):
                 yield RecordBatch(
                     cursor={"stream": state, "record": record},
                     origin=self._label,
                     records=records,
                     fraction=_file_number(state) / dataset.num_shards,
+                    text_key=self._text_key,
+                    is_json=False,
                 )
                 state, record = dataset.state_dict(), record + len(records)
         except Exception as error:

@@ -32,6 +32,7 @@ class TokenBatch:
     tokens: np.ndarray  # [tokens], uint16 or uint32
     starts: np.ndarray  # [documents], int64: where in `tokens` each begins
     fraction: float  # of the corpus that is read
+    skipped: int  # records without a text
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EncodingJob:
     bos_id: int | None
     eos_id: int | None
     held_out_fraction: float = 0.0  # of the documents, for validation
+    skip_bad: bool = False  # leave out records without a text
 
 
 @cache  # the tokenizer is loaded once per process
@@ -55,10 +57,12 @@ def _encoder(job: EncodingJob) -> DocumentEncoder:
 
 def _encode(job: EncodingJob, batch: RecordBatch, held_out: bool) -> TokenBatch:
     """Encode the held-out documents of a batch, or the others."""
-    texts = parse_texts(batch)
+    texts, skipped = parse_texts(batch, skip_bad=job.skip_bad)
     if job.held_out_fraction:
         texts = [text for text in texts if is_held_out(text, job.held_out_fraction) == held_out]
-    return TokenBatch(batch.cursor, *_encoder(job).encode(texts), batch.fraction)
+        if held_out:  # both splits read the corpus, and a bad record counts for the other one
+            skipped = 0
+    return TokenBatch(batch.cursor, *_encoder(job).encode(texts), batch.fraction, skipped)
 
 
 class EncodingPool:

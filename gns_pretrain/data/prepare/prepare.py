@@ -77,6 +77,7 @@ class SplitProgress:
     cursor: Cursor | None = None  # record batch that the last whole shard ends in
     skip_tokens: int = 0  # tokens of that batch which are in whole shards
     documents: int = 0  # before that batch; over the whole split once done
+    skipped: int = 0  # bad records, counted like documents
     file_sizes: list[int] = field(default_factory=list)  # bytes of the files wholly before it
     done: bool = False
 
@@ -116,7 +117,9 @@ class PreparationProgress:
 def refuse_other_settings(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise an InputError that names the first setting that differs from those of the folder."""
     for name, value in now.items():
-        before, setting = begun.get(name), setting_name("--", name)
+        # A folder may be older than a setting, which then had its default.
+        before = begun.get(name, getattr(PrepareSettings, name, None))
+        setting = setting_name("--", name)
         if before == value:
             continue
         difference = f"{setting}={value}, but {folder} was begun with {before}"
@@ -165,7 +168,8 @@ def write_split(
             "now; put the old one back, or name another --out"
         )
     limit = sys.maxsize if plan.max_tokens is None else plan.max_tokens
-    written, skip, documents = progress.tokens, progress.skip_tokens, progress.documents
+    written, skip = progress.tokens, progress.skip_tokens
+    documents, skipped = progress.documents, progress.skipped
     buffer = np.empty(min(plan.shard_tokens, limit), plan.dtype)  # of the shard being filled
     filled = 0
 
@@ -187,7 +191,7 @@ def write_split(
                     finish_shard()
                     filled = 0
                     progress.cursor, progress.skip_tokens = batch.cursor, skip
-                    progress.documents = documents
+                    progress.documents, progress.skipped = documents, skipped
                     progress.file_sizes = plan.corpus.sizes_read(batch.cursor)
                     save()
             # A document counts if it begins within the tokens: all do, unless the batch is cut.
@@ -195,6 +199,7 @@ def write_split(
             documents += (
                 int(np.searchsorted(batch.starts, tokens.size)) if is_cut else len(batch.starts)
             )
+            skipped += batch.skipped
             skip = 0
             report(plan.name, written, max(batch.fraction, written / limit))
             if written == limit:
@@ -206,7 +211,7 @@ def write_split(
             f"not one document is left for the split {plan.name}; give more files, "
             "or another --validation-fraction"
         )
-    progress.documents, progress.done = documents, True
+    progress.documents, progress.skipped, progress.done = documents, skipped, True
     save()
     report(plan.name, written, 1.0)
 
@@ -288,10 +293,20 @@ def _write_folder(
             # With a held-out fraction both splits are made of the training documents.
             part = "train" if settings.validation_fraction else split
             if settings.source == "local":
-                corpora[split] = LocalFiles(files[part])
+                corpora[split] = LocalFiles(
+                    files[part],
+                    text_key=settings.text_key,
+                    by_paragraph=settings.txt_documents == "blank-line",
+                )
             else:
                 paths = list(map(str, files[part]))
-                corpora[split] = HubDataset(settings.dataset, settings.dataset_config, part, paths)
+                corpora[split] = HubDataset(
+                    settings.dataset,
+                    settings.dataset_config,
+                    part,
+                    paths,
+                    text_key=settings.text_key,
+                )
         tokenizer = _place_tokenizer(
             folder, settings, corpora["train"], progress, bars.console.print
         )
@@ -301,6 +316,7 @@ def _write_folder(
             bos_id=special_token_id(tokenizer, "bos", settings.bos_token) if settings.bos else None,
             eos_id=special_token_id(tokenizer, "eos", settings.eos_token) if settings.eos else None,
             held_out_fraction=settings.validation_fraction,
+            skip_bad=settings.skip_bad_records,
         )
         if job.bos_id is not None and job.bos_id == job.eos_id:
             if progress.separators != SEPARATORS:
@@ -337,6 +353,7 @@ def _write_folder(
         tokenizer=TOKENIZER_FILE,
         tokenizer_sha256=progress.tokenizer_sha256,
         documents={split: progress.splits[split].documents for split in SPLITS},
+        skipped_records={split: progress.splits[split].skipped for split in SPLITS},
         settings=progress.settings,
     )
     write_meta(folder, meta)
@@ -364,9 +381,13 @@ def _place_tokenizer(
                 f"training a byte-level BPE of {settings.train_bpe:,} entries "
                 f"on the first {documents:,} documents"
             )
-            texts = (text for batch in corpus.batches(None) for text in parse_texts(batch))
-            kept = (text for text in texts if not is_held_out(text, settings.validation_fraction))
-            text = train_bpe(islice(kept, documents), settings.train_bpe).to_str()
+            texts = (
+                text
+                for batch in corpus.batches(None)
+                for text in parse_texts(batch, skip_bad=settings.skip_bad_records)[0]
+                if not is_held_out(text, settings.validation_fraction)
+            )
+            text = train_bpe(islice(texts, documents), settings.train_bpe).to_str()
         write_bytes(path, text.encode())
         progress.tokenizer_sha256 = sha256_of(path)
         progress.save(folder)
@@ -414,6 +435,7 @@ def _row(
             "shards": len(shards := meta.of_split(split)),
             "tokens": sum(shard.tokens for shard in shards),
             "documents": meta.documents.get(split, 0),
+            "skipped_records": meta.skipped_records.get(split, 0),
         }
         for split in ("train", "validation")
     }

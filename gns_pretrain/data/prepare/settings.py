@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from gns_pretrain.data.prepare.corpus import find_files
+from gns_pretrain.data.prepare.corpus import TEXT_KEY, find_files
 from gns_pretrain.data.tokenization import MIN_BPE_VOCABULARY
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import About, Settings, at_least, one_of, path_name, within
@@ -23,10 +23,12 @@ class PrepareSettings(Settings):
     source: Annotated[
         str | None, one_of("hub", "local"), About("default: local if --train is given, else hub")
     ] = None
-    dataset: Annotated[str, About("dataset on the hub, with a column `text`")] = C4
+    dataset: Annotated[str, About("dataset on the hub, with a column of texts")] = C4
     dataset_config: Annotated[str | None, About("its configuration; en for C4")] = None
     train: Annotated[
-        list[str], path_name(), About("files or globs: .json.gz .jsonl.gz .json .jsonl .parquet")
+        list[str],
+        path_name(),
+        About("files or globs: .jsonl .json .txt, each also with .gz or .zst, and .parquet"),
     ] = field(default_factory=list)
     validation: Annotated[
         list[str], path_name(), About("files or globs of the validation split")
@@ -34,6 +36,13 @@ class PrepareSettings(Settings):
     validation_fraction: Annotated[
         float, within(0, 1), About("of the training documents, held out by a hash of their text")
     ] = 0.0
+    text_key: Annotated[str, About("of the text in a JSON record, or its column")] = TEXT_KEY
+    txt_documents: Annotated[
+        str, one_of("file", "blank-line"), About("where a document of a .txt file ends")
+    ] = "file"
+    skip_bad_records: Annotated[
+        bool, About("leave out records without a text, and count them, instead of ending there")
+    ] = False
     tokenizer: Annotated[
         str | None, path_name(), About("tokenizer.json, or the name of a model on the hub")
     ] = None

@@ -1,6 +1,7 @@
 import errno
 import gzip
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,6 +57,32 @@ def parquet_files(folder: Path) -> Corpus:
     return LocalFiles(paths)
 
 
+def zstandard_files(folder: Path) -> Corpus:
+    pyarrow = pytest.importorskip("pyarrow")
+    paths = [folder / "a.jsonl.zst", folder / "b.json.zst"]
+    for path, part in zip(paths, halves(), strict=True):
+        # In several frames, as parallel compressors write them.
+        frames = [b"".join(map(as_line, part[start : start + 9])) for start in range(0, 40, 9)]
+        codec = pyarrow.Codec("zstd")
+        path.write_bytes(b"".join(codec.compress(frame, asbytes=True) for frame in frames))
+    return LocalFiles(paths)
+
+
+def text_files(folder: Path) -> Corpus:
+    for number, text in enumerate(TEXTS):
+        path = folder / f"{number:02d}.txt"
+        packed = gzip.compress(text.encode()) if number % 2 else text.encode()
+        (path.with_suffix(".txt.gz") if number % 2 else path).write_bytes(packed)
+    return LocalFiles(sorted(folder.iterdir()))
+
+
+def paragraphs(folder: Path) -> Corpus:
+    paths = [folder / "a.txt", folder / "b.txt"]
+    for path, part in zip(paths, halves(), strict=True):
+        path.write_bytes(b"\n\r\n" + " \n\n".join(part).replace(" ", "\n").encode() + b"\n")
+    return LocalFiles(paths, by_paragraph=True)
+
+
 def hub_stream(folder: Path) -> Corpus:
     pytest.importorskip("datasets")
     gzip_files(folder)
@@ -67,13 +94,17 @@ def halves() -> tuple[list[str], list[str]]:
     return TEXTS[:23], TEXTS[23:]
 
 
-SOURCES = [gzip_files, plain_files, parquet_files, hub_stream]
+SOURCES = [
+    *(gzip_files, plain_files, zstandard_files, parquet_files, hub_stream),
+    *(text_files, paragraphs),
+]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_gives_the_documents_in_order(tmp_path, source):
     batches = list(source(tmp_path).batches(None))
-    assert [text for batch in batches for text in parse_texts(batch)] == TEXTS
+    found = [text for batch in batches for text in parse_texts(batch)[0]]
+    assert [text.replace("\n", " ") for text in found] == TEXTS
     assert all(0 <= a.fraction <= b.fraction <= 1 for a, b in pairwise(batches))
 
 
@@ -97,9 +128,9 @@ def test_files_are_sorted_and_named_once(tmp_path):
     assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
 
 
-@pytest.mark.parametrize("pattern", ["missing*.jsonl", "text.txt", "empty.jsonl"])
+@pytest.mark.parametrize("pattern", ["missing*.jsonl", "text.csv", "empty.jsonl"])
 def test_pattern_without_text_files_is_named(tmp_path, pattern):
-    (tmp_path / "text.txt").write_bytes(GOOD)
+    (tmp_path / "text.csv").write_bytes(GOOD)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(InputError, match=f"--train=.*{pattern[:4]}"):
         find_files([str(tmp_path / pattern)], "--train")
@@ -120,7 +151,7 @@ def test_held_out_part_is_a_fraction_that_depends_on_the_text_alone():
         (b'{"text": "bad \xff"}\n', "line 3: not UTF-8"),
         (b'{"text": "\\ud800"}\n', "line 3: not UTF-8"),
         (b'{"text": "cut sh', "line 3: not JSON"),
-        (b'{"txt": "misnamed"}\n', "line 3: no `text`"),
+        (b'{"n": 1, "body": "x", "url": "y"}\n', "line 3: no `text` .* here one of body, url"),
         (b'{"text": null}\n', "line 3: no `text`"),
         (b"[1]\n", "line 3: no `text`"),
         (b'{"text": 5}\n', "line 3: no `text`"),
@@ -135,7 +166,9 @@ def test_bad_record_is_named_with_its_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(GOOD * 2 + line)
     with pytest.raises(InputError, match=rf"bad\.jsonl, {message}"):
-        [parse_texts(batch) for batch in LocalFiles([path]).batches(None)]
+        [parse_texts(batch)[0] for batch in LocalFiles([path]).batches(None)]
+    batches = LocalFiles([path]).batches(None)
+    assert [parse_texts(batch, skip_bad=True) for batch in batches] == [(["good", "good"], 1)]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +180,8 @@ def test_bad_record_is_named_with_its_line(tmp_path, line, message):
         ("cut.json.gz", gzip.compress(GOOD * 500, mtime=0)[:-20]),
         ("other.json.gz", GOOD),
         ("cut.parquet", b"PAR1"),
+        ("blank.txt", b" \n\n"),
+        ("other.json.zst", GOOD),
     ],
 )
 def test_empty_or_damaged_file_is_named(tmp_path, name, content):
@@ -168,7 +203,27 @@ def test_empty_or_damaged_file_is_named(tmp_path, name, content):
 def test_what_json_allows_beside_the_text_is_no_matter(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(GOOD + line)
     (batch,) = LocalFiles([tmp_path / "a.jsonl"]).batches(None)
-    assert parse_texts(batch) == ["good", "odd"]
+    assert parse_texts(batch)[0] == ["good", "odd"]
+
+
+def test_zstandard_file_that_is_cut_short_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    content = pyarrow.Codec("zstd").compress(b"".join(map(as_line, TEXTS)), asbytes=True)
+    (tmp_path / "cut.jsonl.zst").write_bytes(content[:-9])
+    with pytest.raises(InputError, match=r"cut\.jsonl\.zst is truncated"):
+        list(LocalFiles([tmp_path / "cut.jsonl.zst"]).batches(None))
+
+
+@pytest.mark.parametrize("source", [LocalFiles, "datasets"])
+def test_text_may_have_another_key(tmp_path, source):
+    if source == "datasets":
+        pytest.importorskip("datasets")
+        source = partial(HubDataset, "json", None, "train")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "a", "text": 5}\n{"text": 6, "content": "b"}\n')
+    paths = [path] if source is LocalFiles else [str(path)]
+    (batch,) = source(paths, text_key="content").batches(None)
+    assert parse_texts(batch) == (["a", "b"], 0)
 
 
 @pytest.mark.parametrize("name", ["bom.jsonl", "bom.json.gz"])
@@ -176,7 +231,7 @@ def test_mark_of_utf_8_at_the_beginning_is_no_text(tmp_path, name):
     content = b"\xef\xbb\xbf" + GOOD * 2
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     (batch,) = LocalFiles([tmp_path / name]).batches(None)
-    assert parse_texts(batch) == ["good", "good"]
+    assert parse_texts(batch)[0] == ["good", "good"]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -209,7 +264,7 @@ def test_parquet_texts_are_strings_or_their_bytes(tmp_path, kind, source):
     path = parquet_column(tmp_path, *values, kind=kind)
     paths = [path] if source is LocalFiles else [str(path)]
     (batch,) = source(paths).batches(None)
-    assert parse_texts(batch) == texts
+    assert parse_texts(batch)[0] == texts
 
 
 @pytest.mark.parametrize(
@@ -224,14 +279,14 @@ def test_parquet_texts_are_strings_or_their_bytes(tmp_path, kind, source):
 def test_parquet_record_without_text_is_named(tmp_path, values, kind, message):
     path = parquet_column(tmp_path, *values, kind=kind)
     with pytest.raises(InputError, match=rf"a\.parquet.* {message}"):
-        [parse_texts(batch) for batch in LocalFiles([path]).batches(None)]
+        [parse_texts(batch)[0] for batch in LocalFiles([path]).batches(None)]
 
 
 def test_hub_record_that_is_not_a_string_is_named(tmp_path):
     pytest.importorskip("datasets")
     stream = HubDataset("parquet", None, "x", [str(parquet_column(tmp_path, 1, 2, kind="int64"))])
     with pytest.raises(InputError, match="record 1: no `text` in it; each record needs one, a str"):
-        [parse_texts(batch) for batch in stream.batches(None)]
+        [parse_texts(batch)[0] for batch in stream.batches(None)]
 
 
 def test_parquet_without_text_is_named(tmp_path):
@@ -262,7 +317,7 @@ def test_columns_beside_the_text_may_differ_between_splits(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + b'{"text": "bare"}\n{"text": "odd", "timestamp": "noon"}\n')
     texts = [
-        parse_texts(batch) for batch in HubDataset("json", None, "x", [str(path)]).batches(None)
+        parse_texts(batch)[0] for batch in HubDataset("json", None, "x", [str(path)]).batches(None)
     ]
     assert texts == [["good", "bare", "odd"]]
 

@@ -228,6 +228,8 @@ def half_done(inputs, tmp_path) -> Path:
         ({"shard_tokens": 4000}, "--shard-tokens=4000, but .* was begun with 5000"),
         ({"max_tokens": 9000}, "--max-tokens=9000, but .* was begun with None"),
         ({"bos": False}, "--bos=False"),
+        ({"text_key": "content"}, "--text-key=content, but .* was begun with text"),
+        ({"skip_bad_records": True}, "--skip-bad-records=True, but .* was begun with False"),
         ({"validation": [], "validation_fraction": 0.5}, "--validation names 0 files"),
         ({"tokenizer": None, "train_bpe": 300}, "--tokenizer=None, but .* with sha256:"),
         ({"source": "hub", "dataset": "json"}, "--source=hub, but .* with local"),
@@ -292,6 +294,43 @@ def test_bad_document_leaves_nothing_behind(inputs, tmp_path, split, workers):
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2: not UTF-8"):
         run(settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_bad_records_that_are_left_out_are_counted_however_often_it_stops(
+    inputs, tmp_path, monkeypatch, held_out
+):
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 3000)
+    lines = [as_line(text) for text in TRAIN]
+    for number in range(0, 400, 40):
+        lines.insert(number, b'{"text": "bad \xff"}\n')
+    (tmp_path / "train.jsonl").write_bytes(b"".join(lines))
+    changes = {"train": [str(tmp_path / "train.jsonl")], "skip_bad_records": True}
+    if held_out:
+        changes |= {"validation": [], "validation_fraction": 0.1}
+    row = run(settings_for(inputs, tmp_path / "whole", **changes))
+    counted = [row["splits"][split]["skipped_records"] for split in ("train", "validation")]
+    assert counted == [10, 0]
+    for shards in range(2, 5):
+        with pytest.MonkeyPatch.context() as stopping:
+            stop_after(stopping, shards=shards)
+            with pytest.raises(KeyboardInterrupt):
+                run(settings_for(inputs, tmp_path / "out", **changes))
+    run(settings_for(inputs, tmp_path / "out", **changes))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    if not held_out:
+        assert tokens_of(tmp_path / "out", "train") == ids_of(inputs / "tokenizer.json", TRAIN)
+
+
+def test_folder_of_before_these_settings_resumes(inputs, reference, half_done):
+    path = half_done / "progress.json"
+    progress = json.loads(path.read_text())
+    for name in ("text_key", "txt_documents", "skip_bad_records"):
+        del progress["settings"][name]
+    path.write_text(json.dumps(progress))
+    run(settings_for(inputs, half_done))
+    for split in ("train", "validation"):
+        assert tokens_of(half_done, split) == tokens_of(reference, split)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
