@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from benchmarks.harness import Command, Row, paired, this_process, write_random_tokens
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.embedded import gather_documents
+from gns_pretrain.data.mixture import Mixture, Source
 from gns_pretrain.data.prepare.corpus import LocalFiles, find_files, parse_texts
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.prepare import SplitPlan, SplitProgress, write_split
@@ -60,7 +61,7 @@ class Data(Command):
             folder = scratch / "random"
             write_random_tokens(folder, 32_000, {"train": RANDOM_TOKENS})
         batches = Batches(
-            TokenShards.open(folder, "train"),
+            Mixture([Source("shards", 1, TokenShards.open(folder, "train"))]),
             sequence_length=self.sequence_length,
             seed=0,
             device=torch.device("cpu"),
@@ -103,7 +104,7 @@ class Data(Command):
         with EncodingPool(job, available_cores()) as pool:
             for path in paths:
                 corpus = LocalFiles([path])
-                texts = [text for batch in corpus.batches(None) for text in parse_texts(batch)]
+                texts = [text for batch in corpus.batches(None) for text in parse_texts(batch)[0]]
                 steps: dict[str, Callable[[], int]] = {
                     "shards": partial(prepare, corpus, pool, dtype),
                     "bare": partial(encode, texts, tokenizer),

@@ -151,8 +151,9 @@ def run_block(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
+    mask: None = None,
 ) -> Tensor:
-    """Stand for a compiled block's forward."""
+    """Stand for a compiled block's forward, without a mask of documents."""
     output: Tensor = _CompiledBlock.apply(gpu, graphs, x, cos, sin, *block.parameters())
     return output
 

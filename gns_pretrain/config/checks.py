@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from gns_pretrain.config.schema import Config
+from gns_pretrain.data.mixture import Mixture
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
@@ -95,21 +96,33 @@ def check_policies(config: Config, *, num_ranks: int) -> None:
             sizes.require(size, f"{prefix}.{name}")
 
 
-def check_data(config: Config, *, data_vocab_size: int, validation_sequences: int) -> None:
-    """Check settings against the data."""
+def check_data(config: Config, validation: Mixture) -> None:
+    """Check settings against the data, of which the vocabulary and the validation split matter."""
+    data_vocab_size = validation.vocab_size
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < data_vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size} is smaller than the {data_vocab_size} token ids of "
             f"data.path={config.data.path}; use model.vocab_size={data_vocab_size} or null"
         )
-    if config.evaluation.num_sequences > validation_sequences:
-        raise InputError(
-            f"evaluation.num_sequences={config.evaluation.num_sequences} is more than the "
-            f"{validation_sequences} validation sequences of data.sequence_length="
-            f"{config.data.sequence_length} in data.path={config.data.path}; use at most "
-            f"{validation_sequences}"
-        )
+    if config.data.document_mask:
+        _ = validation.document_ids  # are there
+    num_sequences = config.evaluation.num_sequences
+    for source, wanted in zip(validation.sources, validation.counts(num_sequences), strict=True):
+        there = source.tokens.num_sequences(config.data.sequence_length)
+        if wanted > there and len(validation.sources) == 1:
+            raise InputError(
+                f"evaluation.num_sequences={num_sequences} is more than the "
+                f"{there} validation sequences of data.sequence_length="
+                f"{config.data.sequence_length} in data.path={config.data.path}; use at most "
+                f"{there}"
+            )
+        if not 1 <= wanted <= there:
+            raise InputError(
+                f"evaluation.num_sequences={num_sequences} takes {counted(wanted, 'sequence')} of "
+                f"{source.name} by its weight in data.sources, whose validation split has "
+                f"{there:,}, and it needs at least 1; use {'more' if wanted < 1 else 'fewer'}"
+            )
 
 
 class Memory(NamedTuple):

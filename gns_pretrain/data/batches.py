@@ -3,6 +3,10 @@
 The position (cursor) is one integer: the number of sequences consumed so far. A step consumes the
 sequences at positions [cursor, cursor + B) of the run's order; its micro-batch j is the j-th
 contiguous block of them, whichever rank computes it.
+
+Of a mixture, the step's sequences are shuffled first. Sources are interleaved evenly, in an order
+that repeats: without it one of two sources could come to all even micro-batches, which the noise
+scale compares with the odd ones.
 """
 
 import math
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gns_pretrain.data.mixture import Mixture
 from gns_pretrain.data.shards import TokenShards
 
 # Four rounds are enough for large domains (Luby and Rackoff, 1988); small ones mix more slowly.
@@ -75,7 +80,7 @@ class _Request(NamedTuple):
 
 
 class Batches:
-    """One rank's part of the training sequences, in a seeded order, epoch after epoch.
+    """One rank's part of the training sequences, each source in a seeded order, epoch after epoch.
 
     Holds no position of its own: the caller passes the cursor, so that a checkpoint is one integer.
     While a step is computed, a thread reads the next one, guessing that the sizes stay the same; a
@@ -84,7 +89,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: TokenShards,
+        mixture: Mixture,
         *,
         sequence_length: int,
         seed: int,
@@ -92,10 +97,13 @@ class Batches:
         rank: int = 0,
         num_ranks: int = 1,
     ):
-        self._tokens = tokens
+        self._mixture = mixture
         self._sequence_length = sequence_length
-        self._num_sequences = tokens.num_sequences(sequence_length)
-        self._order = SequenceOrder(self._num_sequences, seed)
+        self._seed = seed
+        self._orders = [
+            SequenceOrder(source.tokens.num_sequences(sequence_length), seed)
+            for source in mixture.sources
+        ]
         self._device = device
         self._rank, self._num_ranks = rank, num_ranks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -120,9 +128,16 @@ class Batches:
         self._ahead = (following, self._reader.submit(self._read, following))
         return (micro_batch.to(self._device, non_blocking=True) for micro_batch in step)
 
-    def epoch(self, cursor: int) -> int:
-        """Number the pass over the data, from 0, that the sequence at cursor belongs to."""
-        return cursor // self._num_sequences
+    def used_up(self, cursor: int) -> list[str]:
+        """Name the sources of which every sequence was consumed before cursor: they repeat."""
+        counts = self._mixture.counts(cursor)
+        return [
+            source.name
+            for source, count, order in zip(
+                self._mixture.sources, counts, self._orders, strict=True
+            )
+            if count >= order.num_sequences
+        ]
 
     def close(self) -> None:
         """Stop reading ahead; the object cannot be used afterwards."""
@@ -131,17 +146,23 @@ class Batches:
 
     def _read(self, request: _Request) -> Tensor:
         """Read int64 [micro-batches, micro_batch_size, L + 1] to the CPU, pinned for a GPU."""
-        positions = np.arange(request.cursor, request.cursor + request.batch_size, dtype=np.int64)
+        places = np.arange(request.batch_size, dtype=np.int64)
+        if len(self._orders) > 1:
+            shuffled = SequenceOrder(request.batch_size, self._seed)
+            places = shuffled(request.cursor * request.batch_size + places)
+        positions = request.cursor + places
         positions = positions.reshape(-1, request.micro_batch_size)[self._rank :: self._num_ranks]
         step = torch.empty(
             (*positions.shape, self._sequence_length + 1),
             dtype=torch.int64,
             pin_memory=self._device.type == "cuda",
         )
-        sequences = self._order(positions.ravel()).reshape(positions.shape)
+        sources, indices = self._mixture.locate(positions)
+        for number, order in enumerate(self._orders):
+            indices[sources == number] = order(indices[sources == number])
         # One micro-batch at a time, so that the check of its ids finds it in the cache.
-        for indices, out in zip(sequences, step.numpy(), strict=True):
-            self._tokens.read_sequences(indices, self._sequence_length, out)
+        for of_micro_batch in zip(sources, indices, step.numpy(), strict=True):
+            self._mixture.read_sequences(*of_micro_batch, self._sequence_length)
         return step
 
 

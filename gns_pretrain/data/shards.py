@@ -196,6 +196,7 @@ class TokenShards:
         self.folder = folder
         self.split = split
         self.vocab_size = meta.vocab_size
+        self._bos_id, self._eos_id = meta.bos_id, meta.eos_id
         self._files = [shard.file for shard in meta.of_split(split)]
         self._shards = shards
         # Shard k holds the tokens [bounds[k], bounds[k + 1]).
@@ -231,6 +232,17 @@ class TokenShards:
             verify = num_bytes < VERIFY_BELOW_BYTES
         opened = [open_shard(folder, shard, dtype, verify=verify) for shard in shards]
         return cls(folder, meta, opened, split)
+
+    @property
+    def document_ids(self) -> dict[str, int | None]:
+        """bos_id and eos_id from meta.json; InputError if nothing stands around a document."""
+        if self._bos_id is self._eos_id is None:
+            raise InputError(
+                f"data.document_mask=true needs a token around each document, and "
+                f"{self.folder / META_FILE} has neither bos_id nor eos_id; prepare the data "
+                "without --no-bos or --no-eos"
+            )
+        return {"bos_id": self._bos_id, "eos_id": self._eos_id}
 
     def num_sequences(self, sequence_length: int) -> int:
         """Count the whole sequences; the last one needs a target for its last token."""

@@ -42,7 +42,7 @@ CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "t
 
 
 def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> DataSettings:
-    """Copy the shards to this node's own disk; return the settings with `path` there.
+    """Copy the shards to this node's own disk; return the settings with their paths there.
 
     Without `stage_to` the settings are returned unchanged.
 
@@ -50,9 +50,29 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
         InputError: the disk is too small, `stage_to` names a variable that is not set, or a shard
             is not what meta.json says.
     """
-    if settings.stage_to is None or settings.path == EMBEDDED:
+    if settings.stage_to is None:
         return settings
-    source = Path(settings.path)
+    copies = {
+        part.path: str(staged_folder(settings, Path(part.path), log=log))
+        for part in settings.parts
+        if part.path != EMBEDDED
+    }
+    if not copies:
+        return settings
+    return dataclasses.replace(
+        settings,
+        path=copies.get(settings.path, settings.path),
+        sources=[
+            dataclasses.replace(source, path=copies.get(source.path, source.path))
+            for source in settings.sources
+        ],
+        verify=False,
+    )
+
+
+def staged_folder(settings: DataSettings, source: Path, *, log: Callable[[str], object]) -> Path:
+    """Copy one folder of shards, as `staged` does; return the copy."""
+    assert settings.stage_to is not None
     meta = read_meta(source)
     digest = sha256_of(source / META_FILE)[:12]
     target = local_folder(settings.stage_to) / f"{source.resolve().name}-{digest}"
@@ -109,7 +129,7 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
     # again takes long, so a node's ranks do it in parallel, and only repair one after the other.
     if settings.verify and not all(is_whole(name, verify=True) for name in files):
         copy_missing(verify=True)
-    return dataclasses.replace(settings, path=str(target), verify=False)
+    return target
 
 
 def local_folder(stage_to: str) -> Path:

@@ -28,6 +28,7 @@ from gns_pretrain.tracking.wandb import about
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_writer import TRAIN_STATE
+from gns_pretrain.training.evaluate import ValidationSet
 from gns_pretrain.training.initialize import Source, begin_from
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
@@ -49,7 +50,12 @@ def build_run(
     """
     torch.manual_seed(config.seed)
     training, validation = open_splits(staged(config.data))
-    model = build_model(config, world, data_vocab_size=training.vocab_size)
+    model = build_model(
+        config,
+        world,
+        data_vocab_size=training.vocab_size,
+        document_ids=training.document_ids if config.data.document_mask else None,
+    )
     optimizer = config.optimizer.build(model)
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
@@ -119,9 +125,19 @@ def build_run(
         rank=world.data_rank,
         num_ranks=world.num_data_ranks,
     )
-    validation_sequences = read_in_order(
-        validation, sequence_length, 0, config.evaluation.num_sequences
-    )
+    validation_sets = [
+        ValidationSet(
+            source.name,
+            weight,
+            read_in_order(source.tokens, sequence_length, 0, count).to(world.device),
+        )
+        for source, weight, count in zip(
+            validation.sources,
+            validation.weights,
+            validation.counts(config.evaluation.num_sequences),
+            strict=True,
+        )
+    ]
     noise_scale = config.noise_scale
     meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
     if meter and saved:
@@ -132,7 +148,7 @@ def build_run(
         optimizer=optimizer,
         schedule=build_schedule(config),
         batches=batches,
-        validation_sequences=validation_sequences.to(world.device),
+        validation_sets=validation_sets,
         adaptive=adaptive,
         checkpoints=checkpoints,
         record=record,
@@ -175,11 +191,23 @@ def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> Non
         )
 
 
-def build_model(config: Config, world: World, *, data_vocab_size: int) -> torch.nn.Module:
-    """Build the model with its first weights, compiled where asked, and parallelize it."""
+def build_model(
+    config: Config,
+    world: World,
+    *,
+    data_vocab_size: int,
+    document_ids: dict[str, int | None] | None = None,
+) -> torch.nn.Module:
+    """Build the model with its first weights, compiled where asked, and parallelize it.
+
+    Args:
+        document_ids: bos_id and eos_id of the data, if documents are not to see each other.
+    """
     with world.device:
         model = Llama(config.model.of_data(data_vocab_size))
     model.init_weights(config.seed)
+    if document_ids is not None:
+        model.separate_documents(**document_ids)
     on_gpu = world.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and on_gpu):
         model.compile_blocks()

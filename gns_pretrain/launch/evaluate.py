@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gns_pretrain.data.batches import read_in_order
 from gns_pretrain.data.prepare.corpus import LocalFiles, find_files, parse_texts
+from gns_pretrain.data.settings import MIXTURE
 from gns_pretrain.data.shards import (
     CorpusMeta,
     ShardMeta,
@@ -201,6 +202,11 @@ class Text:
             return cls(" ".join(request.text), tokens, length, counts)
         split = "validation"
         if request.data is None and trained.data is not None:
+            if trained.data.path == MIXTURE:
+                raise InputError(
+                    f"{trained.folder} was trained on a mixture; name one of its sources with "
+                    "--data, or give --text"
+                )
             split = trained.data.validation_split
         split = request.split or split
         folder = trained.data_folder(request.data)
@@ -280,7 +286,7 @@ def tokens_of_files(patterns: list[str], text: ExportedText) -> TokenShards:
     vocab_size = vocabulary_size(text.tokenizer)
     dtype = token_dtype(vocab_size)
     encoder = DocumentEncoder(text.tokenizer, dtype=dtype, bos_id=text.bos_id, eos_id=text.eos_id)
-    parts = [encoder.encode(parse_texts(batch))[0] for batch in files.batches(None)]
+    parts = [encoder.encode(parse_texts(batch)[0])[0] for batch in files.batches(None)]
     tokens = np.concatenate(parts)
     meta = CorpusMeta(dtype.name, vocab_size, (ShardMeta("--text", "text", tokens.size, ""),))
     return TokenShards(Path(), meta, [tokens], "text")

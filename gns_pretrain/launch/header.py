@@ -7,6 +7,7 @@ from rich.filesize import decimal
 
 from gns_pretrain.config.checks import Memory
 from gns_pretrain.config.schema import Config
+from gns_pretrain.data.mixture import Mixture, Source
 from gns_pretrain.errors import counted
 from gns_pretrain.model.config import count_parameters
 from gns_pretrain.system.processes import threads_per_process
@@ -15,14 +16,22 @@ from gns_pretrain.tracking.console import short_number
 FAR_LARGER = 2  # times the data's vocabulary, which padding it does not reach
 
 
+def tokens_and_epochs(source: Source, budget: float) -> str:
+    """Describe a source, of which a run takes `budget` tokens."""
+    there = source.tokens.num_tokens
+    return (
+        f"{short_number(there)} tokens to train on; the budget of {short_number(budget)} is "
+        f"{budget / there:.2f} epochs"
+    )
+
+
 def header(
     config: Config,
     *,
     num_ranks: int,
     ranks_per_node: int,
     device: torch.device,
-    training_tokens: int,
-    data_vocab_size: int,
+    training: Mixture,
     memory: Memory,
     directory: Path,
     begins: str,
@@ -30,10 +39,11 @@ def header(
     """Format a run's plan, a line for each subject.
 
     Args:
-        training_tokens: of the training split.
+        training: the training split.
         memory: as `check_memory` counts it.
         begins: with what.
     """
+    data_vocab_size = training.vocab_size
     model = config.model.of_data(data_vocab_size)
     parameters = count_parameters(model)
     on_gpu = device.type == "cuda"
@@ -44,7 +54,15 @@ def header(
     if config.parallel.tensor_size > 1:
         layout += f", parallel.tensor_size={config.parallel.tensor_size}"
     length, batch = config.data.sequence_length, config.batch_size
-    epochs = config.token_budget / training_tokens
+    sources = [
+        f"{source.name} {weight:.3g} ({tokens_and_epochs(source, config.token_budget * weight)})"
+        for source, weight in zip(training.sources, training.weights, strict=True)
+    ]
+    text = f"{config.data.path} of {', '.join(sources)}"
+    if len(sources) == 1:
+        text = f"{config.data.path}, {tokens_and_epochs(training.sources[0], config.token_budget)}"
+    if config.data.document_mask:
+        text += "; attention within documents"
     measured = ", ".join(config.noise_scale.geometries) or "not measured"
     if config.noise_scale.geometries:
         measured += f", every {counted(config.noise_scale.every_steps, 'step')}"
@@ -53,8 +71,7 @@ def header(
         "model": f"{model.name}, {parameters.total:,} parameters ({parameters.in_blocks:,} in "
         f"blocks), {config.dtype_on(device.type)}",
         "device": f"{where}; {counted(num_ranks, 'rank')} on {counted(nodes, 'node')}, {layout}",
-        "data": f"{config.data.path}, {short_number(training_tokens)} tokens to train on; the "
-        f"budget of {short_number(config.token_budget)} is {epochs:.2f} epochs",
+        "data": text,
         "batch": f"{counted(batch.initial, 'sequence')} x {length:,} = {batch.initial * length:,} "
         f"tokens, {batch.policy}; {counted(config.initial_total_steps, 'step')}{at_first}",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, "

@@ -170,11 +170,7 @@ def check_run(
     for local_rank in range(ranks) if info is None else (info.local_rank,):
         device = pick_device(config.launch.device, local_rank)
     splits = open_splits(config.data)
-    check_data(
-        config,
-        data_vocab_size=splits[0].vocab_size,
-        validation_sequences=splits[1].num_sequences(config.data.sequence_length),
-    )
+    check_data(config, splits[1])
     if trains_here:
         memory = check_memory(
             config,
@@ -206,8 +202,7 @@ def check_run(
             num_ranks=ranks,
             ranks_per_node=ranks_per_node,
             device=device,
-            training_tokens=splits[0].num_tokens,
-            data_vocab_size=splits[0].vocab_size,
+            training=splits[0],
             memory=memory,
             directory=directory,
             begins=begins,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from gns_pretrain.model.config import LlamaConfig
@@ -84,6 +85,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
+def document_numbers(tokens: Tensor, *, bos_id: int | None, eos_id: int | None) -> Tensor:
+    """Number the document of each token within its sequence, int64 [B, T], not decreasing.
+
+    A document ends with its eos; where documents have none, one begins with each bos. The first
+    one of a sequence may have begun before it.
+
+    Args:
+        tokens: [B, T], int64.
+        bos_id: stands before each document, as in meta.json; None: nothing does.
+        eos_id: stands after each document; None: nothing does.
+    """
+    if eos_id is None:
+        assert bos_id is not None
+        return tokens.eq(bos_id).cumsum(dim=1)
+    ends = tokens.eq(eos_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Say which tokens (last dimension) each token attends to: those before it in its document.
+
+    Args:
+        documents: [B, T], int64, from `document_numbers`.
+
+    Returns:
+        [B, 1, T, T], bool.
+    """
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def document_block_mask(documents: Tensor) -> BlockMask:
+    """`document_mask` for flex attention, which leaves out blocks that are masked as a whole."""
+
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[batch, query] == documents[batch, key])
+
+    size, length = documents.shape
+    return create_block_mask(attends, size, None, length, length, device=documents.device)
+
+
 class Linear(nn.Linear):
     """x @ W.T without a bias, W cast to x's dtype; NaN until initialised or loaded."""
 
@@ -121,7 +163,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions, all of a sequence or by a mask."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -133,13 +175,28 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]; cos and sin from `rotary_tables`."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D].
+
+        Args:
+            x: the residual stream, after its norm.
+            cos: from `rotary_tables`, as `sin`.
+            mask: of documents, [B, 1, T, T] or in blocks; None: attention to all tokens before.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.wq(x).view(heads), cos, sin).transpose(1, 2)  # [B, H, T, d]
         k = rotate(self.wk(x).view(heads), cos, sin).transpose(1, 2)  # [B, K, T, d]
         v = self.wv(x).view(heads).transpose(1, 2)  # [B, K, T, d]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        if isinstance(mask, BlockMask):
+            flex = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.grouped)
+            assert isinstance(flex, Tensor)
+            mixed = flex
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+            )
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
@@ -168,18 +225,20 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]; with checkpointing only x is saved for the backward pass."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # No dropout anywhere: nothing random to replay.
             recomputed: Tensor = checkpoint(
-                self._mix, x, cos, sin, use_reentrant=False, preserve_rng_state=False
+                self._mix, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False
             )
             return recomputed
-        return self._mix(x, cos, sin)
+        return self._mix(x, cos, sin, mask)
 
-    def _mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def _mix(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -202,6 +261,7 @@ class Llama(nn.Module):
         self._logit_gradients: LogitGradients = logit_gradients_
         self._frequencies = inverse_frequencies(config)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._document_ids: dict[str, int | None] | None = None
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits, or the loss if targets are given.
@@ -218,8 +278,9 @@ class Llama(nn.Module):
         if self.blocks_compiled:
             mark_batch_dynamic(x)
         cos, sin = self._rotary_tables(tokens.shape[1], tokens.device)
+        mask = self._mask(tokens)
         for block in self.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         x = self.norm(x)
         makes_logits = self.embedding if self.output is None else self.output
         weight = makes_logits.weight.to(x.dtype)  # [V, D]
@@ -240,6 +301,29 @@ class Llama(nn.Module):
             block.compile(backend=backend)
         self._logit_gradients = compiled_logit_gradients_(backend)
         self.blocks_compiled = True
+
+    def separate_documents(self, *, bos_id: int | None, eos_id: int | None) -> None:
+        """Let no token attend to another document's, from here on; the ids as in meta.json.
+
+        Positions count on from document to document: attention sees only their differences.
+        """
+        assert not bos_id is eos_id is None, "nothing stands between documents"
+        self._document_ids = {"bos_id": bos_id, "eos_id": eos_id}
+
+    def _mask(self, tokens: Tensor) -> Tensor | BlockMask | None:
+        """Return the mask of a batch's documents; None where attention sees them all.
+
+        Flex attention needs a compiler to be fast, and has no backward pass on a CPU.
+        """
+        if self._document_ids is None:
+            return None
+        documents = document_numbers(tokens, **self._document_ids)
+        if self.blocks_compiled and tokens.is_cuda:
+            return document_block_mask(documents)
+        mask = document_mask(documents)
+        if self.blocks_compiled:
+            mark_batch_dynamic(mask)
+        return mask
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return tables for T positions, computed once for a length and device.

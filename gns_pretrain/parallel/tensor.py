@@ -45,7 +45,8 @@ def split_over_tensor_ranks(model: Llama, mesh: DeviceMesh) -> None:
     """
     # Once for wq, wk and wv together, and for w1 and w3: their gradients' sum is reduced once.
     attention_input = PrepareModuleInput(
-        input_layouts=(Replicate(), None, None), desired_input_layouts=(Replicate(), None, None)
+        input_layouts=(Replicate(), None, None, None),
+        desired_input_layouts=(Replicate(), None, None, None),
     )
     feed_forward_input = PrepareModuleInput(
         input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)

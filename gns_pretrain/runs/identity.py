@@ -53,7 +53,8 @@ EXECUTION = (
     "dry_run_steps",
     "output_directory",
     "model.activation_checkpointing",
-    "data.path",  # the data itself is compared by its fingerprint
+    "data.path",  # the data itself is compared by its fingerprint, which weights are part of
+    "data.sources",
     "data.stage_to",
     "data.verify",
     "scale",  # what a run takes from it stands in its own settings
@@ -70,6 +71,7 @@ READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the setting
 BEFORE_ADDED = {
     "init.from": None,
     "init.what": "weights",
+    "data.document_mask": False,
     "bad_steps.skip": False,
     "bad_steps.norm_factor": None,
     "bad_steps.window": 128,

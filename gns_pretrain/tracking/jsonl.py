@@ -70,7 +70,7 @@ class TrainLine(Line):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationLine(Line):
-    """An evaluation after `step` steps."""
+    """An evaluation after `step` steps; `loss/NAME` among the further fields is a source's own."""
 
     kind = "validation"
     tokens: int  # consumed so far

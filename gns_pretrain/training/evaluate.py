@@ -18,7 +18,17 @@ class EvaluationSettings(Settings):
     section: ClassVar[str] = "evaluation"
 
     every_tokens: Annotated[int, at_least(1)] = 400_000  # tokens between evaluations
-    num_sequences: Annotated[int, at_least(1)] = 64  # the first so many of the validation split
+    # the first so many of the validation split, of a mixture by its weights
+    num_sequences: Annotated[int, at_least(1)] = 64
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The sequences of one source; the validation loss is the weighted mean over the sources."""
+
+    name: str
+    weight: float  # of all sources together 1
+    sequences: Tensor  # int64 [n, L + 1] on the device, the same on every rank
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
@@ -19,7 +19,7 @@ from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
-from gns_pretrain.training.evaluate import EvaluationSettings, evaluate
+from gns_pretrain.training.evaluate import EvaluationSettings, ValidationSet, evaluate
 from gns_pretrain.training.schedule import Schedule
 from gns_pretrain.training.step import train_step
 from gns_pretrain.training.step_log import (
@@ -39,7 +39,7 @@ class Run:
     optimizer: Optimizer
     schedule: Schedule
     batches: Batches
-    validation_sequences: Tensor  # int64 [n, L + 1]
+    validation_sets: list[ValidationSet]  # one, or one for each source of a mixture
     adaptive: AdaptiveBatchSize  # counts steps and samples, which are the data cursor
     checkpoints: Checkpoints
     record: Record
@@ -166,18 +166,21 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
     readings = result.readings
     if run.meter and is_last_step(run):
         readings = [*readings, *run.meter.read_pending()]
-    epoch, tokens_before = run.batches.epoch(adaptive.samples), adaptive.tokens
+    samples_before, tokens_before = adaptive.samples, adaptive.tokens
     adaptive.observe(reading.total for reading in readings)
     log.add(adaptive, result, lr=lr, tokens_before=tokens_before)
     if run.bad_steps and result.skipped:
         log.flush()
         run.record.message(f"step {adaptive.steps:,} is skipped: {result.skipped}")
         run.bad_steps.raise_beyond_limit(adaptive.steps, result.skipped)
-    if epoch == 0 and run.batches.epoch(adaptive.samples) > 0:
-        run.record.message(
-            f"step {adaptive.steps:,}: every sequence of the training data has been used; "
-            "from here on they repeat, in another order each epoch"
-        )
+    used_before = run.batches.used_up(samples_before)
+    for name in run.batches.used_up(adaptive.samples):
+        if name not in used_before:
+            of = "the training data" if len(run.validation_sets) == 1 else name
+            run.record.message(
+                f"step {adaptive.steps:,}: every sequence of {of} has been used; "
+                "from here on they repeat, in another order each epoch"
+            )
     return readings
 
 
@@ -204,11 +207,24 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 def validate(run: Run) -> None:
     """Take the validation loss and record it; DivergedError if it is not finite."""
     adaptive = run.adaptive
-    loss = evaluate(
-        run.model, run.validation_sequences, chunk=adaptive.micro_batch_size, world=run.world
-    )
+    chunk = adaptive.micro_batch_size
+    losses = [
+        evaluate(run.model, part.sequences, chunk=chunk, world=run.world)
+        for part in run.validation_sets
+    ]
+    loss = sum(part.weight * x for part, x in zip(run.validation_sets, losses, strict=True))
     raise_unless_finite(adaptive.steps, "validation loss", loss)
-    run.record.write(ValidationLine(step=adaptive.steps, tokens=adaptive.tokens, loss=loss))
+    of_sources = {
+        f"loss/{part.name}": x for part, x in zip(run.validation_sets, losses, strict=True)
+    }
+    run.record.write(
+        ValidationLine(
+            step=adaptive.steps,
+            tokens=adaptive.tokens,
+            loss=loss,
+            more=of_sources if len(losses) > 1 else {},
+        )
+    )
 
 
 def crossed(every: int, *, before: int, after: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gns_pretrain.data.settings import DataSettings, TextOrigin
+from gns_pretrain.data.settings import MIXTURE, DataSettings, TextOrigin
 from gns_pretrain.data.shards import META_FILE, checked_tokenizer, joint_fingerprint, read_meta
 from gns_pretrain.data.tokenization import TOKENIZER_FILE, as_in_training, read_tokenizer
 from gns_pretrain.errors import InputError
@@ -114,8 +114,12 @@ class TrainedModel:
         return cls(folder, run=run)
 
     def load(self) -> Llama:
-        """Load it on the CPU, in float32."""
-        return load_hf_folder(self.folder) if self.is_hf else read_model(self.folder)
+        """Load it on the CPU, in float32; its documents see each other only if they did before."""
+        model = load_hf_folder(self.folder) if self.is_hf else read_model(self.folder)
+        origin = self._origin()
+        if origin and self.data and self.data.document_mask:
+            model.separate_documents(bos_id=origin.bos_id, eos_id=origin.eos_id)
+        return model
 
     @property
     def position(self) -> Position | None:
@@ -151,8 +155,12 @@ class TrainedModel:
         return min(length, PAPER_LENGTH) if self.is_hf else length
 
     def data_folder(self, path: str | None = None) -> Path:
-        """Folder of token shards: `path`, or embedded as its run makes it; None: its run's own."""
+        """Folder of token shards: `path`, or embedded as its run makes it; None: its run's own, of
+        a mixture the first one.
+        """
         settings = self.data
+        if path == MIXTURE:
+            raise InputError(f"{MIXTURE} is not a folder of token shards; name one of its sources")
         if path is not None:
             return replace(settings or DataSettings(), path=path).find_folder()
         if settings is None:
@@ -196,7 +204,13 @@ class TrainedModel:
             meta = read_meta(folder)
             splits = (settings.train_split, settings.validation_split)
             fingerprint = joint_fingerprint(meta.fingerprint(split) for split in splits)
-            if read_provenance(self.run)["data_fingerprint"] == fingerprint:
+            # A mixture's fingerprint is that of several folders; they have one tokenizer.
+            same_tokenizer = (
+                settings.path == MIXTURE
+                and origin is not None
+                and origin.tokenizer_sha256 == meta.tokenizer_sha256
+            )
+            if read_provenance(self.run)["data_fingerprint"] == fingerprint or same_tokenizer:
                 origin = TextOrigin(str(folder), meta.bos_id, meta.eos_id)
                 own = checked_tokenizer(folder, meta)
                 name = name or (str(own) if own else None)

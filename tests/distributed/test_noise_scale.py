@@ -41,6 +41,7 @@ class Samples:
     count: int = 8
     tokens: int = 6  # fewer than every matrix is wide
     vocabulary: int = VOCABULARY
+    eos_id: int | None = None  # ends documents that do not see each other; None: they do
 
     def tensors(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(3)
@@ -51,6 +52,7 @@ class Samples:
 FEW = Samples()
 # Neither 3 ranks nor 4 or 12 rounds divide without rounding, and each half lacks a few tokens.
 ROUNDED = Samples(count=12, tokens=24, vocabulary=211)
+DOCUMENTS = Samples(tokens=14, vocabulary=5, eos_id=0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ BITS = {
 def model_of(samples: Samples = FEW, **changes: Any) -> Llama:
     model = Llama(odd_model(vocab_size=samples.vocabulary, **changes))
     model.init_weights(seed=1)
+    if samples.eos_id is not None:
+        model.separate_documents(bos_id=None, eos_id=samples.eos_id)
     return model
 
 
@@ -135,8 +139,7 @@ def has_the_same_bits(place: RankInfo, case: Case) -> bool:
 def on_layouts(place: RankInfo) -> tuple[list[Values], list[bool]]:
     """All that is asked of this many ranks, in one start of them."""
     cases = [Case(kind) for kind in LAYOUTS]
-    if place.num_ranks == 4:
-        cases.append(TWO_MATRICES)
+    cases.append(TWO_MATRICES if place.num_ranks == 4 else Case("fsdp", DOCUMENTS))
     same = [
         has_the_same_bits(replace(place, rendezvous=f"{place.rendezvous}-bits-{i}"), case)
         for i, case in enumerate(BITS[place.num_ranks])
@@ -204,8 +207,18 @@ def test_measured_step_trains_with_the_same_bits_on_every_layout(on_ranks):
 def test_replica_that_owns_no_matrix_takes_part(on_ranks):
     alone = measured(RankInfo(), replace(TWO_MATRICES, kind="single"))
     for rank, (each, _) in enumerate(on_ranks):
-        for found in each[len(LAYOUTS) :]:
+        for found in each[len(LAYOUTS) :] if len(on_ranks) == 4 else []:
             assert_equal(found, alone, f"hsdp with two matrices, rank {rank}")
+
+
+def test_documents_that_do_not_see_each_other_are_measured_as_the_dense_reference(on_ranks):
+    expected = dense_reference(DOCUMENTS)
+    assert expected != dense_reference(replace(DOCUMENTS, eos_id=None))
+    for rank, (each, _) in enumerate(on_ranks):
+        for found in each[len(LAYOUTS) :] if len(on_ranks) == 2 else []:
+            assert_equal(found, expected, f"fsdp with documents, rank {rank}")
+    found = measured(RankInfo(), Case("single", DOCUMENTS), activation_checkpointing=True)
+    assert_equal(found, expected, "one process with documents, checkpointed")
 
 
 def test_halves_that_lack_tokens_equal_the_dense_reference_where_ranks_round(tmp_path):

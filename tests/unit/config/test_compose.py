@@ -60,6 +60,7 @@ ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 # Values that a user has to give.
 GIVEN = {
     ("data", "shards"): ["data.path=somewhere"],
+    ("data", "mixture"): ["data.sources=[{path:a,weight:2},{path:b/c}]"],
     ("optimizer", "custom"): ["optimizer.class_path=torch.optim.NAdam"],
 }
 

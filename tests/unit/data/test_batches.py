@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gns_pretrain.data.batches import Batches, SequenceOrder, read_in_order
+from gns_pretrain.data.mixture import Mixture, Source
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from tests.conftest import write_shards
@@ -35,7 +36,11 @@ def batches(split):
 
 def open_batches(split: TokenShards, **ranks: int) -> Batches:
     device = torch.device("cpu")
-    return Batches(split, sequence_length=LENGTH, seed=SEED, device=device, **ranks)
+    return Batches(alone(split), sequence_length=LENGTH, seed=SEED, device=device, **ranks)
+
+
+def alone(split: TokenShards) -> Mixture:
+    return Mixture([Source("shards", 1, split)])
 
 
 def take(batches, cursor, batch_size, micro_batch_size) -> list[torch.Tensor]:
@@ -59,13 +64,13 @@ def test_step_takes_the_next_sequences_of_the_order_across_epochs(batches):
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 6])
 def test_ranks_share_the_micro_batches_of_one_process(split, batches, num_ranks):
-    alone = take(batches, 7, 12, 2)
+    of_one_rank = take(batches, 7, 12, 2)
     for rank in range(num_ranks):
         other = open_batches(split, rank=rank, num_ranks=num_ranks)
         part = take(other, 7, 12, 2)
         other.close()
         assert len(part) == 6 // num_ranks
-        for micro_batch, same in zip(part, alone[rank::num_ranks], strict=True):
+        for micro_batch, same in zip(part, of_one_rank[rank::num_ranks], strict=True):
             torch.testing.assert_close(micro_batch, same)
 
 
@@ -100,8 +105,8 @@ def test_failed_read_ahead_surfaces_in_the_step_that_wants_it(tmp_path):
     batches.close()
 
 
-def test_epoch_counts_passes_over_the_data(batches):
-    assert [batches.epoch(cursor) for cursor in (0, 19, 20, 40)] == [0, 0, 1, 2]
+def test_data_is_used_up_after_its_last_sequence(batches):
+    assert [batches.used_up(cursor) for cursor in (0, 19, 20, 40)] == [[], [], *[["shards"]] * 2]
 
 
 def test_evaluation_reads_in_file_order(split):
@@ -113,7 +118,8 @@ def test_evaluation_reads_in_file_order(split):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory only for a GPU")
 def test_micro_batches_reach_the_gpu_whole(split):
-    batches = Batches(split, sequence_length=LENGTH, seed=SEED, device=torch.device("cuda"))
+    device = torch.device("cuda")
+    batches = Batches(alone(split), sequence_length=LENGTH, seed=SEED, device=device)
     step = take(batches, 0, 6, 2)
     batches.close()
     torch.testing.assert_close(torch.cat(step).cpu(), expected(0, 6))

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +6,10 @@ import pytest
 
 from gns_pretrain.data import settings as settings_module
 from gns_pretrain.data import shards as shards_module
+from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.data.settings import DataSettings, open_splits
 from gns_pretrain.errors import InputError
+from gns_pretrain.fields import add_options, from_options, script_parser
 from tests.conftest import write_shards
 
 
@@ -58,6 +61,35 @@ def test_embedded_names_no_folder(folder, monkeypatch):
 def test_settings_that_the_data_cannot_meet_are_named(folder, changes, message):
     with pytest.raises(InputError, match=message):
         open_splits(settings_for(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "pattern"),
+    [("a.json.gz", "text", "text/*.json.gz"), ("b.txt", "text/b.txt", "text/b.txt")],
+)
+def test_text_in_place_of_shards_comes_with_the_command_that_makes_them(
+    tmp_path, monkeypatch, name, given, pattern
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).touch()
+    (tmp_path / "text" / "notes.md").touch()
+    with pytest.raises(InputError) as error:
+        open_splits(settings_for(Path(given)))
+    command = str(error.value).partition("gns-pretrain prepare-data ")[2].partition(" makes")[0]
+    parser = script_parser("")
+    add_options(parser, PrepareSettings)
+    options = parser.parse_args(shlex.split(command))
+    assert from_options(PrepareSettings, options).train == [pattern]
+
+
+def test_documents_without_a_token_around_them_cannot_be_told_apart(folder):
+    (folder / "meta.json").write_text(
+        (folder / "meta.json").read_text().replace('"eos_id": 0', '"eos_id": null')
+    )
+    training, _ = open_splits(settings_for(folder, document_mask=True))
+    with pytest.raises(InputError, match=r"data.document_mask=true needs a token .*meta\.json has"):
+        _ = training.document_ids
 
 
 def alter(folder: Path) -> None:

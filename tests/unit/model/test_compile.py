@@ -51,6 +51,19 @@ def test_all_blocks_and_batch_sizes_share_one_graph(checkpointing, dtype, monkey
     assert graphs() == 1 + graphs_of_the_loss(dtype)
 
 
+def test_documents_of_all_batch_sizes_share_one_graph():
+    model = compiled_model()
+    plain = Llama(model.config)
+    plain.load_state_dict(model.state_dict())
+    for one in (model, plain):
+        one.separate_documents(bos_id=None, eos_id=3)
+        for batch in (4, 4, 6, 2, 3):
+            one(*text(batch)).backward()
+    assert graphs() == 1 + graphs_of_the_loss()
+    for compiled, eager in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
 def test_evaluation_adds_one_graph():
     model = compiled_model()
     model(*text(4)).backward()
