@@ -340,12 +340,13 @@ class _Drawing:
                 (noise_text(variant), grey | self._look_of_variant(variant, variants))
                 for variant in variants
             ]
-        elif panel.quantity == NOISE_SCALE:
-            whose = noise_text(variants[0])
+        if panel.quantity == NOISE_SCALE:
+            whose = noise_text(variants[0]) if len(variants) == 1 else ""
             axes.set_title(f"{whose}: running average".removeprefix(": "), fontsize="medium")
         if named:
             handles = [Line2D([], [], label=label, **look) for label, look in named]
-            axes.legend(handles=handles, loc="best", fontsize="small")
+            frame = {"frameon": True, "edgecolor": "none", "framealpha": 0.7}  # over lines
+            axes.legend(handles=handles, loc="best", fontsize="small", **frame)
 
     def legend(self) -> list[Any]:
         """A line for each group, with the number of its seeds, and what band and tick mean."""
@@ -359,7 +360,7 @@ class _Drawing:
             seeds = f" (n = {len(runs)})" if len(runs) > 1 else ""
             handles.append(Line2D([], [], label=text + seeds, **self.looks[label]))
         if not self.each_seed and any(len(runs) > 1 for runs in self.groups.values()):
-            band = "mean ± standard deviation over n seeds"
+            band = "mean ± std over n seeds"
             handles.append(Patch(color="0.35", alpha=0.25, linewidth=0, label=band))
         return handles
 

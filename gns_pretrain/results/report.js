@@ -8,7 +8,10 @@
   const AXES = { step: "optimizer steps", tokens: "tokens", seconds: "training time" };
   const WARM_UP = 0.1; // the y-axis of a loss fits what comes after this share of the x-axis
   const groups = [...new Set(report.runs.map((run) => run.group))];
-  const shown = { axis: "tokens", smoothing: 0.9, log: false, single: false, all: false };
+  // Over about a fiftieth of the longest record.
+  const longest = Math.max(...report.runs.map((run) => run.train.step?.length ?? 0));
+  const smoothing = Math.round(100 * Math.min(0.95, Math.max(0, 1 - 50 / longest))) / 100;
+  const shown = { axis: "tokens", smoothing, log: false, single: false, all: false };
   const axes = Object.keys(AXES).filter((axis) =>
     report.runs.some((run) => run.train[axis] || run.validation[axis]));
   const hidden = new Set();
@@ -170,8 +173,10 @@
     const values = run.train[column];
     if (!values) return [];
     if (shown.smoothing === 0) return [trace(run, run.train, values, label, { line: { width: 1.2 } })];
+    const opacity = Math.max(0.08, 0.3 / Math.sqrt(report.runs.length));
+    const faint = { opacity, hoverinfo: "skip", hovertemplate: null, line: { width: 1, dash: "solid" } };
     return [
-      trace(run, run.train, values, label, { opacity: 0.25, hoverinfo: "skip", hovertemplate: null, line: { width: 1, dash: "solid" } }),
+      trace(run, run.train, values, label, faint),
       trace(run, run.train, smoothed(values, shown.smoothing), `${label}, smoothed`),
     ];
   };
@@ -192,6 +197,9 @@
     return traces;
   }
 
+  // Manhattan, plug-in: of manhattan/plug_in.
+  const noiseText = (name) => escaped(name[0].toUpperCase() + name.slice(1).replace("/", ", ").replace("_", "-"));
+
   const noiseNames = [...new Set(report.runs.flatMap((run) =>
     Object.keys(run.noise).filter((name) => run.noise[name].step)))].sort();
 
@@ -202,34 +210,37 @@
       const values = shown.single ? points.noise_scale : points.noise_scale_ema ?? points.gns_ema;
       const line = { dash: DASHES[number % DASHES.length], width: name === run.followed ? 2.6 : 1.5 };
       if (groups.length === 1) line.color = COLORS[number % COLORS.length];
-      const label = `${escaped(name)}${name === run.followed ? ", decides on the batch" : ""}<br>noise scale`;
+      const label = `${noiseText(name)}${name === run.followed ? ", decides on the batch" : ""}<br>noise scale`;
       return trace(run, points, values ?? [], label, { line });
     });
   }
 
   function noiseLegend() {
-    return noiseNames.map((name, number) => ({
-      x: [null], y: [null], mode: "lines", name: escaped(name), showlegend: true,
-      line: { color: groups.length === 1 ? COLORS[number % COLORS.length] : "#60646c", dash: DASHES[number % DASHES.length], width: 2 },
-    }));
+    return noiseNames.map((name, number) => {
+      const color = groups.length === 1 ? COLORS[number % COLORS.length] : "#60646c";
+      const line = { color, dash: DASHES[number % DASHES.length], width: 2 };
+      return { x: [null], y: [null], mode: "lines", name: noiseText(name), showlegend: true, line };
+    });
   }
 
   const PANELS = [
-    { title: "Validation loss", unit: "nats per token", traces: plain("validation", "loss", "validation loss"), loss: true },
-    { title: "Training loss", unit: "nats per token", traces: withRaw("train_loss", "training loss"), loss: true,
+    { title: "Validation loss", unit: "nats per token", loss: true,
+      traces: plain("validation", "loss", "validation loss") },
+    { title: "Training loss", unit: "nats per token", loss: true, traces: withRaw("train_loss", "training loss"),
       note: () => (shown.smoothing ? `smoothed (${shown.smoothing}); faint: as recorded` : "as recorded") },
     { title: "Batch size", unit: "sequences", traces: batchTraces, fromZero: true,
       note: () => "points: decisions of the batch-size policy; hover for target and reason" },
-    { title: "Noise scale", unit: "sequences", traces: noiseTraces, legend: noiseLegend, log: true,
+    { title: "Noise scale", unit: "sequences", log: true, ticks: "~g", traces: noiseTraces, legend: noiseLegend,
       note: () => `${shown.single ? "each measurement" : "running average"}; thick: the one that decides on the batch` },
-    { title: "Learning rate", unit: "", traces: plain("train", "lr", "learning rate"), log: true },
-    { title: "Gradient norm", unit: "Euclidean, before clipping", traces: withRaw("grad_norm", "gradient norm"), log: true },
+    { title: "Learning rate", unit: "", log: true, ticks: ".0e", traces: plain("train", "lr", "learning rate") },
+    { title: "Gradient norm", unit: "Euclidean, before clipping", log: true, ticks: "~g",
+      traces: withRaw("grad_norm", "gradient norm") },
   ].filter((panel) => report.runs.some((run) => panel.traces(run).length));
 
   // [low, high] of what is drawn after the first steps, with some room.
   function rangeAfterWarmUp(traces, isLog) {
-    const last = Math.max(...traces.map((one) => Math.max(...one.x.filter(isNumber))));
-    const values = traces.flatMap((one) => one.y.filter((y, i) => isNumber(y) && isNumber(one.x[i]) && one.x[i] >= WARM_UP * last));
+    const values = traces.flatMap((one) =>
+      one.y.filter((y, i) => isNumber(y) && isNumber(one.x[i]) && one.x[i] >= WARM_UP * lastX()));
     if (!values.length) return undefined;
     const [low, high] = values.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, -Infinity]);
     const room = isLog ? 0.04 * Math.log10(high / low) : 0.06 * (high - low);
@@ -237,25 +248,32 @@
     return isLog ? [Math.log10(low) - room, Math.log10(high) + room] : [low - room, high + room];
   }
 
+  // The end of the x-axis of all panels.
+  function lastX() {
+    const parts = report.runs.flatMap((run) => [run.train, run.validation]);
+    return Math.max(0, ...parts.map((points) => (points[shown.axis] ? along(points).at(-1) : 0)));
+  }
+
   function drawPanel(panel) {
     const traces = report.runs.filter((run) => !hidden.has(run)).flatMap(panel.traces);
     const isLog = panel.loss ? shown.log : panel.log;
     const yaxis = { type: isLog ? "log" : "linear", automargin: true, gridcolor: "#eceef1", zeroline: false,
-      exponentformat: "power", dtick: isLog && !panel.loss ? "D2" : undefined };
+      tickformat: panel.ticks, dtick: isLog && !panel.loss ? "D2" : undefined };
     if (panel.loss) yaxis.range = rangeAfterWarmUp(traces, isLog);
     if (panel.fromZero) yaxis.rangemode = "tozero";
-    if (isLog) yaxis.minexponent = 3;
-    const axisTitle = shown.axis === "seconds" ? `${AXES.seconds} (${unit})` : AXES[shown.axis];
+    const text = shown.axis === "seconds" ? `${AXES.seconds} (${unit})` : AXES[shown.axis];
+    const xaxis = { title: { text, standoff: 6 }, exponentformat: "B", gridcolor: "#eceef1", zeroline: false,
+      range: [0, 1.02 * lastX()] };
     const layout = {
       font: { family: "system-ui, sans-serif", size: 12, color: "#1c2024" },
-      margin: { l: 54, r: 14, t: 8, b: 44 }, hovermode: "closest", dragmode: "zoom", uirevision: shown.axis + shown.log,
-      xaxis: { title: { text: axisTitle, standoff: 6 }, exponentformat: "B", gridcolor: "#eceef1", zeroline: false, rangemode: "tozero" },
-      yaxis, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+      margin: { l: 54, r: 14, t: 8, b: 44 }, hovermode: "closest", dragmode: "zoom",
+      uirevision: shown.axis + shown.log, // what was zoomed stays so until then
+      xaxis, yaxis, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
       hoverlabel: { align: "left", bgcolor: "#fff", bordercolor: "#c5c9d0", font: { color: "#1c2024" } },
     };
     const config = { displaylogo: false, responsive: true, plotlyServerURL: "", // nothing is uploaded
       modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]] };
-    panel.noteAt.textContent = panel.note?.() ?? "";
+    panel.noteAt.textContent = panel.note?.() ?? "\u00a0"; // as high as a note
     return Plotly.react(panel.plot, [...traces, ...(panel.legend?.() ?? [])], layout, config);
   }
 

@@ -237,7 +237,7 @@ def test_a_mean_goes_on_to_the_last_seeds_end_and_says_where_seeds_end(monkeypat
     (note,) = notes_on_ends({"a": seeds, "b": seeds[1:3]}, ["loss"], "step")
     assert note == "a is a mean over 4 to 6, 3 to 8, 1 to 9 (optimizer step)"
     texts = [text.get_text() for text in figures[0].legends[0].texts]
-    assert texts == ["a (n = 4)", "mean ± standard deviation over n seeds"]
+    assert texts == ["a (n = 4)", "mean ± std over n seeds"]
     monkeypatch.undo()
     pyplot.close(figures[0])
 

@@ -171,6 +171,14 @@ def test_a_browser_shows_the_runs_without_an_error_or_a_request(outputs, tmp_pat
         page.evaluate(click.format("training time"))
         assert (page.evaluate(axis_title), page.evaluate(last_x)) == ("training time (s)", 2)
 
+        # A part of the x-axis that is chosen in one panel is shown in all.
+        page.evaluate(
+            "Plotly.relayout(document.querySelector('.plot'), "
+            "{'xaxis.range[0]': 0.5, 'xaxis.range[1]': 1.5}).then(() => null)"
+        )
+        plots = "[...document.querySelectorAll('.plot')]"
+        page.wait_for(f"{plots}.every(plot => String(plot.layout.xaxis.range) === '0.5,1.5')")
+
         lines = "document.querySelector('.plot').data.length"
         assert page.evaluate(lines) == 3
         page.evaluate("document.querySelector('#runs input').click()")
