@@ -20,8 +20,10 @@ from gns_pretrain.runs.lock import locked
 from gns_pretrain.system.files import parse
 from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.tracking.settings import WandbSettings
-from gns_pretrain.tracking.views import MayFail, replay
+from gns_pretrain.tracking.views import MayFail
 from gns_pretrain.tracking.wandb import WandbView, about
+
+WAIT_SECONDS = 600.0  # for all records of a long run
 
 
 def upload(
@@ -31,7 +33,7 @@ def upload(
 
     Args:
         directory: of a run that is not training now.
-        log: prints a line: where the run is to be seen.
+        log: prints a line: how to upload an offline run.
         changed: what is not to be as its `metrics.wandb` says.
 
     Returns:
@@ -62,10 +64,13 @@ def upload(
             config=config | facts,
             run_id=read_provenance(directory).get("run_id") or new_run_id(directory),
             log=log,
-            fills_in=True,
+            records=records,
+            replaces=True,
         )
-        view = MayFail("W&B", open_view, lambda line: None)
-        replay(view, records, summary)
+        view = MayFail("W&B", open_view, lambda line: None, wait_seconds=WAIT_SECONDS)
+        if summary:
+            view.finish(summary)
+        view.close()
     if view.failure:
         raise TrainingError(f"{directory} is not uploaded ({view.failure})")
     return len(records)

@@ -30,7 +30,6 @@ from gns_pretrain.tracking.views import (
     TensorboardView,
     View,
     as_shown,
-    replay,
 )
 from gns_pretrain.tracking.wandb import WandbView, upload_in_process
 
@@ -85,20 +84,19 @@ class Record:
                 config=config,
                 run_id=run_id,
                 log=self.message,
+                records=read_records(self._path),
             )
             upload = lambda summary: upload_in_process(run_directory, WAIT_SECONDS)  # noqa: E731
             self._views.append(MayFail("W&B", wandb, self.message, fill_in=upload))
         if settings.tensorboard:
-            tensorboard = partial(TensorboardView, run_directory, hparams=hparams or {})
             tokens = last_record(self._path, kind="train").get("tokens", 0)
+            tensorboard = partial(TensorboardView, run_directory, hparams=hparams or {})
             self._views.append(
                 MayFail(
                     "TensorBoard",
                     partial(tensorboard, resume_tokens=tokens),
                     self.message,
-                    fill_in=lambda summary: replay(
-                        tensorboard(resume_tokens=0), read_records(self._path), summary
-                    ),
+                    fill_in=lambda summary: self._plot_all(tensorboard(resume_tokens=0), summary),
                 )
             )
 
@@ -165,3 +163,9 @@ class Record:
         self._views = []
         if self._lines is not None:
             self._lines.close()
+
+    def _plot_all(self, view: View, summary: dict[str, Any]) -> None:
+        for record in read_records(self._path):
+            view.write(as_shown(record))
+        view.finish(summary)
+        view.close()

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -74,19 +74,6 @@ class View(Protocol):
 
     def close(self, error: str = "") -> None:
         """Release files and processes; also after finish(), or an error that ended the run."""
-
-
-def replay(view: View, records: Iterable[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Show a run from its record, as while it trained, and close the view.
-
-    Args:
-        summary: of a finished run; {} of another one.
-    """
-    for record in records:
-        view.write(as_shown(record))
-    if summary:
-        view.finish(summary)
-    view.close()
 
 
 class MayFail:

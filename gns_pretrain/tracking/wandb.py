@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from gns_pretrain.errors import InputError, TrainingError, needs
 from gns_pretrain.system.processes import python_command, python_environment
 from gns_pretrain.tracking.settings import WandbSettings
-from gns_pretrain.tracking.views import axes, series
+from gns_pretrain.tracking.views import as_shown, axes, series
 
 # The longest wait for an answer to the login question, for the server at the start, and for the
 # upload at the end.
@@ -41,9 +41,11 @@ class WandbView:
         settings: project, group, tags and so on.
         config: the whole configuration, and what `about` returns.
         run_id: the same each time the run resumes, so that its curves continue.
-        log: prints a line: where the run is to be seen.
-        fills_in: whether records come that W&B may have already. Online, those up to the last step
-            that it has are left out; earlier offline files of the run are set aside at the end.
+        log: prints a line: how to upload an offline run. The URL of another one W&B prints itself.
+        records: the run's lines so far. Online, those are logged that W&B lacks: a kill loses what
+            was on its way, and another view may have failed.
+        replaces: whether to log them offline, too; the run's earlier offline files are then set
+            aside at the end.
     """
 
     def __init__(
@@ -54,25 +56,27 @@ class WandbView:
         config: dict[str, Any],
         run_id: str,
         log: Callable[[str], None],
-        fills_in: bool = False,
+        records: Iterable[dict[str, Any]] = (),
+        replaces: bool = False,
     ) -> None:
         self._log = log
         self._folder = run_directory / "wandb"
         self._row: dict[str, float] = {}
         self._exit_code = 1  # a run that ends before finish() shows as failed
         self._is_open = True
-        self._earlier = sorted(self._folder.glob(f"offline-run-*-{run_id}")) if fills_in else []
+        self._earlier = sorted(self._folder.glob(f"offline-run-*-{run_id}")) if replaces else []
+        self._known_step = -1  # the last that W&B has
         try:
             self._run = self._start(run_directory, settings, config=config, run_id=run_id)
-            # On resuming W&B hands back the last value of each series.
-            self._known_step = self._run.summary.get("trainer/step", -1) if fills_in else -1
             if self._run.offline:
                 refuse_uploaded(self._earlier)
+            else:  # of a run that it knows, W&B hands back the last value of each series
+                self._known_step = self._run.summary.get("trainer/step", -1)
+            for record in records if replaces or not self._run.offline else ():
+                self.write(as_shown(record))
         except BaseException:
             self._end_service()
             raise
-        if not self._run.offline and self._run.url:  # asked offline, W&B warns
-            log(f"W&B: {self._run.url}")
 
     def _start(
         self, run_directory: Path, settings: WandbSettings, *, config: dict[str, Any], run_id: str
@@ -113,7 +117,7 @@ class WandbView:
         return run
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record to its step's row."""
+        """Add a record to its step's row, unless W&B has that step: a resumed run repeats some."""
         if record["step"] <= self._known_step:
             return
         if self._row and record["step"] != self._row["trainer/step"]:

@@ -317,12 +317,10 @@ def test_copied_record_is_logged_to_wandb_too(tmp_path, monkeypatch):
     logged, ids = [], []
 
     class View:
-        def __init__(self, directory, settings, *, config, run_id, log, fills_in):
+        def __init__(self, directory, settings, *, config, run_id, records, **more):
             logged.append(config["run_name"])
             ids.append(run_id)
-
-        def write(self, record):
-            logged.append(record["loss"])
+            logged.extend(record["loss"] for record in records)
 
         def finish(self, summary):
             logged.append(summary["same_as"])

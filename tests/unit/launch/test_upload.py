@@ -1,4 +1,7 @@
+import json
+import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -6,9 +9,11 @@ from gns_pretrain.commands import upload_wandb
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import upload as module
 from gns_pretrain.launch.upload import upload
-from gns_pretrain.runs.history import append_start, write_provenance
+from gns_pretrain.runs.history import append_start, read_provenance, write_provenance
 from gns_pretrain.runs.lock import locked
+from gns_pretrain.system.processes import python_command, python_environment
 from tests.unit.run_records import write_run
+from tests.wandb_server import WandbServer
 
 
 @pytest.fixture
@@ -17,14 +22,12 @@ def shown(monkeypatch):
     shown = {}
 
     class View:
-        def __init__(self, directory, settings, *, config, run_id, log, fills_in):
+        def __init__(self, directory, settings, *, config, run_id, log, records, replaces):
             if settings.project == "none":
                 raise OSError("no such project")
-            assert fills_in
+            assert replaces
             shown[directory.name] = self.given = [settings.project, config, run_id]
-
-        def write(self, record):
-            self.given.append(record["step"])
+            self.given += [record["step"] for record in records]
 
         def finish(self, summary):
             self.given.append(summary["steps"])
@@ -77,3 +80,33 @@ def test_one_run_that_fails_hides_no_other(tmp_path, shown, monkeypatch, capsys)
     assert f"{second} is not uploaded (OSError: no such project)" in printed
     assert "line 1 is damaged" in printed
     assert list(shown) == ["table2-muon_small-demo-seed2"]
+
+
+def test_uploaded_again_a_run_gets_only_the_steps_that_are_missing(tmp_path):
+    pytest.importorskip("wandb")
+    run = make_run(tmp_path, finished=False)
+    run_id = read_provenance(run)["run_id"]
+    with WandbServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for steps in ([], [6, 8]):
+            with (run / "metrics.jsonl").open("a") as file:
+                for step in steps:
+                    line = {"kind": "validation", "step": step, "tokens": 10 * step, "loss": 2.0}
+                    file.write(json.dumps(line) + "\n")
+            if steps:
+                (run / "summary.json").write_text('{"state": "finished", "steps": 8}')
+            command = python_command("gns_pretrain", "upload-wandb", str(run))
+            done = subprocess.run(
+                command,
+                env=python_environment() | server.environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert (done.returncode, done.stdout) == (0, f"{run}: {2 + len(steps)} records\n")
+        server.shutdown()
+    assert [row["trainer/step"] for row in server.rows[run_id]] == [1, 4, 6, 8]
+    assert [row["trainer/tokens"] for row in server.rows[run_id]] == [10, 40, 60, 80]
+    assert server.exit_codes[run_id] == [1, 0]  # it was not finished at first
+    assert json.loads(server.summaries[run_id])["final/steps"] == 8

@@ -220,7 +220,7 @@ class FailingWandb(ModuleType):
         self.failing = failing
         self.calls = []
         self.summary = {}
-        self.url, self.offline = None, False
+        self.offline = False
         self.Settings = dict
 
     def call(self, name):

@@ -170,7 +170,7 @@ class NotingWandb(ModuleType):
         self.exit_codes = []
         self.summary = {}
         self.alerts = []
-        self.url, self.offline = "https://wandb.ai/team/study/runs/id", False
+        self.offline = False
         self.Settings = dict
 
     def setup(self, settings):
@@ -200,9 +200,10 @@ def library(monkeypatch):
     return library
 
 
-def open_view(directory, *, log=print, fills_in=False, **settings):
+def open_view(directory, *, records=(), replaces=False, **settings):
     settings = WandbSettings(enabled=True, **settings)
-    return WandbView(directory, settings, config={}, run_id="id", log=log, fills_in=fills_in)
+    more = {"config": {}, "run_id": "id", "log": print, "records": records, "replaces": replaces}
+    return WandbView(directory, settings, **more)
 
 
 def validation(step):
@@ -247,21 +248,33 @@ def test_a_finished_run_shows_as_finished(library, tmp_path):
     assert library.summary == {"final/tokens": 50}
 
 
-def test_an_online_run_says_once_where_it_is_to_be_seen(library, tmp_path):
-    lines = []
-    view = open_view(tmp_path, log=lines.append)
-    view.write(validation(5))
-    view.finish({})
-    assert lines == ["W&B: https://wandb.ai/team/study/runs/id"]
-
-
-def test_what_w_and_b_has_already_is_not_logged_again(library, tmp_path):
-    library.summary["trainer/step"] = 5  # as it hands it back on resuming
-    view = open_view(tmp_path, fills_in=True)
-    for step in (4, 5, 6):
+def test_a_resumed_run_logs_what_w_and_b_lacks_and_nothing_twice(library, tmp_path):
+    library.summary["trainer/step"] = 5  # as it hands it back
+    records = [validation(step) for step in (4, 5, 6)]
+    view = open_view(tmp_path, records=records)
+    for step in (5, 7):
         view.write(validation(step))
     view.finish({})
-    assert [row["trainer/step"] for row in library.rows] == [6]
+    assert [row["trainer/step"] for row in library.rows] == [6, 7]
+
+
+def test_offline_only_an_upload_repeats_what_was_recorded(library, tmp_path):
+    library.offline = True
+    for replaces in (False, True):
+        view = open_view(tmp_path, records=[validation(4)], replaces=replaces)
+        view.write(validation(5))
+        view.close()
+    assert [row["trainer/step"] for row in library.rows] == [5, 4, 5]
+
+
+def test_offline_files_that_were_synced_are_not_replaced(library, tmp_path):
+    library.offline = True
+    folder = tmp_path / "wandb" / "offline-run-1-id"
+    folder.mkdir(parents=True)
+    (folder / "run-id.wandb.synced").touch()
+    with pytest.raises(InputError, match="upload what is missing online"):
+        open_view(tmp_path, replaces=True)
+    assert folder.exists()
 
 
 def test_a_run_is_grouped_with_those_of_other_seeds(library, tmp_path, monkeypatch):

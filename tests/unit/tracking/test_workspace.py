@@ -31,6 +31,7 @@ LINES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, for its own code
 def test_a_workspace_shows_a_tables_cells_over_tokens():
     pytest.importorskip("wandb_workspaces")
     made = workspace("table8", "team", "study")._to_model()
