@@ -61,14 +61,13 @@ def build_run(
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
     adaptive = build_adaptive_batch_size(config, num_ranks=world.num_data_ranks)
-    checkpoint_folder = config.checkpoint.folder(directory)
 
     def on_save(step: int) -> None:
         note_checkpoint(directory, step)
-        record.message(f"step {step:,}: checkpoint written to {checkpoint_folder}")
+        record.message(f"step {step:,}: checkpoint written")
 
     checkpoints = Checkpoints(
-        checkpoint_folder,
+        config.checkpoint.folder(directory),
         keep=config.checkpoint.keep,
         world=world,
         beside=beside_training(world, config.parallel) if config.checkpoint.asynchronous else None,

@@ -21,7 +21,7 @@ def tokens_and_epochs(source: Source, budget: float) -> str:
     there = source.tokens.num_tokens
     return (
         f"{short_number(there)} tokens to train on; the budget of {short_number(budget)} is "
-        f"{budget / there:.2f} epochs"
+        f"{budget / there:.3g} epochs"
     )
 
 

@@ -55,7 +55,7 @@ from gns_pretrain.runs.history import (
 )
 from gns_pretrain.runs.identity import identifying_settings, refuse_another_run
 from gns_pretrain.runs.lock import locked
-from gns_pretrain.system.files import make_folder, must_write, remove_temporaries
+from gns_pretrain.system.files import check_folder, make_folder, must_write, remove_temporaries
 from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
@@ -179,8 +179,10 @@ def check_run(
             ranks_per_node=ranks_per_node,
             device=device.type,
         )
-        if config.data.stage_to is not None and not config.dry_run:
-            make_folder(local_folder(config.data.stage_to), "data.stage_to")
+        check_folder(directory, "output_directory")
+        if config.data.stage_to is not None:
+            prepare = check_folder if config.dry_run else make_folder
+            prepare(local_folder(config.data.stage_to), "data.stage_to")
     fingerprint = joint_fingerprint(split.fingerprint for split in splits)
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))

@@ -146,7 +146,7 @@ def changes_run_name(name: str, *, policy: str) -> bool:
         name: as typed: `optimizer.lr`, or `optimizer` for a group.
         policy: the run's batch-size policy.
     """
-    if name == "data.path":
+    if name in ("data.path", "data.sources"):
         return True
     if name in SAMPLES:
         return policy != "constant"

@@ -95,6 +95,18 @@ def make_folder(folder: Path, setting: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def check_folder(folder: Path, setting: str) -> None:
+    """Refuse what `make_folder` would refuse, as far as it shows without making anything."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with must_write(folder, setting=setting, hint="name another folder"):
+        for is_fine, code in (
+            (nearest.is_dir(), errno.ENOTDIR),
+            (os.access(nearest, os.W_OK), errno.EACCES),
+        ):
+            if not is_fine:
+                raise OSError(code, os.strerror(code), str(folder))
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to write in; it takes the name `folder` at the end, or vanishes on failure."""

@@ -150,9 +150,9 @@ class ConsoleView:
         """Follow a training record; return the seconds left, None where nothing says."""
         tokens, now = record["tokens"], self._console.get_time()
         if self._began is None:
-            # Tokens before this point may be those of a run that was resumed: they took no time.
+            # The speed leaves out the tokens of the first update: a resumed run's took no time.
             self._began = now
-            self._progress.reset(self._task, completed=tokens)
+            self._progress.reset(self._task)
         self._progress.update(self._task, completed=tokens)
         left = self._progress.tasks[0].time_remaining
         if left is None or now - self._began < _FIRST_SECONDS:

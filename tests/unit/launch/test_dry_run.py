@@ -44,7 +44,7 @@ def test_header_says_what_will_be_trained(tmp_path, shards, capsys):
     assert lines["model"] == "odd, 6,822 parameters (4,608 in blocks), float32"
     assert lines["device"] == "CPU, 1 thread; 1 rank on 1 node, single"
     assert lines["data"] == (
-        f"{shards}, 3.23k tokens to train on; the budget of 2.56k is 0.79 epochs"
+        f"{shards}, 3.23k tokens to train on; the budget of 2.56k is 0.792 epochs"
     )
     assert lines["batch"] == "8 sequences x 16 = 128 tokens, constant; 20 steps"
     assert lines["optimizer"] == "adamw, lr 0.01, cosine; noise scale not measured"
@@ -100,9 +100,8 @@ def test_dry_run_says_where_a_run_stands_and_changes_none_of_its_files(
     dry, tmp_path, shards, capsys
 ):
     assert train_here(small_run(tmp_path / "outputs", shards, steps=7)) == 0
-    out = capsys.readouterr().out
+    assert "step 7: checkpoint written\n" in capsys.readouterr().out
     saved = tmp_path / "outputs" / "small"
-    assert f"step 7: checkpoint written to {saved / 'checkpoints'}" in out
     (saved / "summary.json").unlink()  # as if it had been stopped
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     assert launch(small_run(tmp_path / "outputs", shards, steps=7, dry_run=True)) == 0

@@ -218,7 +218,9 @@ def test_time_left_goes_by_the_tokens_of_this_process():
         run_directory=Path("outputs/demo"),
         console=console,
     )
-    for now, tokens in ((0.0, 1_600_000_000), (100.0, 1_800_000_000), (200.0, 2_000_000_000)):
+    # Lines come in bursts: steps are read together once an interval.
+    points = ((0.0, 16), (100.0, 17), (100.0, 18), (200.0, 20))
+    for now, tokens in ((now, 100_000_000 * tokens) for now, tokens in points):
         seconds[0] = now
         view.write(TRAIN | {"tokens": tokens})
     view.close()
