@@ -41,15 +41,16 @@ def main() -> None:
 def table_of_losses(found: list[Evaluation]) -> Table:
     """Format a row for each checkpoint."""
     table = Table(title=", ".join(dict.fromkeys(str(each.text) for each in found)))
-    table.add_column("checkpoint", overflow="fold")
-    for column in ("tokens seen", "loss", "perplexity", "bits per byte", "evaluated tokens"):
+    table.add_column("model", overflow="fold")
+    for column in ("step", "tokens seen", "loss", "perplexity", "bits/byte", "tokens"):
         table.add_column(column, justify="right")
     for each in found:
         table.add_row(
-            each.checkpoint,
+            each.name,
             *(
                 "-" if value is None else format(value, how)
                 for value, how in (
+                    (each.step, ","),
                     (each.tokens_seen, ","),
                     (each.loss, ".4f"),
                     (each.perplexity, ",.2f"),
@@ -64,9 +65,11 @@ def table_of_losses(found: list[Evaluation]) -> Table:
 def table_of_tasks(found: list[Evaluation]) -> Table:
     """Format a row for each metric of each task and checkpoint."""
     table = Table(title="lm-evaluation-harness")
-    for column in ("checkpoint", "task", "metric"):
+    table.add_column("model", overflow="fold")
+    table.add_column("step", justify="right")
+    for column in ("task", "metric"):
         table.add_column(column, overflow="fold")
-    for column in ("value", "standard error"):
+    for column in ("value", "std. error"):
         table.add_column(column, justify="right")
     for each in found:
         for task, metrics in each.tasks.items():
@@ -75,5 +78,6 @@ def table_of_tasks(found: list[Evaluation]) -> Table:
                     name, _, filtered = metric.partition(",")
                     error = metrics.get(f"{name}_stderr,{filtered}")
                     error = f"{error:.4f}" if isinstance(error, float) else "-"
-                    table.add_row(each.checkpoint, task, metric, f"{value:.4f}", error)
+                    step = "-" if each.step is None else f"{each.step:,}"
+                    table.add_row(each.name, step, task, metric, f"{value:.4f}", error)
     return table

@@ -134,6 +134,12 @@ class Evaluation:
     bits_per_byte: float | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # metrics of each, as reported
 
+    @property
+    def name(self) -> str:
+        """The run of a checkpoint that lies in one, else its folder."""
+        folder = Path(self.checkpoint)
+        return folder.name if self.step is None else folder.parent.parent.name or folder.name
+
 
 def models_of(request: EvaluationRequest) -> Iterator[TrainedModel]:
     """Find each checkpoint that is asked for; with --all a run's from the oldest on."""
@@ -200,19 +206,18 @@ class Text:
             tokens = tokens_of_files(request.text, text)
             counts = bytes_of_tokens(text.tokenizer, tokens.vocab_size, document_ids(text))
             return cls(" ".join(request.text), tokens, length, counts)
-        split = "validation"
+        folder, split, shown = trained.data_folder(request.data), "validation", request.data
         if request.data is None and trained.data is not None:
             if trained.data.path == MIXTURE:
                 raise InputError(
                     f"{trained.folder} was trained on a mixture; name one of its sources with "
                     "--data, or give --text"
                 )
-            split = trained.data.validation_split
+            split, shown = trained.data.validation_split, trained.data.path
         split = request.split or split
-        folder = trained.data_folder(request.data)
         tokens = TokenShards.open(folder, split, setting="--split")
         meta = read_meta(folder)
-        name, path = f"{split} of {request.data or folder}", checked_tokenizer(folder, meta)
+        name, path = f"{split} of {shown}", checked_tokenizer(folder, meta)
         if path is None:
             return cls(name, tokens, length, None)
         tokenizer = Tokenizer.from_file(str(path))

@@ -45,8 +45,7 @@ print(generate("Once", max_new_tokens=50)[0]["generated_text"])
 
 Losses are in nats a token.
 
-{curve}
-## Settings
+{curve}## Settings
 
 ```yaml
 {settings}```

@@ -189,6 +189,7 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: answer
+target_delimiter: ""
 metric_list: [{metric: acc}]
 """
 QUESTIONS = [
@@ -227,7 +228,7 @@ def test_harness_scores_the_model_as_our_logits_do(run, tmp_path, monkeypatch, c
     shown = capsys.readouterr().out
     assert "next_words" in shown
     assert "0.7500" in shown
-    assert "bits per byte" not in shown
+    assert "bits/byte" not in shown
     with pytest.raises(InputError, match="--tasks=no_such is no task of lm-evaluation-harness"):
         evaluated(run, tasks=["no_such"])
 
