@@ -21,6 +21,7 @@ SHOWN = (
     *("seed", "token_budget", "micro_batch_size", "gradient_clip", "precision", "model"),
     *("optimizer", "schedule", "batch_size", "noise_scale", "bad_steps"),
 )
+SHOWN_OF_DATA = ("sequence_length", "document_mask")
 CARD = """\
 ---
 {head}---
@@ -73,14 +74,16 @@ def model_card(
     settings, provenance = read_settings(trained.run), read_provenance(trained.run)
     position = trained.position
     assert position is not None
-    dataset, data = described_data(trained)
+    datasets, data = described_data(trained)
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["llama", "gns-pretrain"],
         **({"license": license_name} if license_name else {}),
-        **({"datasets": [dataset]} if dataset else {}),
+        **({"datasets": datasets} if datasets else {}),
     }
+    shown = {name: settings[name] for name in SHOWN if name in settings}
+    shown["data"] = {name: settings["data"].get(name) for name in SHOWN_OF_DATA}
     began = provenance.get("init")
     lines = [line for line in read_records(trained.run / METRICS) if line["step"] <= position.step]
     evaluations = [line for line in lines if line["kind"] == "validation"]
@@ -103,23 +106,27 @@ def model_card(
         place=place,
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
         curve=curve_of(evaluations),
-        settings=yaml.safe_dump(
-            {name: settings[name] for name in SHOWN if name in settings}, sort_keys=False
-        ),
+        settings=yaml.safe_dump(shown, sort_keys=False),
     )
 
 
-def described_data(trained: TrainedModel) -> tuple[str | None, str]:
-    """The dataset on the hub that a run was trained on, if it was one, and its text's name."""
+def described_data(trained: TrainedModel) -> tuple[list[str], str]:
+    """The datasets on the hub that a run was trained on, and what to call its text."""
     assert trained.data is not None
-    if trained.data.path == EMBEDDED:
-        return None, "docstrings of Python packages"
-    folder = trained.data_folder()
-    made = read_meta(folder).settings if (folder / META_FILE).is_file() else {}
-    if made.get("source") == "hub" and "/" in str(made.get("dataset")):
-        name = " ".join(str(made[key]) for key in ("dataset", "dataset_config") if made.get(key))
-        return str(made["dataset"]), name
-    return None, f"the token shards {folder.name}"
+    datasets, names = [], []
+    for part in trained.data.parts:
+        is_only = len(trained.data.parts) == 1
+        name = "docstrings of Python packages"
+        if part.path != EMBEDDED:
+            folder = trained.data_folder() if is_only else trained.data.folder_of(part)
+            made = read_meta(folder).settings if (folder / META_FILE).is_file() else {}
+            name = f"the token shards {folder.name}"
+            if made.get("source") == "hub" and "/" in str(made.get("dataset")):
+                datasets.append(str(made["dataset"]))
+                words = (made[key] for key in ("dataset", "dataset_config") if made.get(key))
+                name = " ".join(map(str, words))
+        names.append(name if is_only else f"{name} (weight {part.weight:g})")
+    return datasets, ", ".join(names)
 
 
 def curve_of(evaluations: list[dict[str, Any]]) -> str:

@@ -150,3 +150,28 @@ def test_upload_that_fails_is_one_line_and_leaves_the_export(run, tmp_path, monk
 def test_bad_request_is_named(run, monkeypatch, words, message):
     with pytest.raises(InputError, match=message):
         export(run, monkeypatch, *words)
+
+
+def test_card_names_datasets_of_the_hub_and_every_source_of_a_mixture(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run.parent, tmp_path / "copy")
+    meta = json.loads((copy / "data" / "meta.json").read_text())
+    made = {"source": "hub", "dataset": "allenai/c4", "dataset_config": "en"}
+    (copy / "data" / "meta.json").write_text(json.dumps(meta | {"settings": made}))
+    provenance = json.loads((copy / "small" / "run.json").read_text())
+    provenance["data"]["folder"] = str(copy / "data")
+    provenance["init"] = {"from": "/secret/base", "what": "weights", "step": 3, "sha256": ""}
+    (copy / "small" / "run.json").write_text(json.dumps(provenance))
+    export(copy / "small", monkeypatch, "--out", str(tmp_path / "hub"))
+    head, body = front_matter(tmp_path / "hub")
+    assert head["datasets"] == ["allenai/c4"]
+    assert "tokens of\nallenai/c4 en." in body
+    assert "It began from base." in body
+    settings = yaml.safe_load((copy / "small" / "config.yaml").read_text())
+    both = [{"path": str(copy / "data"), "weight": 3.0}, {"path": "embedded", "weight": 1.0}]
+    settings["data"] |= {"path": "mixture", "sources": both}
+    (copy / "small" / "config.yaml").write_text(yaml.safe_dump(settings))
+    export(copy / "small", monkeypatch, "--out", str(tmp_path / "mixed"))
+    head, body = front_matter(tmp_path / "mixed")
+    assert head["datasets"] == ["allenai/c4"]
+    assert "allenai/c4 en (weight 3), docstrings of Python packages (weight 1)." in body
+    assert "secret" not in body
