@@ -431,26 +431,25 @@ def grouped(arguments: Sequence[str]) -> dict[str, list[Path]]:
             members = groups.setdefault(key, [])
             if path not in members:
                 members.append(path)
-    names = [name for _, name in groups]
-    full_names = [
-        f"{Path(folder).name}/{name}" if folder and names.count(name) > 1 else name
-        for folder, name in groups
-    ]
-    found = [number for number, (folder, _) in enumerate(groups) if folder]
-    short = without_common_parts([full_names[number] for number in found])
-    for number, name in zip(found, short, strict=True):
-        full_names[number] = name
-    return dict(zip(full_names, groups.values(), strict=True))
+    found = [key for key in groups if key[0]]
+    taken = {name for folder, name in groups if not folder}
+    labels = {key: key[1] for key in groups}
+    names = distinct_names([Path(*key) for key in found])
+    for (folder, name), short in zip(found, without_common_parts(names), strict=True):
+        labels[folder, name] = f"{Path(folder).name}/{name}" if short in taken else short
+    return {labels[key]: paths for key, paths in groups.items()}
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all apart."""
-    real = [Path(os.path.realpath(path)) for path in paths]
-    depth, names = 1, [path.name for path in real]
-    while len({*names}) < len({*real}):
-        depth += 1
-        names = ["/".join(path.parts[-depth:]) for path in real]
-    return names
+    """The last parts of each path, as many as no other one has."""
+    parts = [Path(os.path.realpath(path)).parts for path in paths]
+    named = []
+    for own in parts:
+        others = {other for other in parts if other != own}
+        depths = range(1, len(own))
+        alone = (n for n in depths if all(own[-n:] != other[-n:] for other in others))
+        named.append("/".join(own[-next(alone, len(own)) :]))
+    return named
 
 
 def without_common_parts(names: Sequence[str]) -> list[str]:
@@ -473,7 +472,8 @@ def without_common_parts(names: Sequence[str]) -> list[str]:
     ends = [[part.rstrip("-/_") for part in reversed(each)] for each in parts]
     most -= start
     end = next((n for n in range(most) if len({each[n] for each in ends}) > 1), most)
-    return ["".join(each[start : len(each) - end]).rstrip("-/_") for each in parts]
+    cut = ["".join(each[start : len(each) - end]).rstrip("-/_") for each in parts]
+    return cut if len({*cut}) == len({*names}) else list(names)
 
 
 def _label_and_path(argument: str) -> tuple[str | None, Path]:

@@ -166,11 +166,13 @@ def as_latex(table: FilledTable) -> str:
         caption=" ".join(f"{_escape_latex(_capitalized(text))}." for text in sentences),
         label=f"tab:{table.layout.name}",
     )
-    notes = "".join(f"\\par\\footnotesize {_escape_latex(note)}\n" for note in table.notes)
+    notes = "".join(
+        f"\\par\\raggedright\\footnotesize {_escape_latex(note)}\n" for note in table.notes
+    )
     for plain, placed in (
         ("\\caption", "\\centering\n\\caption"),
-        ("\\begin{tabular}", f"{FITTED}\\begin{{tabular}}"),
-        ("\\end{tabular}", "\\end{tabular}}"),
+        ("\\begin{tabular}", f"\\smallskip\n{FITTED}\\begin{{tabular}}"),
+        ("\\end{tabular}", "\\end{tabular}}\\smallskip"),
         ("\\end{table}", f"{notes}\\end{{table}}"),
     ):
         drawn = drawn.replace(plain, placed)

@@ -14,6 +14,7 @@
   const shown = { axis: "tokens", smoothing, log: false, single: false, all: false };
   const axes = Object.keys(AXES).filter((axis) =>
     report.runs.some((run) => run.train[axis] || run.validation[axis]));
+  const lacks = (run, axis) => [run.train, run.validation].some((points) => points.step && !points[axis]);
   const hidden = new Set();
   let sorting = { column: "lowest validation loss", descending: false };
 
@@ -189,8 +190,9 @@
       traces.push(trace(run, run.decisions, to, "", {
         mode: "markers", marker: { color: colorOf(run), size: 7, line: { color: "#fff", width: 1 } },
         text: step.map((_, i) => `batch size ${from[i]} → <b>${to[i]}</b> at step ${step[i]}` +
-          (isNumber(target?.[i]) ? `<br>target ${valueText(target[i])}` : "") +
-          (why?.[i] ? `<br>${escaped(why[i])}` : "") + `<br>learning rate × ${valueText(multiplier?.[i])}`),
+          (isNumber(target?.[i]) ? `<br>target ${target[i].toPrecision(4)}` : "") +
+          (why?.[i] ? `<br>${escaped(why[i])}` : "") +
+          (isNumber(multiplier?.[i]) ? `<br>learning rate × ${multiplier[i].toPrecision(4)}` : "")),
         hovertemplate: "%{text}<extra>%{fullData.name}</extra>",
       }));
     }
@@ -344,7 +346,7 @@
       drawControls();
       drawPanels();
     }, "all");
-    const lacking = report.runs.filter((run) => !run.train[shown.axis] && !run.validation[shown.axis]);
+    const lacking = report.runs.filter((run) => lacks(run, shown.axis));
     document.getElementById("lacking").textContent = lacking.length
       ? `Not drawn over ${AXES[shown.axis]}, which their records lack: ${lacking.map((run) => run.short).join("; ")}` : "";
     document.getElementById("controls").replaceChildren(
@@ -360,7 +362,7 @@
   }
 
   report.runs = sorted();
-  if (report.runs.some((run) => !run.train.tokens && !run.validation.tokens)) shown.axis = "step";
+  if (report.runs.some((run) => lacks(run, shown.axis))) shown.axis = "step";
   if (report.runs.every((run) => !Object.keys(run.settings).length)) document.getElementById("side-by-side").hidden = true;
   document.getElementById("about").textContent = report.about;
   if (report.notes.length) {

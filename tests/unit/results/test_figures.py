@@ -120,6 +120,17 @@ def test_runs_are_grouped_by_name_and_folder_or_by_the_label_they_are_given(tmp_
         "two/a": ["a_seed_1.csv"],
         "b=c": ["b=c.csv"],
     }
+    # Folders of one name do not make one group of two, nor does a label that a name is cut to.
+    for outputs in ("x", "y"):
+        write_curve(tmp_path / outputs / "one" / "a_seed_1.csv", [(1, 9.0)])
+    assert [*grouped([f"{tmp_path}/x/one", f"{tmp_path}/y/one"])] == ["x", "y"]
+    mine = write_curve(tmp_path / "mine.csv", [(1, 9.0)])
+    runs = [write_curve(tmp_path / f"run-{name}.csv", [(1, 9.0)]) for name in ("small", "large")]
+    assert [*grouped([f"small={mine}", *map(str, runs)])] == [
+        "small",
+        f"{tmp_path.name}/run-small",
+        "large",
+    ]
     labelled = grouped([f"B = 64={one}", f"B = 64={two}"])
     assert {label: len(paths) for label, paths in labelled.items()} == {"B = 64": 3}
     assert len(grouped([f"a={one}", f"a={one}"])["a"]) == 2

@@ -141,7 +141,8 @@ def test_the_command_writes_the_page_and_names_what_became_of_runs(outputs, monk
         (["c4", "c4-batch_size.theta=0.6"], ["c4", "c4-batch_size.theta=0.6"]),
         (["a-b", "a-b"], ["a-b", "a-b"]),
         (["one"], ["one"]),
-        (["", "-", "a_"], ["", "", "a"]),
+        (["a-b", "a_b"], ["a-b", "a_b"]),
+        (["", "-", "a_"], ["", "-", "a_"]),
     ],
 )
 def test_names_are_cut_to_what_differs(names, expected):
