@@ -193,10 +193,12 @@ def upload_in_process(run_directory: Path, seconds: float) -> None:
     Raises:
         TrainingError: why it failed, and the command that a user may repeat.
     """
+    environment = python_environment()
+    environment.pop("WANDB_SERVICE", None)  # the address of this process's own
     try:
         done = subprocess.run(
             python_command("gns_pretrain", UPLOAD, str(run_directory)),
-            env=python_environment(),
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
