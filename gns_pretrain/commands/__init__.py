@@ -53,6 +53,9 @@ COMMANDS = {
     "best-of-search": Command("best points of searches", f"{__name__}.best_of_search"),
     "critical-batch": Command("critical batch from branches", f"{__name__}.critical_batch"),
     "replay": Command("a policy's choices on a recorded run", "gns_pretrain.results.replay"),
+    "noisy-quadratic": Command(
+        "batch sizes and policies on a problem with known losses", f"{__name__}.noisy_quadratic"
+    ),
     "export-hf": Command("export a checkpoint for transformers", f"{__name__}.export_hf"),
 }
 
