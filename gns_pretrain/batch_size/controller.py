@@ -38,7 +38,7 @@ class Decision:
     split: Split  # the new size, as ranks take it
     target: float | None  # samples before rounding; None where the ranks alone made it necessary
     lr_multiplier: float  # on the scheduled learning rate, from the new size
-    why: str  # how target or ranks became the new size, for the log
+    why: str  # how target or ranks became the new size
 
     def record_fields(self, step: int) -> dict[str, Any]:
         """Return its entries of a line in the record; `step` is the first of the new size."""
@@ -48,6 +48,7 @@ class Decision:
             "new": self.split.batch_size,
             "target": self.target,
             "lr_multiplier": self.lr_multiplier,
+            "more": {"why": self.why},
         }
 
 

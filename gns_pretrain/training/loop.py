@@ -140,7 +140,7 @@ def choose_batch_size(run: Run, log: StepLog) -> None:
 def apply_decision(decision: Decision, step: int, optimizer: Optimizer, record: Record) -> None:
     """Let optimizer and record follow the batch size, which changes with `step`."""
     update_half_life(optimizer, decision.split.batch_size, lr_multiplier=decision.lr_multiplier)
-    record.write(BatchSizeLine(**decision.record_fields(step), more={"why": decision.why}))
+    record.write(BatchSizeLine(**decision.record_fields(step)))
 
 
 def one_step(run: Run, log: StepLog) -> list[Reading]:

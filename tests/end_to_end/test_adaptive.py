@@ -62,7 +62,7 @@ def test_batch_grows_by_lines_that_say_from_what_to_what_and_why(whole):
     for change, text in zip(changes, told, strict=True):
         assert text.startswith(
             f"batch size {change['from']} -> {change['to']} at step {change['step']}: "
-            f"target {change['target']:.1f}, "
+            f"target {change['target']:.1f}, {change['why']}; "
         )
         assert change["step"] % 3 == 0
         assert change["lr_multiplier"] == (change["to"] / 8) ** 0.5
