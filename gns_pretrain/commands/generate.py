@@ -100,10 +100,11 @@ class GenerationRequest(Settings):
             return self.prompts
         if self.prompts_file:
             place, content = self.prompts_file, read_bytes(self.prompts_file, hint="name another")
-        elif sys.stdin.isatty():
-            raise InputError('there is no prompt; give one, as in "Once upon", or --prompts-file')
         else:
-            place, content = Path("standard input"), sys.stdin.buffer.read()
+            place = Path("standard input")
+            content = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        if not content:
+            raise InputError(f'{place} holds no prompt; give one, as in "Once upon"')
         try:
             lines = content.decode().removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:

@@ -154,5 +154,10 @@ def test_command_streams_the_text_that_it_gives_as_json(run, capsys, monkeypatch
     assert printed(batches, capsys, monkeypatch).count("---\n") == len(PROMPTS) - 2
 
 
+def test_without_any_prompt_nothing_is_generated(run, capsys, monkeypatch):
+    with pytest.raises(InputError, match="standard input holds no prompt; give one"):
+        printed(["--checkpoint", str(run)], capsys, monkeypatch)
+
+
 def test_a_terminal_is_shown_text_and_obeys_none():
     assert command.shown("a\x1b[2J\tb\n") == "a\\x1b[2J\tb\n"
