@@ -106,6 +106,9 @@ class ConsoleView:
         """Print one line above the bar, as it is: no markup, no wrapping."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
+    def sync(self) -> None:
+        """Do nothing: what is printed stays."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """End the bar and print the closing table."""
         self.close()

@@ -134,6 +134,8 @@ class Record:
         if self._lines is not None:
             with must_write(self._path):
                 self._lines.sync()
+        for view in self._views:
+            view.sync()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, send it to the views and print the closing table.

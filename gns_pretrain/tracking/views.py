@@ -69,6 +69,9 @@ class View(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """Show one line of metrics.jsonl; an undefined number is None."""
 
+    def sync(self) -> None:
+        """Keep what was shown so far, even if this process is killed: a checkpoint comes."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Show the finished run's summary."""
 
@@ -113,6 +116,11 @@ class MayFail:
         """Show one line, unless the view has failed."""
         if self._view is not None:
             self._attempt(partial(self._view.write, record))
+
+    def sync(self) -> None:
+        """Keep what was shown so far, unless the view has failed."""
+        if self._view is not None:
+            self._attempt(self._view.sync)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Show the summary; a view that has failed is filled in."""
@@ -219,6 +227,9 @@ class TensorboardView:
             self._add(step=self._tokens, summary=self._scalar(tag, value))
         if time.monotonic() > self._flushed + _FLUSH_SECONDS:
             self._flush()
+
+    def sync(self) -> None:
+        self._flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished in the table of runs; the curves show the rest."""

@@ -124,6 +124,9 @@ class WandbView:
             self._log_row()
         self._row |= axes(record) | series(record)
 
+    def sync(self) -> None:
+        """Do nothing: W&B says at the next start what it lacks."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Put the summary under final/ and upload; TimeoutError after a minute."""
         self._log_row()

@@ -5,8 +5,10 @@ from gns_pretrain.runs.history import (
     append_event,
     append_start,
     directory_of_requeued_job,
+    read_provenance,
     read_starts,
     recorded_environment,
+    write_provenance,
 )
 
 
@@ -42,3 +44,13 @@ def test_requeued_job_finds_the_fresh_folder_it_has_begun(tmp_path, monkeypatch)
     assert directory_of_requeued_job(tmp_path / "run") is None  # its first start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert directory_of_requeued_job(tmp_path / "run") == tmp_path / "run-2"
+
+
+def test_a_run_under_an_agent_of_w_and_b_has_the_id_that_the_agent_chose(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    write_provenance(tmp_path, "", "data")
+    assert read_provenance(tmp_path)["run_id"] != "chosen"  # it would be that of many runs
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    (tmp_path / "run.json").unlink()
+    write_provenance(tmp_path, "", "data")
+    assert read_provenance(tmp_path)["run_id"] == "chosen"

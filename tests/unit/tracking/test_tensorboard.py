@@ -62,6 +62,18 @@ def test_event_files_read_back_with_the_repeated_steps_of_a_resumed_run_once(tmp
     assert points(tmp_path, "train/step") == [(10 * step, step) for step in range(1, 6)]
 
 
+def test_a_killed_run_keeps_its_points_up_to_its_checkpoint(tmp_path):
+    record = open_record(tmp_path, resume_step=0)
+    for step in (1, 2):
+        train(record, step, loss=float(step))
+    record.sync()
+    train(record, 3, loss=3.0)  # lost with the process
+    resumed = open_record(tmp_path, resume_step=2)
+    train(resumed, 3, loss=30.0)
+    resumed.close()
+    assert points(tmp_path, "loss/train") == [(10, 1), (20, 2), (30, 30)]
+
+
 def test_a_run_that_starts_over_hides_all_earlier_points(tmp_path):
     record = open_record(tmp_path, resume_step=0)
     record.write(ValidationLine(step=0, tokens=0, loss=9.0))
