@@ -175,7 +175,8 @@ def published_beside(records: Records, folder: Path) -> dict[str, str]:
             beside = f"{label}, paper"
             records[beside] = {path: open_record(path) for path in found}
             partners[beside] = label
-            scale, paper_scale = settings["scale"].get("name"), LAYOUTS[table].paper_scale
+            scale = (settings.get("scale") or {}).get("name")
+            paper_scale = LAYOUTS[table].paper_scale
             if scale != paper_scale:
                 note = f"{label} is of scale {scale}, the paper's curve of {paper_scale}"
                 write(f"note: {note}", file=sys.stderr)
