@@ -35,7 +35,7 @@ class SourceSettings(Settings):
 
     section: ClassVar[str] = "data.sources"
 
-    path: Annotated[str, path_name()]  # as data.path
+    path: Annotated[str, path_name()] = ""  # as data.path; given
     # its part of the sequences, in proportion to the other sources' weights
     weight: Annotated[float, positive()] = 1.0
     name: str = ""  # in the record; by default the folder's

@@ -178,8 +178,8 @@ def write_split(
         shard = write_shard(folder, split=plan.name, index=index, tokens=buffer[:filled])
         progress.shards.append(shard)
 
-    # With no token left to write, not even one batch is read.
-    batches = plan.corpus.batches(progress.cursor) if written < limit else iter(())
+    # With no token left to write, the batch of the last one is still to be counted.
+    batches = plan.corpus.batches(progress.cursor)
     with closing(pool.encode(batches, held_out=plan.held_out)) as encoded:
         for batch in encoded:
             tokens = batch.tokens[: skip + limit - written]

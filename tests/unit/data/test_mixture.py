@@ -213,6 +213,11 @@ def test_sources_that_say_nothing_clear_are_refused(folders, changes, message):
         open_splits(settings_of(folders, **changes))
 
 
+def test_source_without_a_path_is_refused():
+    with pytest.raises(InputError, match=r"data\.sources\.path= is not a path; name one"):
+        SourceSettings(weight=0.5)
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
 def test_weight_must_be_positive(weight):
     with pytest.raises(InputError, match=r"data\.sources\.weight=.* must be positive and finite"):

@@ -322,6 +322,17 @@ def test_bad_records_that_are_left_out_are_counted_however_often_it_stops(
         assert tokens_of(tmp_path / "out", "train") == ids_of(inputs / "tokenizer.json", TRAIN)
 
 
+def test_documents_of_a_last_shard_are_counted_after_a_stop(inputs, tmp_path):
+    settings = {"shard_tokens": 2500, "max_tokens": 5000, "max_validation_tokens": 1000}
+    run(settings_for(inputs, tmp_path / "whole", **settings))
+    with pytest.MonkeyPatch.context() as stopping:
+        stop_after(stopping, shards=3)  # all tokens are written, and the last batch not counted
+        with pytest.raises(KeyboardInterrupt):
+            run(settings_for(inputs, tmp_path / "out", **settings))
+    run(settings_for(inputs, tmp_path / "out", **settings))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_folder_of_before_these_settings_resumes(inputs, reference, half_done):
     path = half_done / "progress.json"
     progress = json.loads(path.read_text())
