@@ -52,10 +52,11 @@ def series(record: dict[str, Any]) -> dict[str, float]:
         prefix = f"shadow/{record['policy']}"
     else:
         prefix = _PREFIXES.get(kind) or f"{kind}/{record['geometry']}/{record['estimate']}"
-    if kind == "validation" and record["loss"] is not None and record["loss"] < MAX_LOSS:
-        derived["perplexity"] = math.exp(record["loss"])
-    if kind == "train" and record.get("samples"):
-        derived["batch_tokens"] = record["batch_size"] * record["tokens"] // record["samples"]
+    loss, samples = record.get("loss"), record.get("samples")  # earlier versions lack some
+    if kind == "validation" and loss is not None and loss < MAX_LOSS:
+        derived["perplexity"] = math.exp(loss)
+    if kind == "train" and samples and {"batch_size", "tokens"} <= record.keys():
+        derived["batch_tokens"] = record["batch_size"] * record["tokens"] // samples
     return {
         f"{prefix}/{name}": value
         for name, value in (record | derived).items()

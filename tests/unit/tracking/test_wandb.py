@@ -11,6 +11,7 @@ import pytest
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.tables import make_table
 from gns_pretrain.tracking.settings import WandbSettings
+from gns_pretrain.tracking.views import series
 from gns_pretrain.tracking.wandb import WandbView, tracked_runs
 from tests.unit.run_records import configuration
 
@@ -285,6 +286,12 @@ def test_a_run_is_grouped_with_those_of_other_seeds(library, tmp_path, monkeypat
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     open_view(tmp_path / "table2-muon-seed3")
     assert library.arguments["group"] is None
+
+
+def test_a_record_of_an_earlier_version_shows_what_it_has():
+    old = {"kind": "train", "step": 1, "tokens": 80, "loss": None, "lr": 0.1}
+    assert series(old) == {"train/lr": 0.1}
+    assert series({"kind": "validation", "step": 1, "loss": 1000.0}) == {"val/loss": 1000.0}
 
 
 class RemoteRun:
