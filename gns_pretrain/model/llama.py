@@ -26,6 +26,8 @@ from gns_pretrain.model.loss import (
     next_token_loss,
 )
 
+FLEX_HEAD_DIM = 16  # the narrowest head of flex attention's kernels
+
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
     """Radians per token of each pair of coordinates: theta^(-2i/d), scaled as in Llama-3.1 or not.
@@ -313,12 +315,14 @@ class Llama(nn.Module):
     def _mask(self, tokens: Tensor) -> Tensor | BlockMask | None:
         """Return the mask of a batch's documents; None where attention sees them all.
 
-        Flex attention needs a compiler to be fast, and has no backward pass on a CPU.
+        Flex attention needs a compiler to be fast and heads of FLEX_HEAD_DIM or more, and has no
+        backward pass on a CPU.
         """
         if self._document_ids is None:
             return None
         documents = document_numbers(tokens, **self._document_ids)
-        if self.blocks_compiled and tokens.is_cuda:
+        wide = self.config.head_dim >= FLEX_HEAD_DIM
+        if self.blocks_compiled and tokens.is_cuda and wide:
             return document_block_mask(documents)
         mask = document_mask(documents)
         if self.blocks_compiled:

@@ -105,12 +105,15 @@ def test_rule_takes_the_steps_that_it_takes_on_a_cpu(gpu, settings, rel):
         assert (ours - expected).norm() <= rel * expected.norm()
 
 
+@pytest.mark.parametrize("length", [64, 320], ids=["documents together", "documents apart"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_bfloat16_blocks_give_the_loss_and_gradients_of_float32(gpu, compiled):
-    # Heads of 64: the fused attention kernels of training.
+def test_bfloat16_blocks_give_the_loss_and_gradients_of_float32(gpu, compiled, length):
+    # Heads of 64: the fused attention kernels of training, and flex attention over three blocks.
     model = Llama(odd_model(dim=128, num_heads=2, num_kv_heads=1, ffn_dim=256))
     model.init_weights(seed=0)
-    text = torch.randint(61, (4, 65), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(61, (4, length + 1), generator=torch.Generator().manual_seed(0))
+    if length > 64:
+        model.separate_documents(bos_id=None, eos_id=0)
 
     def step(device: torch.device) -> tuple[Tensor, list[Tensor]]:
         model.to(device)
