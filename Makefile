@@ -1,4 +1,4 @@
-# Three commands: train (the demo), test, check. Each installs what it needs into .venv first.
+# Four commands: train (the demo), test, check, docs (the site, into site/). Each installs what it needs into .venv first.
 # slurm and browser put Debian's SLURM and Chromium on this machine, so that the tests that submit real jobs, and the one
 # that opens a report, are not skipped.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test check slurm browser clean
+.PHONY: train test check docs slurm browser clean
 
 train: $(VENV)/.training
 	$(BIN)/python scripts/demo.py
@@ -19,6 +19,9 @@ check: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.development
+	$(BIN)/zensical build --clean --strict
 
 slurm:
 	tests/slurm/install.sh

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the README's loop is theirs, in as few lines as it says."""
+"""The examples run as they stand, and the pages' loop is theirs, in as few lines as they say."""
 
 import contextlib
 import difflib
@@ -77,10 +77,15 @@ def test_loop_gains_it_in_few_lines(name, allowed):
 
 
 @pytest.mark.parametrize(
-    ("block", "name"), [(0, "loop_with_meter"), (1, "loop_with_adaptive_batch")]
+    ("page", "block", "name"),
+    [
+        ("README.md", 0, "loop_with_meter"),
+        ("docs/howto/own_loop.md", 0, "loop_with_meter"),
+        ("docs/howto/own_loop.md", 1, "loop_with_adaptive_batch"),
+    ],
 )
-def test_readme_shows_the_loop(block, name):
-    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_page_shows_the_loop(page, block, name):
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     lines = [(line[0], line[1:].strip()) for line in diffs[block].splitlines() if line]
     for file, sign in (("plain_loop", "-"), (name, "+")):
         rest = iter(code_lines(file))
