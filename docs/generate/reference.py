@@ -34,7 +34,7 @@ from gns_pretrain.tracking.jsonl import (
 from gns_pretrain.training.initialize import InitSettings
 
 FOLDER = Path(__file__).parents[1] / "reference"
-HEADER = "| setting | type | default | meaning | rule |\n|---|---|---|---|---|\n"
+HEADER = "| setting | type | default | meaning; rule |\n|---|---|---|---|\n"
 SETTINGS = """\
 # Settings
 
@@ -171,10 +171,10 @@ def rows(
         name = "from" if (schema, field.name) == (InitSettings, "source") else field.name
         path = prefix + name
         meanings = [note.text for note in notes if isinstance(note, About)]
-        meaning = "; ".join([*meanings, *filter(None, [comments.get(field.name)])])
         rules = [rule(note) for note in notes if isinstance(note, Bound) and not note.is_path]
-        cells = [f"`{path}`", kind(hint), default(field, values.get(path, field)), meaning]
-        yield "| " + " | ".join(escaped(cell) for cell in [*cells, "; ".join(rules)]) + " |\n"
+        said = "; ".join(filter(None, [*meanings, comments.get(field.name), *rules]))
+        cells = [f"`{path}`", kind(hint), default(field, values.get(path, field)), said]
+        yield f"| {' | '.join(map(escaped, cells))} |\n"
 
 
 def default(field: dataclasses.Field[Any], used: Any) -> str:

@@ -92,6 +92,7 @@ class Config(Settings):
     """The whole configuration of `gns-pretrain train`."""
 
     run_name: str = MISSING  # folder under output_directory; the same on every rank, no time in it
+    # folder of all runs
     output_directory: Annotated[str, path_name()] = "outputs"
     # auto: resume the run | never: start it again in a fresh directory
     resume: Annotated[str, one_of("auto", "never")] = "auto"

@@ -35,6 +35,7 @@ class NoiseScaleSettings(Settings):
 
     section: ClassVar[str] = "noise_scale"
 
+    # measured beside one another; an empty list measures nothing
     geometries: Annotated[list[str], key_of(GEOMETRIES)] = field(default_factory=list)
     estimates: list[str] = field(default_factory=lambda: ["plug_in"])  # the paper's comes first
     # F; at step 1 and every F steps; the paper's value

@@ -47,6 +47,7 @@ class InitSettings(Settings):
     # init.from, which Python does not take for a name: a step_* folder, a run directory (its newest
     # whole checkpoint) or a Hugging Face Llama folder
     source: Annotated[str | None, path_name()] = None
+    # all: also optimizer state, noise averages and the position in the data
     what: Annotated[str, one_of("weights", "all")] = "weights"
 
 
