@@ -30,7 +30,6 @@ from gns_pretrain.quadratic.experiments import (
     Result,
     Scaling,
     frontier,
-    noise_scales_at_the_bend,
     ranking,
     scaling,
 )
@@ -63,40 +62,37 @@ def main() -> None:
         curves = [scaling(problem, rule, target=options.target_loss) for rule in RULES]
     if options.only != "steps":
         ranked = ranking(problem, settings, policies)
-    if options.out:
-        draw(options.out, problem, settings, curves, ranked)
     if options.json:
-        steps = [asdict(curve) | {"critical_batch": curve.critical_batch} for curve in curves]
         results = [{"policy": name} | asdict(result) for name, result in ranked.items()]
-        write(json.dumps({"steps": steps, "policies": results}))
-        return
-    if curves:
+        write(json.dumps({"steps": list(map(asdict, curves)), "policies": results}))
+    if curves and not options.json:
         title = (
             f"steps to a loss of {options.target_loss:g}, at the best learning rate of each batch"
         )
         headers = "rule|least steps|least samples|critical batch|noise scale at start|at the target"
-        print_table(title, headers, [row_of_steps(problem, curve) for curve in curves])
-    if ranked:
+        print_table(title, headers, [row_of_steps(curve) for curve in curves])
+    if ranked and not options.json:
         title = f"SGD after {settings.samples:,} samples, {settings.schedule} learning rate"
         headers = (
             "policy|peak lr|steps|last batch|loss|standard error|constant, same steps"
             "|best, same steps|loss / best"
         )
         print_table(title, headers, [row_of_policy(*named) for named in ranked.items()])
+    if options.out:  # last, so that a path that cannot be written costs the figure alone
+        draw(options.out, problem, settings, curves, ranked)
 
 
-def row_of_steps(problem: NoisyQuadratic, curve: Scaling) -> list[str]:
-    numbers = [curve.least_steps, curve.least_samples, curve.critical_batch]
-    numbers += noise_scales_at_the_bend(problem, curve)
+def row_of_steps(curve: Scaling) -> list[str]:
+    numbers = (curve.least_steps, curve.least_samples, curve.critical_batch, *curve.noise_scales)
     return [curve.rule, *(f"{number:,.0f}" for number in numbers)]
 
 
 def row_of_policy(name: str, result: Result) -> list[str]:
-    error = "exact" if result.error is None else f"{result.error:.5f}"
+    error = "exact" if result.error is None else f"{result.error:.2g}"
     counts = [f"{count:,.0f}" for count in (result.steps, result.last_batch)]
-    bounds = [f"{loss:.5f}" for loss in (result.constant, result.best)]
-    loss, excess = f"{result.loss:.5f}", f"{result.excess:.2f}"
-    return [name, f"{result.lr:.3g}", *counts, loss, error, *bounds, excess]
+    losses = [f"{loss:.3g}" for loss in (result.loss, result.constant, result.best)]
+    losses.insert(1, error)
+    return [name, f"{result.lr:.3g}", *counts, *losses, f"{result.excess:.3g}"]
 
 
 def print_table(title: str, headers: str, rows: Sequence[Sequence[str]]) -> None:
@@ -155,6 +151,7 @@ def draw(
                     one.steps, one.loss, one.error, linestyle="", ms=5, label=name, **look
                 )
             right.set(xlabel="steps", ylabel=f"loss after {settings.samples:,} samples")
+            right.set_ylim(min(best) / 1.2, max(constant) * 1.2)  # a policy may have diverged
             right.legend(fontsize=6.5)
         save(figure, path)
         pyplot.close(figure)

@@ -79,12 +79,13 @@ def steady_state(problem: NoisyQuadratic, rule: Descent, lr: Tensor, batch_size:
 
 def steps_to(
     target: float, problem: NoisyQuadratic, rule: Descent, lr: Tensor, batch_size: Tensor
-) -> Tensor:
-    """Return the step at which the expected loss crosses a target, [K]; inf where it never does.
+) -> tuple[Tensor, Tensor]:
+    """Return the step at which the expected loss crosses a target, [K], and E theta^2 there.
 
     A step multiplies (theta_t, theta_(t-1)) by T = [[a, -beta], [1, 0]], a = 1 + beta - r h. As
     T^2 = a T - beta, every power of T is u T + v: steps are doubled, then bisected, at a few
-    products each. It is the first such step wherever the loss falls on the way.
+    products each. It is the first such step wherever the loss falls on the way, and inf where the
+    loss never comes below.
 
     Args:
         lr, batch_size: [K], constant.
@@ -97,27 +98,29 @@ def steps_to(
         (u, v), (u2, v2) = first, second
         return [trace * (u * u2) + u * v2 + v * u2, v * v2 - beta * (u * u2)]
 
-    def above(power: list[Tensor]) -> Tensor:
-        """Whether the loss is above the target after that many steps; [K]."""
+    def squares(power: list[Tensor]) -> Tensor:
+        """E theta^2 after that many steps; [K, d]."""
         u, v = power
         first, second = trace * u + v, -beta * u  # the upper row of T^t
         missing = steady * (first.square() + second.square()) + 2 * lagged * first * second
-        squares = (first + second).square() * problem.start + steady - missing
-        return problem.loss(squares) > target
+        return (first + second).square() * problem.start + steady - missing
 
     one, zero = torch.ones_like(trace), torch.zeros_like(trace)
     powers = [[one, zero]]  # T^(2^k)
-    while (never := above(powers[-1])).any() and len(powers) <= MOST_DOUBLINGS:
+    while (never := problem.loss(squares(powers[-1])) > target).any():
+        if len(powers) > MOST_DOUBLINGS:
+            break
         powers.append(product(powers[-1], powers[-1]))
     steps, reached = torch.zeros_like(lr), [zero, one]  # the last one above the target
     for exponent in reversed(range(len(powers))):
         further = product(reached, powers[exponent])
-        goes_on = above(further)
+        goes_on = problem.loss(squares(further)) > target
         steps += goes_on * 2.0**exponent
         reached = [
             torch.where(goes_on[:, None], *pair) for pair in zip(further, reached, strict=True)
         ]
-    return torch.where(never, math.inf, steps + 1)
+    crossed = squares(product(reached, powers[0]))
+    return torch.where(never, math.inf, steps + 1), crossed
 
 
 def fewest_steps(
@@ -137,14 +140,14 @@ def fewest_steps(
         centre = lr
         for factor in (2.0**octaves).tolist():
             tried = torch.minimum(centre * factor, low)
-            found = steps_to(target, problem, rule, tried, batch_size)
+            found, _ = steps_to(target, problem, rule, tried, batch_size)
             lr = torch.where(found < steps, tried, lr)
             steps = torch.minimum(steps, found)
     return steps, lr
 
 
 class Schedules(NamedTuple):
-    """Schedules of SGD in stages of equally many steps."""
+    """Schedules of SGD in stages."""
 
     losses: Tensor  # expected, at the end, [K]
     batch_sizes: Tensor  # of each stage, [K, stages]; not rounded
@@ -157,42 +160,44 @@ def best_schedules(
     samples: float,
     steps: Tensor,
     lr: float | None = None,
-    stages: int = 16,
-    iterations: int = 200,
+    stages: int = 24,
+    updates: int = 300,
 ) -> Schedules:
     """Search the schedule of least expected loss that takes so many samples in so many steps.
 
-    A loss is differentiable in batch sizes and learning rates, and L-BFGS finds a minimum; that it
-    is no local one is seen by trying, not proven.
+    The loss is differentiable in each stage's batch size and learning rate, and Adam finds a
+    minimum; that it is no local one is seen by trying, not proven.
 
     Args:
-        steps: [K], float64, budgets for a schedule each.
-        lr: constant, where it is not searched too, stage by stage.
-        iterations: of L-BFGS, for all budgets together.
+        steps: [K], float64, whole; budgets for a schedule each, cut into stages of equally many,
+            or of one and none where there are fewer steps than stages.
+        lr: constant, where it is not searched too.
+        updates: of Adam.
     """
-    largest, per_stage = 0.999 * SGD.largest_lr(problem), steps[:, None] / stages
-    shares = torch.zeros(len(steps), stages, dtype=torch.float64, requires_grad=True)
-    # Learning rates from half of what diverges to a hundredth.
-    logits = torch.linspace(0.0, -4.6, stages, dtype=torch.float64).repeat(len(steps), 1)
-    searched = [shares] if lr is not None else [shares, logits.requires_grad_()]
+    largest = 0.999 * SGD.largest_lr(problem)
+    lengths = (steps[:, None] * torch.linspace(0, 1, stages + 1).double()).round().diff(dim=1)
+    # From batches that grow and learning rates that fall, the latter as shares of the largest.
+    log_sizes = torch.linspace(-1, 1, stages).double().repeat(len(steps), 1).requires_grad_()
+    logits = torch.linspace(2, -2, stages).double().repeat(len(steps), 1).requires_grad_()
 
     def schedules() -> Schedules:
         lrs = largest * logits.sigmoid() if lr is None else torch.full_like(logits, lr)
-        batch_sizes = samples / per_stage * shares.softmax(1)
+        relative = log_sizes.exp()
+        batch_sizes = samples * relative / (lengths * relative).sum(1, keepdim=True)
         squares = problem.start
-        for rate, size in zip(lrs.unbind(1), batch_sizes.unbind(1), strict=True):
-            # Kept from 0, of which a power below 1 has no slope.
-            left = (1 - rate[:, None] * problem.curvature).square().clamp_min(1e-12) ** per_stage
-            squares = left * squares + (1 - left) * steady_state(problem, SGD, rate, size)
+        for rate, size, length in zip(lrs.T, batch_sizes.T, lengths.T, strict=True):
+            kept = (1 - rate[:, None] * problem.curvature).abs().clamp_min(1e-30)
+            left = (2 * length[:, None] * kept.log()).exp()  # faster than a power
+            steady = steady_state(problem, SGD, rate, size)
+            squares = left * (squares - steady) + steady
         return Schedules(problem.loss(squares), batch_sizes, lrs)
 
-    def objective() -> Tensor:
-        search.zero_grad()
-        total = schedules().losses.log().sum()
-        total.backward()
-        return total
-
-    search = torch.optim.LBFGS(searched, max_iter=iterations, line_search_fn="strong_wolfe")
-    search.step(objective)
+    adam = torch.optim.Adam([log_sizes, logits] if lr is None else [log_sizes], lr=0.3)
+    cooling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, updates)
+    for _ in range(updates):
+        adam.zero_grad()
+        schedules().losses.log().sum().backward()
+        adam.step()
+        cooling.step()
     with torch.no_grad():
         return schedules()

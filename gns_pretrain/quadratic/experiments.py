@@ -16,6 +16,7 @@ from gns_pretrain.quadratic.expected import (
     best_schedules,
     fewest_steps,
     moments_after,
+    steps_to,
 )
 from gns_pretrain.quadratic.problem import NoisyQuadratic
 from gns_pretrain.quadratic.simulation import NUM_SAMPLES, Factor, plan, simulate
@@ -26,6 +27,7 @@ RULES = {
     "momentum 0.9": Descent(momentum=0.9),
     "preconditioner H^-1/2": Descent(power=0.5),
 }
+TRIALS = 8  # seeds that choose a learning rate
 Policies = dict[str, tuple[int, PolicySettings]]  # by name; each with its first batch size
 
 
@@ -36,15 +38,10 @@ class Scaling:
     rule: str
     points: list[tuple[float, float, float]]  # batch size, steps, learning rate
     least_steps: float  # without noise
-
-    @property
-    def least_samples(self) -> float:
-        return min(size * steps for size, steps, _ in self.points)
-
-    @property
-    def critical_batch(self) -> float:
-        """Where the curve's two asymptotes meet (arXiv:1812.06162)."""
-        return self.least_samples / self.least_steps
+    least_samples: float  # of any batch size
+    critical_batch: float  # their ratio, where the curve's asymptotes meet (arXiv:1812.06162)
+    # Expected Euclidean ones at the start and at the target, of the batch size next to that.
+    noise_scales: tuple[float, float]
 
 
 def scaling(problem: NoisyQuadratic, rule: str, *, target: float, doublings: int = 20) -> Scaling:
@@ -56,16 +53,17 @@ def scaling(problem: NoisyQuadratic, rule: str, *, target: float, doublings: int
             f"--target-loss={target:g} must be positive and below the start's {at_start:.3g}"
         )
     steps, lrs = fewest_steps(target, problem, RULES[rule], sizes)
-    points = list(zip(sizes.tolist(), steps.tolist(), lrs.tolist(), strict=True))
-    return Scaling(rule, points[:-1], points[-1][1])
-
-
-def noise_scales_at_the_bend(problem: NoisyQuadratic, curve: Scaling) -> list[float]:
-    """Expected Euclidean noise scale at the start and at the target, near the critical batch."""
-    size, steps, lr = min(curve.points, key=lambda point: abs(point[0] - curve.critical_batch))
-    end = moments_after([(1.0, size)] * int(steps), problem, RULES[curve.rule], torch.tensor(lr))
-    pairs = (problem.expected_noise_scales(s)["euclidean"] for s in (problem.start, end.theta))
-    return [noise / signal for noise, signal in pairs]
+    points = list(zip(sizes.tolist(), steps.tolist(), lrs.tolist(), strict=True))[:-1]
+    least_samples = min(size * count for size, count, _ in points)
+    critical = least_samples / steps[-1].item()
+    near = (sizes - critical).abs().argmin()
+    _, at_target = steps_to(target, problem, RULES[rule], lrs[near, None], sizes[near, None])
+    start, end = (
+        noise / signal
+        for squares in (problem.start, at_target[0])
+        for noise, signal in [problem.expected_noise_scales(squares)["euclidean"]]
+    )
+    return Scaling(rule, points, steps[-1].item(), least_samples, critical, (start, end))
 
 
 @dataclass
@@ -75,7 +73,7 @@ class RankingSettings(Settings):
     section: ClassVar[str] = "--"
 
     batch_size: Annotated[int, About("sequences of the first step"), at_least(NUM_SAMPLES)] = 16
-    samples: Annotated[int, About("sequences of a run"), at_least(1)] = 32768
+    samples: Annotated[int, About("sequences of a run"), at_least(1)] = 16384
     seeds: Annotated[int, About("runs of a policy that measures"), at_least(2)] = 32
     measure_every: Annotated[int, About("steps between measurements"), at_least(1)] = 10
     schedule: Annotated[str, About("of the learning rate"), one_of("cosine", "constant", "wsd")] = (
@@ -168,7 +166,7 @@ def frontier(
         size = settings.samples / count
         of_steps = [(settings.factor(round(k * size)), size) for k in range(count)]
         constant.append(tuned(problem, of_steps)[1])
-    best = best_schedules(problem, samples=settings.samples, steps=steps).losses
+    best = best_schedules(problem, samples=settings.samples, steps=steps.round()).losses
     return constant, best.tolist()
 
 
@@ -181,10 +179,10 @@ def tuned_result(
         of_steps = list(plan(policy, *budget))
         lr, loss = tuned(problem, of_steps)
         return Result(lr, len(of_steps), of_steps[-1][1], loss)
-    tried, every = learning_rates(problem)[-10:], settings.measure_every
-    lrs = tried.repeat(4).tolist()
+    tried, every = learning_rates(problem)[-12:], settings.measure_every
+    lrs = tried.repeat(TRIALS).tolist()
     trials = simulate(problem, policy, *budget, lrs=lrs, measure_every=every, seed=1)
-    lr = tried[trials.losses.nan_to_num(math.inf).view(4, -1).mean(0).argmin()].item()
+    lr = tried[trials.losses.nan_to_num(math.inf).view(TRIALS, -1).mean(0).argmin()].item()
     runs = simulate(problem, policy, *budget, lrs=[lr] * settings.seeds, measure_every=every)
     losses = runs.losses.nan_to_num(math.inf)
     return Result(

@@ -94,7 +94,7 @@ def test_many_steps_lead_to_the_steady_state(rule: Descent) -> None:
 def test_steps_to_a_target_are_those_of_the_recursion(rule: Descent) -> None:
     problem = QuadraticSettings(dimension=20, noise_exponent=0.3).build()
     lrs, sizes = numbers(0.02, 0.05, 0.4, 0.4), numbers(2.0, 16.0, math.inf, 0.1)
-    steps = steps_to(0.3, problem, rule, lrs, sizes)
+    steps, squares = steps_to(0.3, problem, rule, lrs, sizes)
     assert steps[-1] == math.inf  # the steady state lies above
     for lr, size, count in zip(lrs[:3], sizes[:3].tolist(), steps[:3].tolist(), strict=True):
         losses = [
@@ -102,6 +102,7 @@ def test_steps_to_a_target_are_those_of_the_recursion(rule: Descent) -> None:
             for n in (int(count) - 1, int(count))
         ]
         assert losses[1] <= 0.3 < losses[0]
+    torch.testing.assert_close(problem.loss(squares)[2].item(), losses[1])
 
 
 def test_batch_size_scales_perfectly_up_to_a_bend_that_the_rule_moves() -> None:
@@ -152,7 +153,7 @@ def test_the_searched_schedule_is_the_best_one_of_a_constant_learning_rate() -> 
     kicks = torch.stack([lr**2 * problem.variance * left ** (steps - 1 - n) for n in range(steps)])
     weights = problem.loss(kicks).view(stages, -1).sum(1)
     sizes = samples / (steps / stages) * weights.sqrt() / weights.sqrt().sum()
-    torch.testing.assert_close(found.batch_sizes[0], sizes, rtol=1e-2, atol=0)
+    torch.testing.assert_close(found.batch_sizes[0], sizes, rtol=2e-2, atol=0)
     bias = problem.loss(left**steps * problem.start)
     torch.testing.assert_close(found.losses[0], bias + (weights / sizes).sum(), rtol=1e-5, atol=0)
 
@@ -161,7 +162,7 @@ def test_no_schedule_drawn_by_chance_beats_the_searched_one() -> None:
     problem = QuadraticSettings(dimension=30).build()
     samples, steps = 4000.0, 80
     best = best_schedules(problem, samples=samples, steps=numbers(steps, 2 * steps))
-    assert best.losses[1] <= best.losses[0]  # more steps cost nothing here
+    assert best.losses[1] <= best.losses[0]  # the same samples
     draw = torch.Generator().manual_seed(0)
     for _ in range(100):
         shares = torch.rand(4, generator=draw).double().softmax(0).repeat_interleave(steps // 4)
