@@ -54,3 +54,11 @@ def test_every_picture_is_there_and_small():
     for page in [*PAGES, ROOT / "README.md"]:
         for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
             assert (page.parent / name).stat().st_size < 200_000, f"{page}: {name}"
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), ROOT / "slurm" / "README.md"], ids=lambda page: page.name
+)
+def test_every_link_outside_of_the_site_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link
