@@ -144,14 +144,19 @@ def draw(
             constant, best = frontier(problem, settings, counts)
             right.loglog(counts, constant, color="0.5", label="constant batch")
             right.loglog(counts, best, color="black", label="best schedule")
-            points = [item for item in ranked.items() if not item[0].startswith("constant")]
+            top = 1.2 * max(constant)  # what has diverged is left out
+            points = [
+                (name, each)
+                for name, each in ranked.items()
+                if not name.startswith("constant") and each.loss < top
+            ]
             for number, (name, one) in enumerate(points):
                 look = {"marker": "osD^vPX*<>"[number % 10], "color": COLORS[number % len(COLORS)]}
                 right.errorbar(
                     one.steps, one.loss, one.error, linestyle="", ms=5, label=name, **look
                 )
             right.set(xlabel="steps", ylabel=f"loss after {settings.samples:,} samples")
-            right.set_ylim(min(best) / 1.2, max(constant) * 1.2)  # a policy may have diverged
+            right.set_ylim(min(best) / 1.2, top)
             right.legend(fontsize=6.5)
         save(figure, path)
         pyplot.close(figure)
