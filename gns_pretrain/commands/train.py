@@ -53,6 +53,11 @@ def main() -> None:
         write(help_text())
         return
     sys.argv[1:] = map(as_typed, sys.argv[1:])
+    if unknown := get_args_parser().parse_known_args()[1]:
+        raise InputError(
+            f"{unknown[0]}: there is no such option; settings are written without dashes, "
+            "as in optimizer.lr=1e-3; see --help"
+        )
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors of composition reach the lines below
     start = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
     try:

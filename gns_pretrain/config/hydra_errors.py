@@ -36,7 +36,12 @@ OTHER_NAMES = {
     "wandb": "metrics=wandb shows a run there",
     "max_tokens": "did you mean token_budget?",
     "bs": "did you mean batch_size.initial?",
-    "nproc_per_node": "did you mean launch.nproc_per_node?",
+    **dict.fromkeys(("nproc_per_node", "devices"), "did you mean launch.nproc_per_node?"),
+    **dict.fromkeys(
+        ("seq_len", "max_seq_len", "max_seq_length"), "did you mean data.sequence_length?"
+    ),
+    **dict.fromkeys(("local_batch_size", "device_batch_size"), "did you mean micro_batch_size?"),
+    "global_batch_size": "did you mean batch_size.initial?",
 }
 # Of a group that is given a number or a path, what was probably meant.
 OF_GROUP = {
@@ -140,7 +145,7 @@ def bad_override(error: ConfigCompositionException) -> str:
     cause = error.__cause__
     text = first_line(error)
     if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
-        name = str(cause.full_key)
+        name = text.split("'")[1]  # the whole of it: cause has only the part that does not exist
         return f"{name}: there is no such setting; {setting_hint(name, composed_settings(cause))}"
     if text.startswith("Error merging override") and isinstance(cause, OmegaConfBaseException):
         assignment = text.removeprefix("Error merging override ")
@@ -171,6 +176,8 @@ def setting_hint(name: str, known: Sequence[str]) -> str:
         return f"optimizer={' or '.join(having)} has it"
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
+    if key and group not in known:  # training.steps of another trainer
+        return setting_hint(name.rpartition(".")[2], known)
     of_a_run = [n for n in known if not n.startswith("scale.")]
     close = [n for n in of_a_run if shortest_end(n, of_a_run) == name]
     close = close or difflib.get_close_matches(name, known, n=1)

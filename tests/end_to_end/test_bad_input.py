@@ -9,6 +9,7 @@ from tests.end_to_end import commands
     ("words", "told"),
     [
         (["optimizer.lrr=1"], ["optimizer.lrr: there is no such setting", "optimizer.lr?"]),
+        (["--lr=1"], ["--lr=1: there is no such option", "without dashes"]),
         (["+optimizer.lrr=1"], ["optimizer.lrr: there is no such setting"]),
         (["token_budget=many"], ["token_budget=many", "a whole number"]),
         (["token_budget=1.5"], ["token_budget=1.5", "1_000_000, 1e6, 1M or 3.2B"]),

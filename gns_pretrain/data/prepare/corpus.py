@@ -112,6 +112,8 @@ def find_files(patterns: list[str], setting: str) -> list[Path]:
             raise InputError(f"{setting}={pattern} matches no file; give a path or a quoted glob")
         paths.update(found)
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"{setting}={path} is a folder; give a quoted glob, as '{path}/*.txt'")
         if not path.is_file() or not path.name.endswith(SUFFIXES):
             raise InputError(f"{setting}={path} is not a file ending in {', '.join(SUFFIXES)}")
         if path.stat().st_size == 0:

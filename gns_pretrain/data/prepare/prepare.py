@@ -209,7 +209,8 @@ def write_split(
     if not progress.shards:
         raise InputError(
             f"not one document is left for the split {plan.name}; give more files, "
-            "or another --validation-fraction"
+            "another --validation-fraction, or --txt-documents blank-line where a .txt file "
+            "holds several"
         )
     progress.documents, progress.skipped, progress.done = documents, skipped, True
     save()

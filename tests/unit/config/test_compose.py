@@ -243,8 +243,17 @@ def test_unknown_cell_is_refused_with_those_of_its_table():
         (["optimizer=sgd", "optimizer.momentumm=0.9"], "did you mean optimizer.momentum?"),
         (["optimiser=sgd"], "did you mean optimizer?"),
         (["something=1"], "--cfg job lists those of a command"),
+        (["trainer.devices=2"], "did you mean launch.nproc_per_node?"),
+        (["training.seq_len=64"], "did you mean data.sequence_length?"),
+        (
+            ["train.clip=1"],
+            "train.clip: there is no such setting; --cfg job lists those of a command",
+        ),
     ],
-    ids=["another-choice", "chosen-group", "nested", "chosen-choice", "group", "nothing-close"],
+    ids=[
+        *("another-choice", "chosen-group", "nested", "chosen-choice", "group", "nothing-close"),
+        *("other-trainer", "other-trainer-name", "other-trainer-nothing-close"),
+    ],
 )
 def test_setting_that_a_choice_lacks_is_refused_with_one_that_a_command_can_take(overrides, line):
     with pytest.raises(ConfigCompositionException) as raised:

@@ -455,9 +455,14 @@ def test_held_out_documents_are_in_one_split_only(inputs, tmp_path):
 
 def test_split_without_a_document_is_refused(inputs, tmp_path):
     settings = settings_for(inputs, tmp_path / "out", validation=[], validation_fraction=1e-9)
-    with pytest.raises(InputError, match="not one document is left for the split validation"):
+    with pytest.raises(InputError, match=r"for the split validation; .*--txt-documents blank-line"):
         run(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_folder_is_answered_with_a_glob(inputs, tmp_path):
+    with pytest.raises(InputError, match=f"is a folder; give a quoted glob, as '{inputs}/"):
+        run(settings_for(inputs, tmp_path / "out", train=[str(inputs)]))
 
 
 def test_bpe_is_trained_on_the_first_training_documents(inputs, tmp_path):
