@@ -149,6 +149,8 @@ def bad_override(error: ConfigCompositionException) -> str:
         return f"{name}: there is no such setting; {setting_hint(name, composed_settings(cause))}"
     if text.startswith("Error merging override") and isinstance(cause, OmegaConfBaseException):
         assignment = text.removeprefix("Error merging override ")
+        if assignment.startswith("data.sources="):
+            return f"{assignment}: each source is {{path: data/c4, weight: 0.7}}; list them in []"
         reason = first_line(cause)
         wrong_type = re.search(r"of type '\w+' could not be converted to (\w+)", reason)
         if not wrong_type:

@@ -112,6 +112,8 @@ class EvaluationRequest(Settings):
         self.tasks = [name for names in self.tasks for name in names.split(",") if name]
         if self.data is not None and self.text:
             raise InputError("--data and --text exclude each other; give one")
+        if self.data is not None and Path(self.data).is_file():
+            raise InputError(f"--data={self.data} is no folder of shards; --text evaluates a file")
 
     @property
     def takes_loss(self) -> bool:

@@ -9,7 +9,7 @@ FILE is the record of a run, ours or somebody else's:
     W&B export        CSV: a run's history with the same names, or with those that our runs log
                       (trainer/step, train/lr, noise/<geometry>/<estimate>/...), or a panel's
                       export, whose columns begin with the run's name
-    metrics.jsonl     ours
+    metrics.jsonl     ours, or the run directory that has it
 
 Columns and rows may be missing: what is there is compared. The settings are those of the published
 signSGD runs (arXiv:2602.03001, Figure 3), or of the config.yaml beside a metrics.jsonl, unless an
@@ -33,7 +33,7 @@ from gns_pretrain.errors import InputError, counted, print_error
 from gns_pretrain.fields import About, positive
 from gns_pretrain.noise_scale.geometries import Measurement
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
-from gns_pretrain.runs.directory import read_settings
+from gns_pretrain.runs.directory import METRICS, read_settings
 from gns_pretrain.system.terminal import write
 from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_budget
 
@@ -80,7 +80,7 @@ def read_run(
         InputError: the file cannot be read, or lacks what a replay needs.
     """
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file; name a CSV or a metrics.jsonl")
+        raise InputError(f"{path}: there is no such file; name a CSV, a metrics.jsonl or a run")
     from gns_pretrain.results import frame
 
     ours = path.suffix == ".jsonl"
@@ -401,7 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = fields.script_parser(__doc__)
     parser.add_argument(
-        "file", type=fields.path_argument, help="published CSV, W&B export or metrics.jsonl"
+        "file",
+        type=fields.path_argument,
+        help="published CSV, W&B export, metrics.jsonl or run directory",
     )
     fields.add_options(parser, BatchSizeSettings, skip=["shadows"], show_defaults=False)
     fields.add_options(parser, RunSettings)
@@ -411,13 +413,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     options = vars(given)
     try:
-        config = read_settings(given.file.parent) if given.file.suffix == ".jsonl" else {}
+        file = given.file / METRICS if given.file.is_dir() else given.file
+        config = read_settings(file.parent) if file.suffix == ".jsonl" else {}
         # The record has the first size, and 1 lets any plan pass until it has been read.
         policy = policy_settings(options, config, initial=1)
         # Recorded averages serve a policy without decays of its own.
         decays = (policy.noise_decay, policy.signal_decay)
         raw = policy.policy == "norm_test" or decays != (None, None)
-        recorded = read_run(given.file, reads=policy.reads, raw=raw, run=given.run)
+        recorded = read_run(file, reads=policy.reads, raw=raw, run=given.run)
         settings = replay_settings(options, config, recorded)
         path = replay(recorded, settings)
     except InputError as error:

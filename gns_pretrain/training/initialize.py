@@ -129,6 +129,8 @@ def check_source(
             f"model.{name}={theirs[name]}" for name in differing if name != "rope_scaling"
         )
         hint = f"use {settings_}" if settings_ else "use its rotary scaling"
+        if ours["vocab_size"] != theirs["vocab_size"]:  # that of the data, where none is set
+            hint += ", or data= of its tokenizer"
         raise InputError(f"init.from={settings.source} is another model: {shown}; {hint}")
     if settings.what != "all":
         return

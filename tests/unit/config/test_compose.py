@@ -243,6 +243,11 @@ def test_unknown_cell_is_refused_with_those_of_its_table():
         (["optimizer=sgd", "optimizer.momentumm=0.9"], "did you mean optimizer.momentum?"),
         (["optimiser=sgd"], "did you mean optimizer?"),
         (["something=1"], "--cfg job lists those of a command"),
+        (
+            ["data=mixture", "data.sources=[a,b]"],
+            "is {path: data/c4, weight: 0.7}; list them in []",
+        ),
+        (["data=mixture", "data.sources=a"], "is {path: data/c4, weight: 0.7}; list them in []"),
         (["trainer.devices=2"], "did you mean launch.nproc_per_node?"),
         (["training.seq_len=64"], "did you mean data.sequence_length?"),
         (
@@ -252,6 +257,7 @@ def test_unknown_cell_is_refused_with_those_of_its_table():
     ],
     ids=[
         *("another-choice", "chosen-group", "nested", "chosen-choice", "group", "nothing-close"),
+        *("sources", "source"),
         *("other-trainer", "other-trainer-name", "other-trainer-nothing-close"),
     ],
 )

@@ -147,6 +147,7 @@ def other_data(run: Path, tmp_path: Path) -> str:
         ({"split": "test"}, "--split=test is not in .* it has train, validation"),
         ({"text": ["nothing.jsonl"]}, "--text=nothing.jsonl matches no file"),
         ({"text": ["a"], "data": "b"}, "--data and --text exclude each other"),
+        ({"data": __file__}, "is no folder of shards; --text evaluates a file"),
         ({"data": other_data}, "was prepared with another tokenizer than that of"),
     ],
 )

@@ -350,6 +350,7 @@ def test_own_record_is_replayed_with_the_settings_beside_it(tmp_path):
     path = write_our_record(tmp_path, made_up_run(theta=0.45), CONFIG)
     assert main([path]) == 0
     assert main([path, "--theta=0.6"]) == 1
+    assert main([str(tmp_path)]) == 0  # its run directory
 
 
 def test_line_that_stands_twice_is_no_row_past_the_end(tmp_path):

@@ -194,6 +194,7 @@ def cut(folder):
         (emptied, "", {}, "has no whole checkpoint (it has none yet)"),
         (cut, "checkpoints/step_00000010", {}, "not a whole checkpoint (__0_0.distcp has"),
         (None, "", {"model": odd_model(dim=36)}, "another model: dim 18 (here 36); use model.dim="),
+        (None, "", {"model": odd_model(vocab_size=64)}, "use model.vocab_size=.*, or data= of its"),
         (None, "", {"steps": 10}, "token_budget=1,280 includes the 1,280 tokens of init.from"),
         (None, None, {}, "init.what=all needs something to go on from; give init.from"),
         (None, "", {"what": "everything"}, "init.what=everything .*weights, all"),
