@@ -28,7 +28,8 @@ LATEX = {
 FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%" + "\n"
 ONE_COLUMN = 5  # columns of a table fit beside another one
 FORMULAS = {
-    r"\bB = ([\w,.]+)": r"$B = \1$",
+    r"\bB = (\d[\d,.]*)": r"$B = \1$",
+    r"\bB = (?=[a-z])": "$B$ = ",  # small, where no run says how large that is
     r"\b1 - a/b\b": "$1 - a/b$",
     r"(?<!\.)\btheta\b(?!\\)": r"$\\theta$",  # but no setting's or cell's name
 }

@@ -16,7 +16,7 @@ import pytest
 from gns_pretrain.errors import InputError
 from gns_pretrain.results.frame import to_curve, with_losses
 from gns_pretrain.results.layouts import LAYOUTS
-from gns_pretrain.results.render import FORMATS
+from gns_pretrain.results.render import FORMATS, _escape_latex
 from gns_pretrain.results.tables import (
     by_cell,
     make_table,
@@ -507,6 +507,10 @@ def test_the_best_is_the_lowest_of_a_row_or_of_the_column_where_a_row_has_one_lo
     assert best(table) == [("constant_large", 3.0)]
     assert "\n↓ the lowest loss" in FORMATS["text"](table)
     assert best(made(folder, table="table8", where=["batch_size.initial=16"])) == []
+
+
+def test_latex_sets_a_batch_size_that_no_run_says_as_a_word():
+    assert _escape_latex("B = 1,024 and B = small") == "$B = 1,024$ and $B$ = small"
 
 
 def test_latex_escapes_what_it_would_obey(outputs):
