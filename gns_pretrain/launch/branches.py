@@ -30,7 +30,7 @@ from gns_pretrain.training.checkpoint_reader import checkpoint_folders
 from gns_pretrain.training.checkpoint_writer import TRAIN_STATE
 from gns_pretrain.training.schedule import Schedule, ScheduleSettings, steps_in_budget
 
-EVALUATIONS = 16  # in a window
+EVALUATIONS = 8  # in a window
 RATES = ("optimizer.lr", "optimizer.adamw.lr")  # peaks, as far as an optimizer has them
 # Of the source's settings, what a branch sets itself or does not take over.
 OWN = (

@@ -20,8 +20,17 @@ from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update
 from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.parallel.sharding import parallelize
+from gns_pretrain.runs.directory import CONFIG
 from gns_pretrain.runs.history import note_checkpoint
-from gns_pretrain.runs.identity import Purpose, deciding_settings, flatten
+from gns_pretrain.runs.identity import (
+    FINGERPRINT,
+    Purpose,
+    deciding_settings,
+    flatten,
+    identifying_settings,
+    settings_of_run,
+    varying_settings,
+)
 from gns_pretrain.system.files import parse
 from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.wandb import about
@@ -107,6 +116,10 @@ def build_run(
     elif source:
         begins = f"goes on from step {adaptive.steps:,}" if saved else "begins with the weights"
         record.message(f"{begins} of {source.folder}")
+        with errors_of_main(world):
+            changed = changes_since(source, settings) if world.is_main else []
+        if changed:
+            record.message(f"its settings, where this run's are others: {', '.join(changed)}")
         if saved and not forced:
             update_half_life(optimizer, adaptive.batch_size, lr_multiplier=adaptive.lr_multiplier)
     if forced:
@@ -171,6 +184,22 @@ def peak_tokens_per_second(config: Config, world: World, data_vocab_size: int) -
     peak = peak_flops(torch.cuda.get_device_name(world.device))
     shape = config.model.of_data(data_vocab_size)
     return peak and world.num_ranks * peak / flops_per_token(shape, config.data.sequence_length)
+
+
+def changes_since(source: Source, settings: dict[str, Any]) -> list[str]:
+    """What a run sets otherwise than the one that it begins from, as `lr 0.1 (here 0.2)`.
+
+    Names, length and data aside; nothing where the source's run is not known.
+    """
+    run = source.folder.parents[1]
+    if source.is_hf or not (run / CONFIG).is_file():
+        return []
+    theirs, ours = settings_of_run(run), identifying_settings(settings, "")
+    return [
+        f"{name} {theirs.get(name)} (here {ours.get(name)})"
+        for name in varying_settings([theirs, ours], Purpose.RECORD)
+        if name not in ("token_budget", "init.from", "init.what", FINGERPRINT)
+    ]
 
 
 def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> None:

@@ -13,6 +13,7 @@ from gns_pretrain.model.config import count_parameters
 from gns_pretrain.system.processes import threads_per_process
 from gns_pretrain.tracking.console import short_number
 
+TEXT_COLUMN = 11  # where the lines' texts begin
 FAR_LARGER = 2  # times the data's vocabulary, which padding it does not reach
 
 
@@ -80,7 +81,7 @@ def header(
         f"{' on each GPU' if on_gpu else ''}; a checkpoint takes {decimal(memory.checkpoint)}",
         "run": f"{directory}, {begins}",
     }
-    shown = [f"{name:9}  {text}" for name, text in lines.items()]
+    shown = [f"{name:{TEXT_COLUMN}}{text}" for name, text in lines.items()]
     if model.known_vocab_size >= FAR_LARGER * data_vocab_size:
         unused = (model.known_vocab_size - data_vocab_size) * model.dim
         unused *= 1 if model.tie_embeddings else 2

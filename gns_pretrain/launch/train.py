@@ -34,7 +34,7 @@ from gns_pretrain.errors import (
 )
 from gns_pretrain.launch.build import build_run
 from gns_pretrain.launch.crash_report import CrashReporter, remove_empty_stacks, traces
-from gns_pretrain.launch.header import header
+from gns_pretrain.launch.header import TEXT_COLUMN, header
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
 from gns_pretrain.parallel.collectives import barrier, errors_of_main, from_main, gathered
 from gns_pretrain.parallel.mesh import RankInfo, World, joined, pick_device
@@ -59,7 +59,7 @@ from gns_pretrain.system.files import check_folder, make_folder, must_write, rem
 from gns_pretrain.system.processes import StopRequest, end_process, threads_per_process
 from gns_pretrain.system.slurm import SlurmJob, node_name
 from gns_pretrain.system.streams import outlive_output
-from gns_pretrain.system.terminal import write
+from gns_pretrain.system.terminal import wrapped, write
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders, reachable
@@ -209,7 +209,7 @@ def check_run(
             directory=directory,
             begins=begins,
         )
-        show(*lines)
+        show(*(wrapped(line, indent=TEXT_COLUMN) for line in lines))
     return directory, fingerprint
 
 

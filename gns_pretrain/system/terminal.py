@@ -5,7 +5,9 @@ lines or type into the shell, and rich's own markup. Whatever is printed goes th
 the line of an error, through `errors.printable`.
 """
 
+import shutil
 import sys
+import textwrap
 from typing import Any, TextIO
 
 from rich import console as rich_console
@@ -29,3 +31,17 @@ def write(*texts: object, file: TextIO | None = None) -> None:
     """Print each text on lines of its own, to standard output unless told otherwise."""
     for text in texts:
         print(printable(str(text)), file=file or sys.stdout, flush=True)
+
+
+def wrapped(line: str, *, indent: int) -> str:
+    """Break a line between words where standard output is a terminal that is too narrow for it."""
+    if not sys.stdout.isatty():
+        return line
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(
+        line,
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -116,8 +116,7 @@ class TrainedModel:
     def load(self) -> Llama:
         """Load it on the CPU, in float32; its documents see each other only if they did before."""
         model = load_hf_folder(self.folder) if self.is_hf else read_model(self.folder)
-        origin = self._origin()
-        if origin and self.data and self.data.document_mask:
+        if self.data and self.data.document_mask and (origin := self._origin()):
             model.separate_documents(bos_id=origin.bos_id, eos_id=origin.eos_id)
         return model
 

@@ -39,7 +39,8 @@ class SweepLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Hydra's call before `launch`."""
+        """Hydra's call before `launch`; before both it checks every run, which takes its time."""
+        print_line(Console(), "checking the settings of every run ...")
         self.hydra_context = hydra_context
         self.task_function = task_function
         self.config = config

@@ -27,6 +27,7 @@ from gns_pretrain.commands import train as train_command
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.optim import OPTIMIZERS
+from hydra_plugins.gns_launchers import sweepers
 from hydra_plugins.gns_launchers.launchers import SweepLauncher
 from tests.end_to_end.in_process import Ended, command, ended
 
@@ -153,6 +154,7 @@ def trains_nothing(monkeypatch):
         return RunMode.MULTIRUN if sweeps else None
 
     monkeypatch.setattr(train_command, "launch", lambda config: 0)
+    monkeypatch.setattr(sweepers, "branches", lambda settings: [[]])  # those of a run to come
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate_launcher)
     monkeypatch.setattr(Sweeper, "validate_batch_is_legal", lambda *_: None)
     monkeypatch.setattr(Hydra, "get_mode", mode)

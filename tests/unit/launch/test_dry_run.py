@@ -1,5 +1,6 @@
 """What is said before a run begins, and a dry run, which leaves nothing behind."""
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_header_says_what_will_be_trained(tmp_path, shards, capsys):
     assert lines["memory"].endswith("; a checkpoint takes 81.9 kB")
     assert lines["run"] == f"{tmp_path / 'small'}, random weights"
     assert "note:" not in lines
+
+
+def test_header_breaks_between_words_on_a_narrow_terminal(tmp_path, shards, capsys, monkeypatch):
+    config = small_run(tmp_path, shards)
+    check_run(config, None, show=write)
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    check_run(config, None, show=write)
+    narrow = capsys.readouterr().out
+    assert narrow.split() == whole.split()
+    lines = [line for line in narrow.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 60
+    assert "\n           " in narrow  # below the text that goes on
 
 
 def test_header_says_what_is_measured_and_that_an_adaptive_batch_changes_the_steps(

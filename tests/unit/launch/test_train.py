@@ -231,7 +231,8 @@ def test_a_run_notes_where_its_data_is_and_the_ids_around_a_document(tmp_path, s
     config = small_run(tmp_path, Path(shards.name))
     with taken(tmp_path / "small", config, "data", ALONE):
         noted = read_provenance(tmp_path / "small")["data"]
-    assert noted == {"folder": str(shards.resolve()), "bos_id": None, "eos_id": 0}
+    ids = {"bos_id": None, "eos_id": 0, "tokenizer_sha256": None}
+    assert noted == {"folder": str(shards.resolve()), **ids}
 
 
 def test_start_on_a_full_disk_ends_in_one_line(tmp_path, shards, monkeypatch):

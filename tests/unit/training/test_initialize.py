@@ -138,7 +138,7 @@ def test_two_ranks_begin_from_what_one_process_trained(trained, what, tmp_path, 
 
 
 def test_a_branch_has_its_own_batch_and_learning_rate_and_the_optimizer_state_of_its_source(
-    trained, tmp_path, shards
+    trained, tmp_path, shards, capsys
 ):
     branch = steady(
         tmp_path,
@@ -150,6 +150,13 @@ def test_a_branch_has_its_own_batch_and_learning_rate_and_the_optimizer_state_of
         optimizer=AdamWSettings(lr=5e-3, beta1=0.5, tie_to_tokens=True),
     )
     assert train_here(branch) == 0
+    (others,) = (x for x in capsys.readouterr().out.splitlines() if "this run's are others" in x)
+    assert others.partition(": ")[2].split(", ") == [
+        "batch_size.initial 8 (here 16)",
+        "optimizer.beta1 0.9 (here 0.5)",
+        "optimizer.lr 0.01 (here 0.005)",
+        "optimizer.tie_to_tokens False (here True)",
+    ]
     train = [line for line in lines_of(tmp_path) if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(11, 16))
     assert {line["batch_size"] for line in train} == {16}
