@@ -290,7 +290,7 @@ def _table(found: CriticalBatch) -> tuple[str, list[list[str]], list[str]]:
         own = " (the source's)" if branch.batch_size == found.batch_size else ""
         cells = [f"{branch.batch_size:,}{own}", f"{branch.steps:,}", f"{branch.lr:.3g}", loss]
         lines.append([*cells, f"{branch.loss - best:+.4f}"])
-    seeds = counted(len(found.branches[0].losses), "seed")
+    seeds = counted(max(len(branch.losses) for branch in found.branches), "seed")
     title = (
         f"{found.source} at {found.tokens:,} tokens, branches of {found.window:,} tokens, {seeds}"
     )
@@ -375,7 +375,8 @@ def draw(found: Sequence[CriticalBatch], path: Path) -> None:
                 color = COLORS[geometries.index(geometry) % len(COLORS)]
                 dashes = DASHES[estimates.index(estimate) % len(DASHES)]
                 sizes = [each.noise_scales.get(name, np.nan) for each in points]
-                left.plot(tokens, sizes, dashes, color=color, label=f"{geometry} {estimate}")
+                label = f"{geometry} {estimate}"
+                left.plot(tokens, sizes, linestyle=dashes, color=color, label=label)
             left.set(xlabel="tokens", ylabel="sequences", yscale="log", title=source)
             left.xaxis.set_major_formatter(lambda value, _: short_number(value))
             for number, each in enumerate(points):

@@ -93,6 +93,7 @@ def write_source(folder, seed, noise):
     measured = {"geometry": "manhattan", "estimate": "plug_in", "noise_scale_ema": noise}
     lines = [
         {"kind": "noise", "step": 40, **measured},
+        {"kind": "noise", "step": 40, **measured, "estimate": "cross_fitted"},
         {"kind": "train", "step": 50, "tokens": 400, "batch_size": 8, "lr": 0.05},
         {"kind": "noise", "step": 60, **measured | {"noise_scale_ema": 999.0}},
     ]
@@ -135,7 +136,9 @@ def test_point_is_read_over_seeds_at_the_better_rate_of_each_batch(outputs):
         assert branch.loss == pytest.approx(5.002 - steps / HYPERBOLA[branch.batch_size])
         # Two seeds d apart: their standard deviation is d / sqrt(2), its error d / 2.
         assert branch.standard_error == pytest.approx(0.002)
-    assert found.noise_scales == {"manhattan/plug_in": 22.0}
+    assert found.noise_scales == dict.fromkeys(
+        ("manhattan/cross_fitted", "manhattan/plug_in"), 22.0
+    )
     assert found.by_fit == pytest.approx(E_MIN / S_MIN, rel=1e-6)
     assert found.by_tolerance == 4
     assert "only the smallest batch" in found.notes[-1]

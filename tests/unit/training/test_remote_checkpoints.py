@@ -15,7 +15,7 @@ from gns_pretrain.launch import measure_noise
 from gns_pretrain.runs.directory import is_finished
 from gns_pretrain.system.remote import folder_at
 from gns_pretrain.tracking.jsonl import read_records
-from gns_pretrain.training import checkpoint
+from gns_pretrain.training import checkpoint, checkpoint_reader
 from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders, damage, load_model
 from tests.runs import ALONE, train_here
@@ -107,7 +107,7 @@ def test_nothing_in_a_stranger_s_metadata_is_executed(store, tmp_path):
     metadata = store / "step_00000001" / ".metadata"
     metadata.write_bytes(pickle.dumps(Harm()))
     with pytest.raises(pickle.UnpicklingError, match="no checkpoint of torch does"):
-        checkpoint.DataOnlyReader(store / "step_00000001").read_metadata()
+        checkpoint_reader.DataOnlyReader(store / "step_00000001").read_metadata()
     assert damage(store / "step_00000001") is not None
     assert not (tmp_path / "harmed").exists()
 
@@ -187,7 +187,7 @@ def test_store_that_does_not_answer_is_named_in_one_line(url, tmp_path, shards, 
     def refused(folder: Path) -> list[Path]:
         raise RuntimeError("Unable to locate credentials")  # its client's own error
 
-    monkeypatch.setattr(checkpoint, "listed_anew", refused)
+    monkeypatch.setattr(checkpoint_reader, "listed_anew", refused)
     settings = CheckpointSettings(directory=url)
     with pytest.raises(InputError, match=r"memory://.*/small cannot be read \(Unable to locate"):
         train_here(small_run(tmp_path, shards, checkpoint=settings))
