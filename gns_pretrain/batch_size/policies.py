@@ -293,11 +293,15 @@ class Adaptive(Policy):
         if settings.target != "theta" or theta is None or threshold is None:
             return None
         if settings.estimate in geometry.noise_alone_estimates:
-            can = "can" if theta < threshold else "cannot"
+            scale = f"the {settings.estimate} {settings.geometry} scale"
+            if theta < threshold:
+                return (
+                    f"theta={theta:g} is below {threshold:.3f}: by {scale} the batch can grow from "
+                    "noise alone; by estimate=cross_fitted, with theta 3 to 6, it cannot"
+                )
             return (
-                f"theta={theta:g}: the batch {can} grow from noise alone; without a true gradient "
-                f"the {settings.estimate} {settings.geometry} scale asks for more than the batch "
-                f"below theta = {threshold:.3f} (many samples)"
+                f"theta={theta:g}: by {scale} the batch cannot grow from noise alone, as it can "
+                f"below theta = {threshold:.3f}"
             )
         if theta < 1.0:
             return None
