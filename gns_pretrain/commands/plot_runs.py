@@ -22,12 +22,11 @@ from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.results.figures import AXIS_LABELS, PANELS, SIZES, Curves, draw, notes_on_ends
 from gns_pretrain.results.frame import (
     Record,
-    grouped,
     lines_beside,
     named_noise,
-    natural_order,
     open_record,
 )
+from gns_pretrain.results.labels import grouped, natural_order
 from gns_pretrain.results.layouts import LAYOUTS, PUBLISHED_CURVES
 from gns_pretrain.runs.directory import read_settings
 from gns_pretrain.system.terminal import write

@@ -16,7 +16,7 @@ from pathlib import Path
 from gns_pretrain.errors import counted
 from gns_pretrain.fields import path_argument, script_parser
 from gns_pretrain.launch.status import run_status
-from gns_pretrain.results.frame import grouped
+from gns_pretrain.results.labels import grouped
 from gns_pretrain.results.report import report
 from gns_pretrain.system.files import must_write, write_bytes
 from gns_pretrain.system.slurm import job_states

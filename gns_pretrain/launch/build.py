@@ -10,6 +10,7 @@ from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.batch_size.controller import SavedState
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.batches import Batches, read_in_order
+from gns_pretrain.data.mixture import Mixture
 from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
 from gns_pretrain.errors import InputError
@@ -109,6 +110,8 @@ def build_run(
             hparams=deciding_settings(flatten(settings), Purpose.CURVE)
             | {"seed": config.seed, "num_ranks": world.num_ranks, "parameters": parameters},
         )
+    if saved and source and not (resumed or forced):
+        update_half_life(optimizer, adaptive.batch_size, lr_multiplier=adaptive.lr_multiplier)
     for line in damaged:
         record.message(f"{line}; the one before it is used")
     if resumed:
@@ -120,8 +123,6 @@ def build_run(
             changed = changes_since(source, settings) if world.is_main else []
         if changed:
             record.message(f"its settings, where this run's are others: {', '.join(changed)}")
-        if saved and not forced:
-            update_half_life(optimizer, adaptive.batch_size, lr_multiplier=adaptive.lr_multiplier)
     if forced:
         apply_decision(forced, adaptive.steps + 1, optimizer, record)
     for prefix, policy in config.batch_size.policies:
@@ -137,19 +138,6 @@ def build_run(
         rank=world.data_rank,
         num_ranks=world.num_data_ranks,
     )
-    validation_sets = [
-        ValidationSet(
-            source.name,
-            weight,
-            read_in_order(source.tokens, sequence_length, 0, count).to(world.device),
-        )
-        for source, weight, count in zip(
-            validation.sources,
-            validation.weights,
-            validation.counts(config.evaluation.num_sequences),
-            strict=True,
-        )
-    ]
     noise_scale = config.noise_scale
     meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
     if meter and saved:
@@ -160,7 +148,7 @@ def build_run(
         optimizer=optimizer,
         schedule=build_schedule(config),
         batches=batches,
-        validation_sets=validation_sets,
+        validation_sets=build_validation_sets(config, validation, world),
         adaptive=adaptive,
         checkpoints=checkpoints,
         record=record,
@@ -175,6 +163,20 @@ def build_run(
         metrics=config.metrics,
         peak_tokens_per_second=peak_tokens_per_second(config, world, training.vocab_size),
     )
+
+
+def build_validation_sets(config: Config, validation: Mixture, world: World) -> list[ValidationSet]:
+    """Read the first validation sequences of each source, as many as its weight gives it."""
+    counts = validation.counts(config.evaluation.num_sequences)
+    length = config.data.sequence_length
+    return [
+        ValidationSet(
+            source.name, weight, read_in_order(source.tokens, length, 0, count).to(world.device)
+        )
+        for source, weight, count in zip(
+            validation.sources, validation.weights, counts, strict=True
+        )
+    ]
 
 
 def peak_tokens_per_second(config: Config, world: World, data_vocab_size: int) -> float | None:

@@ -29,7 +29,11 @@ from rich import box
 
 from gns_pretrain.errors import InputError, counted, needs
 from gns_pretrain.results.figures import COLORS, DASHES, PANEL_INCHES, STYLE, save
-from gns_pretrain.results.frame import Runs, pd, without_seed
+from gns_pretrain.results.frame import (
+    Runs,
+    pd,
+)
+from gns_pretrain.results.labels import without_seed
 from gns_pretrain.results.render import markdown, text_grid
 from gns_pretrain.runs.branches import MIN_STEPS, TABLE, step_of_window
 from gns_pretrain.runs.directory import METRICS

@@ -20,13 +20,12 @@ from gns_pretrain.errors import DamagedFileError, counted, needs, printable
 from gns_pretrain.results.figures import thinned
 from gns_pretrain.results.frame import (
     PUBLISHED_AVERAGE,
-    distinct_names,
     lines_beside,
     open_record,
     pd,
-    seed_in_name,
     unrepeated,
 )
+from gns_pretrain.results.labels import distinct_names, seed_in_name
 from gns_pretrain.runs.identity import Purpose, settings_of_run, varying_settings
 
 AXES = ["step", "tokens", "seconds"]

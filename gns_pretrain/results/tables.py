@@ -19,14 +19,13 @@ from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import at_home
 from gns_pretrain.results.frame import (
     Runs,
-    curve_files,
-    natural_order,
     pd,
     runs_of_curves,
     runs_of_folders,
     runs_of_project,
     with_losses,
 )
+from gns_pretrain.results.labels import curve_files, natural_order
 from gns_pretrain.results.layouts import LAYOUTS, Entry, Label, Quantity, Statistic, TableLayout
 from gns_pretrain.runs.identity import (
     FINGERPRINT,

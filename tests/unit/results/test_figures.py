@@ -20,10 +20,12 @@ from gns_pretrain.results.figures import (
     thinned,
 )
 from gns_pretrain.results.frame import (
-    grouped,
     read_curves,
-    seed_in_name,
     to_curve,
+)
+from gns_pretrain.results.labels import (
+    grouped,
+    seed_in_name,
     without_seed,
 )
 from tests.unit.run_records import write_curve, write_run

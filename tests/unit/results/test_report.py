@@ -8,7 +8,7 @@ import pytest
 
 from gns_pretrain.commands import report as command
 from gns_pretrain.errors import DamagedFileError
-from gns_pretrain.results.frame import grouped, without_common_parts
+from gns_pretrain.results.labels import grouped, without_common_parts
 from gns_pretrain.results.report import report
 from tests import browser
 from tests.unit.run_records import write_curve, write_run
