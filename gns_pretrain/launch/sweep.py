@@ -321,7 +321,7 @@ class RunProcess:
             return RunResult(run.name, "stopped", f"saved; {hint}")
         if self.stop_sent and code == -signal.SIGTERM:  # it was still loading
             return RunResult(run.name, "stopped", "not started")
-        printed = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        printed = printed_since(self.log, self.log_start)
         return RunResult(run.name, "failed", f"{failure_reason(printed, code)} ({self.log})")
 
 
@@ -402,6 +402,14 @@ def share_of_gpus(slot: int, max_parallel: int, environment: Mapping[str, str]) 
     if max_parallel == 1 or share == 0:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * share : (slot + 1) * share])}
+
+
+def printed_since(log: Path, start: int) -> str:
+    """What a run has printed into its log since `start`; a line that says why if it is gone."""
+    try:
+        return log.read_bytes()[start:].decode(errors="replace")
+    except OSError as error:
+        return f"its log cannot be read: {error.strerror}"
 
 
 def failure_reason(printed: str, code: int) -> str:

@@ -26,6 +26,7 @@ from gns_pretrain.launch.sweep import (
     failed_runs_raise,
     failure_reason,
     plan_runs,
+    printed_since,
     report_results,
     share_of_gpus,
     skip_or_reuse,
@@ -399,3 +400,12 @@ def test_two_sweeps_that_share_a_finished_record_both_get_it(tmp_path, monkeypat
     assert skip_or_reuse(run, log=print).state == "skipped"
     assert (run.directory / "metrics.jsonl").read_text() == (twin / "metrics.jsonl").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_log_that_was_deleted_hides_no_result(tmp_path):
+    log = tmp_path / "run.log"
+    assert failure_reason(printed_since(log, 7), 1) == (
+        "its log cannot be read: No such file or directory"
+    )
+    log.write_text("before\nerror: a reason\n")
+    assert failure_reason(printed_since(log, 7), 1) == "a reason"
