@@ -196,7 +196,7 @@ FOREIGN_MODELS = {
     "ViT": ForeignModel(
         vit,
         lambda generator: images(generator, 1, 8),
-        ("*_proj.weight", "*.fc?.weight", "*.projection.weight"),
+        ("*_proj.weight", "*.fc?.weight"),
         lambda model: list(model.vit.layers),
     ),
     "MLP": ForeignModel(

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from gns_pretrain.data.arrays import HINT, VERIFY_BELOW_BYTES, open_array
 from gns_pretrain.errors import InputError
 from gns_pretrain.system.files import (
     named_file,
@@ -25,10 +26,8 @@ from gns_pretrain.system.files import (
     write_whole,
 )
 
-HINT = "restore the file or prepare the folder again"
 META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"  # stands in for meta.json while a folder is being prepared
-VERIFY_BELOW_BYTES = 2**28  # of a split's shards: hashing them takes about a second
 
 
 @dataclass(frozen=True)
@@ -149,38 +148,8 @@ def open_shard(folder: Path, shard: ShardMeta, dtype: np.dtype, *, verify: bool)
     SHA-256 too.
     """
     path = named_file(shard.file, folder / META_FILE)
-    if not path.is_file():
-        raise InputError(f"{path} is missing, though meta.json names it; {HINT}")
-    try:
-        shape, found, offset = read_npy_header(path)
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        raise InputError(f"{path} is truncated or not a .npy file ({error}); {HINT}") from error
-    if found != dtype or shape != (shard.tokens,):
-        raise InputError(
-            f"{path} holds {found}{list(shape)}, but meta.json says {dtype}[{shard.tokens}]; {HINT}"
-        )
-    num_bytes, expected = path.stat().st_size, offset + shard.tokens * dtype.itemsize
-    if num_bytes != expected:
-        cause = "is truncated" if num_bytes < expected else "is longer than its header says"
-        raise InputError(f"{path} {cause}: {num_bytes} bytes, not {expected}; {HINT}")
-    if verify and sha256_of(path) != shard.sha256:
-        raise InputError(f"{path} was altered: its sha256 is not the one in meta.json; {HINT}")
-    tokens = np.memmap(path, dtype, "r", offset, shape)
-    # A plain view: slicing np.memmap itself costs several microseconds.
-    return np.asarray(tokens)
-
-
-def read_npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Read shape, dtype and the position of the first element; ValueError if there is no header.
-
-    np.load would also open archives and, asked to, pickles, and map what the header claims.
-    """
-    formats = np.lib.format
-    with path.open("rb") as file:
-        is_first = formats.read_magic(file) == (1, 0)
-        read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
-        shape, _, dtype = read(file)
-        return shape, dtype, file.tell()
+    sha256 = shard.sha256 if verify else None
+    return open_array(path, dtype=dtype, shape=(shard.tokens,), sha256=sha256)
 
 
 class TokenShards:

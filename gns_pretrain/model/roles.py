@@ -24,7 +24,7 @@ class Role(Enum):
     """What a parameter is to a geometry or an optimizer."""
 
     MATRIX = auto()  # inside the model: what nuclear scales and spectral rules take as a matrix
-    EMBEDDING = auto()  # of an nn.Embedding, also when the output matrix is tied to it
+    EMBEDDING = auto()  # of tokens or patches, also when the output matrix is tied to it
     OUTPUT = auto()  # the head's matrix
     OTHER = auto()  # biases, norms, positions, and what the user takes out of the matrices
 
@@ -96,8 +96,9 @@ def parameter_roles(model: nn.Module, matrices: MatrixChoice | None = None) -> d
     """Return the role of each trainable parameter by its clean name, in the model's order.
 
     By default a matrix is at least 2-dimensional, has two rows and two columns or more, and is
-    neither an embedding nor the head. The head is what transformers' `get_output_embeddings`
-    returns, else the last nn.Linear that is not part of a stack of layers.
+    neither an embedding nor the head. Embeddings are those of an nn.Embedding and what
+    transformers' `get_input_embeddings` returns: of a vision transformer, the patches'. The head is
+    what `get_output_embeddings` returns, else the last nn.Linear outside of a stack of layers.
 
     Args:
         model: plain, or parallelized by DDP, FSDP2 or parallelize_module.
@@ -113,6 +114,8 @@ def parameter_roles(model: nn.Module, matrices: MatrixChoice | None = None) -> d
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
+    if (entry := named_by(inner, "get_input_embeddings")) is not None:
+        embeddings |= {id(parameter) for parameter in entry.parameters() if parameter.ndim > 1}
     head = {id(parameter) for parameter in head_of(inner)}
     trainable = dict(named_trainable(model))
 
@@ -182,14 +185,20 @@ def labels_of(names: Sequence[str], labels: Labels, argument: str) -> dict[str, 
     return by_pattern(names, labels, argument)
 
 
+def named_by(model: nn.Module, method: str) -> nn.Module | None:
+    """Return the module that a method of transformers' names; None where a model has none."""
+    find = getattr(model, method, None)
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # transformers' way to say that a model has none
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def head_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the module that makes a model's output; none if it is not found."""
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        head = find() if callable(find) else None
-    except NotImplementedError:  # transformers' way to say that a model has none
-        head = None
-    if not isinstance(head, nn.Module):
+    head = named_by(model, "get_output_embeddings")
+    if head is None:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         if not linears or layer_of(model, linears[-1]) is not None:
             return []

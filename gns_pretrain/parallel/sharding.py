@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.model.classifier import ImageClassifier
 from gns_pretrain.model.llama import Llama, mark_batch_dynamic
 from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
 from gns_pretrain.parallel.mesh import World, same_ranks
@@ -351,7 +352,9 @@ def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
     return buffer
 
 
-def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn.Module:
+def parallelize(
+    model: Llama | ImageClassifier, world: World, *, compute_dtype: torch.dtype
+) -> nn.Module:
     """Parallelize the model over the ranks of `world`.
 
     Weights, their gradients' reduction and the optimizer's state stay float32 on every layout;
@@ -368,6 +371,7 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # `running_statistics` keeps them the same
         )
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
@@ -377,6 +381,7 @@ def parallelize(model: Llama, world: World, *, compute_dtype: torch.dtype) -> nn
     )
     if world.tensor_size > 1:
         assert world.mesh is not None
+        assert isinstance(model, Llama)
         split_over_tensor_ranks(model, world.mesh["tensor"])
     for block in model.layers:
         fully_shard(block, mesh=world.data_mesh, mp_policy=precision)

@@ -19,6 +19,7 @@ import numpy as np
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from gns_pretrain.data.arrays import HINT
 from gns_pretrain.data.prepare.corpus import (
     Corpus,
     Cursor,
@@ -30,7 +31,6 @@ from gns_pretrain.data.prepare.corpus import (
 from gns_pretrain.data.prepare.encoding_pool import EncodingJob, EncodingPool
 from gns_pretrain.data.prepare.settings import PrepareSettings
 from gns_pretrain.data.shards import (
-    HINT,
     META_FILE,
     PROGRESS_FILE,
     CorpusMeta,
