@@ -406,7 +406,8 @@ class Seesaw(Policy):
 
         B = B_0 / f,    learning rate = peak f sqrt(B / B_0) = peak sqrt(f)    (lr_scaling: sqrt)
 
-    Rounded down to a feasible size: between two sizes the learning rate falls as f does.
+    Rounded down to a feasible size: between two sizes the learning rate falls as f does. Plain SGD
+    has the schedule's risk with lr_scaling linear, which leaves the rate at its peak.
     """
 
     name = "seesaw"

@@ -12,6 +12,7 @@ from gns_pretrain.noise_scale.equations import (
     euclidean_fraction_batch,
     inflection_batch,
     maximum_efficiency_batch,
+    muon_critical_batch,
     target_batch_size,
 )
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
@@ -132,3 +133,30 @@ def test_without_a_gradient_each_plug_in_scale_reads_its_threshold_squared_times
 
 def test_without_a_gradient_a_wide_matrix_reads_the_batch() -> None:
     assert noise_alone((4, 1024), batch_size=16)["nuclear"] == pytest.approx(1.0, rel=0.02)
+
+
+def test_muons_critical_batch_takes_the_fewest_sequences_to_a_precision() -> None:
+    noise, precision, momentum = 40.0, 0.5, 0.9
+    coefficient = 2 * ((1 - momentum) / (1 + momentum) * noise) ** 0.5  # Y
+    bound = muon_critical_batch(noise, precision=precision, momentum=momentum)
+    batches = bound * torch.linspace(0.5, 4.0, 35_001, dtype=torch.float64)
+    for offset in (0.0, 0.1):  # Z
+        left = precision - offset - coefficient / batches.sqrt()  # X / T
+        sequences = torch.where(left > 0, batches / left, math.inf)
+        best = batches[sequences.argmin()].item()
+        assert best == pytest.approx(bound * (precision / (precision - offset)) ** 2, rel=1e-3)
+
+
+def test_half_of_muons_noise_coefficient_bounds_the_noise_of_a_momentum_average() -> None:
+    momentum, batch_size, draws = 0.8, 4, 400
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(12, 20, generator=generator).double()
+    average = torch.zeros(draws, 12, 20, dtype=torch.float64)
+    for _ in range(40):
+        noise = torch.randn(draws, 12, 20, generator=generator).double() * spread
+        average = momentum * average + (1 - momentum) * noise / batch_size**0.5
+    norm = torch.linalg.svdvals(average).sum(1).mean().item()
+    total = spread.square().sum(1).sqrt().sum().item() ** 2  # N, the rows' covariance is diagonal
+    critical = muon_critical_batch(total, precision=1.0, momentum=momentum)
+    bound = (critical / 9 / batch_size) ** 0.5
+    assert 0.7 * bound < norm < bound
