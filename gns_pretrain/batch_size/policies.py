@@ -24,7 +24,7 @@ from gns_pretrain.fields import (
     within,
 )
 from gns_pretrain.noise_scale.equations import target_batch_size
-from gns_pretrain.noise_scale.geometries import GEOMETRIES
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, RECORDED_INFLECTION
 from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
 
 ROUNDINGS = ("down", "up")
@@ -93,6 +93,8 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         """Fill in what was left to the policy."""
+        if self.target == "inflection":
+            self.target = RECORDED_INFLECTION
         for name, value in POLICIES.get(self.policy, Policy).own_values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -293,20 +293,20 @@ def dual_norm_fraction_batch(noise_scale: float, *, kappa: float) -> float:
 
 
 def inflection_batch(noise_scale: float) -> float:
-    """The inflection as the paper prints it, Manhattan and Nuclear (Eq. 43).
-
-    It is the root of Eq. 42, whose last term has 4 where differentiating Eq. 41 gives 2; the gain
-    really bends at `corrected_inflection_batch`, and at 64/9 it reaches 39 % of its largest value.
-    """
-    return 64.0 / 9.0 * noise_scale
-
-
-def corrected_inflection_batch(noise_scale: float) -> float:
-    """Where the gain of one more sequence starts to fall, Manhattan and Nuclear.
+    """Where the gain of one more sequence starts to fall, Manhattan and Nuclear (Eq. 43, revised).
 
     d^2/dB^2 (1 - sqrt(b / B))^2 = -3/2 sqrt(b) B^(-5/2) + 2 b B^(-3) = 0 at B = 16/9 b
     """
     return 16.0 / 9.0 * noise_scale
+
+
+def inflection_v1_batch(noise_scale: float) -> float:
+    """The inflection as the paper's first version prints it, Manhattan and Nuclear (Eq. 43 of v1).
+
+    It is the root of v1's Eq. 42, whose last term has 4 where differentiating Eq. 41 gives 2; at
+    64/9 the gain reaches 39 % of its largest value, and past the bend at 16/9 it is concave.
+    """
+    return 64.0 / 9.0 * noise_scale
 
 
 def maximum_efficiency_batch(noise_scale: float) -> float:

@@ -39,7 +39,6 @@ from gns_pretrain.geometry.square_root import default_mode, smaller_side_gram, t
 from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import (
     coordinate_variance,
-    corrected_inflection_batch,
     cross_grams,
     dual_norm_fraction_batch,
     euclidean_cross_signal,
@@ -49,6 +48,7 @@ from gns_pretrain.noise_scale.equations import (
     gram_covariance,
     half_means,
     inflection_batch,
+    inflection_v1_batch,
     manhattan_cross_total,
     manhattan_noise_total,
     manhattan_signal_total,
@@ -67,6 +67,9 @@ CHUNK_ENTRIES = 2**23
 ROW_ENTRIES = 2**24
 
 GEOMETRIES: dict[str, type["Geometry"]] = {}  # by name; filled by defining a subclass
+
+# What settings and records call the target `inflection`: in older ones that name meant 64/9.
+RECORDED_INFLECTION = "corrected_inflection"
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ class Geometry(ABC):
     # Batch sizes from a noise scale by batch_size.target, beside theta and kappa.
     targets: ClassVar[Mapping[str, Callable[[float], float]]] = {
         "inflection": inflection_batch,
-        "corrected_inflection": corrected_inflection_batch,
+        RECORDED_INFLECTION: inflection_batch,
+        "inflection_v1": inflection_v1_batch,
         "maximum_efficiency": maximum_efficiency_batch,
     }
     fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa

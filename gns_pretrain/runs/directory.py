@@ -25,6 +25,10 @@ from gns_pretrain.tracking import jsonl
 CONFIG, PROVENANCE, STARTS, LOCK = "config.yaml", "run.json", "starts.jsonl", ".lock"
 METRICS, SUMMARY, CHECKPOINTS = jsonl.METRICS, jsonl.SUMMARY, "checkpoints"
 
+# What batch_size.target=inflection means in an old config.yaml: 64/9 of the noise scale. Newer runs
+# never record that name (`noise_scale.geometries.RECORDED_INFLECTION`).
+OLD_INFLECTION = "inflection_v1"
+
 
 @dataclass(frozen=True)
 class KnownSettings:
@@ -108,7 +112,11 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Read config.yaml, nested; {} where there is none. DamagedFileError if it is damaged."""
+    """Read config.yaml, nested, with today's names; {} where there is none.
+
+    Raises:
+        DamagedFileError: it is damaged.
+    """
     path, hint = directory / CONFIG, "restore it, or use another run_name"
     if not path.exists():
         return {}
@@ -120,6 +128,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not settings:
         raise DamagedFileError(f"{path} is damaged (no settings in it); {hint}")
     parse(KnownSettings, settings, source=path, hint=hint)
+    followed = settings.get("batch_size", {})
+    shadows = followed.get("shadows")
+    for policy in (followed, *(shadows if isinstance(shadows, list) else [])):
+        if isinstance(policy, dict) and policy.get("target") == "inflection":
+            policy["target"] = OLD_INFLECTION
     return settings
 
 

@@ -49,8 +49,9 @@ def decided(noise, *, batch_size=64, position=None, **settings):
         ({"theta": 0.6}, 100.0),
         ({"theta": 1.2}, 25.0),
         ({"target": "kappa", "kappa": 0.16}, 100.0),  # (1 - 0.6)^2
-        ({"target": "inflection"}, 256.0),  # 64 / 9
-        ({"target": "corrected_inflection"}, 64.0),  # 16 / 9
+        ({"target": "inflection"}, 64.0),  # 16 / 9
+        ({"target": "corrected_inflection"}, 64.0),
+        ({"target": "inflection_v1"}, 256.0),  # 64 / 9
         ({"target": "maximum_efficiency"}, 144.0),
         ({"geometry": "nuclear", "target": "maximum_efficiency"}, 144.0),
         ({"geometry": "euclidean", "target": "kappa", "kappa": 0.75}, 108.0),  # 3 x

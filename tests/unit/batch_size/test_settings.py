@@ -26,7 +26,10 @@ from gns_pretrain.errors import InputError
         ({"decide_every_steps": 0}, "batch_size.decide_every_steps=0 must be at least 1 step"),
         ({"warmup_fraction": 1.0}, "batch_size.warmup_fraction=1.0 .* below 1; the paper"),
         ({"warmup_fraction": -0.1}, "batch_size.warmup_fraction=-0.1 .* at least 0"),
-        ({"geometry": "euclidean", "target": "inflection"}, "target=inflection .* euclidean"),
+        (
+            {"geometry": "euclidean", "target": "inflection"},
+            "inflection .* euclidean; use one of theta, kappa$",
+        ),
         ({"cap": 8}, "batch_size.cap=8 is below batch_size.initial=16; .* raise the cap"),
         ({"micro_batch_max": 0}, "batch_size.micro_batch_max=0 must be at least 1"),
         ({"micro_batch_step": 0}, "batch_size.micro_batch_step=0 must be at least 1"),

@@ -7,10 +7,10 @@ import torch
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.equations import (
-    corrected_inflection_batch,
     dual_norm_fraction_batch,
     euclidean_fraction_batch,
     inflection_batch,
+    inflection_v1_batch,
     maximum_efficiency_batch,
     muon_critical_batch,
     target_batch_size,
@@ -60,18 +60,18 @@ def test_half_the_largest_gain_takes_one_euclidean_noise_scale() -> None:
     assert euclidean_fraction_batch(NOISE_SCALE, kappa=0.5) == NOISE_SCALE
 
 
-def test_the_printed_inflection_is_the_root_of_the_printed_second_derivative() -> None:
-    batch = inflection_batch(NOISE_SCALE)
+def test_the_first_versions_inflection_is_the_root_of_its_second_derivative() -> None:
+    batch = inflection_v1_batch(NOISE_SCALE)
     assert batch == pytest.approx(64 / 9 * NOISE_SCALE)
     printed = -1.5 * NOISE_SCALE**0.5 * batch**-2.5, 4.0 * NOISE_SCALE * batch**-3.0  # Eq. 42
     assert sum(printed) == pytest.approx(0.0, abs=1e-12 * printed[1])
     assert dual_norm_gain(batch) == pytest.approx(25 / 64)
 
 
-def test_the_gain_really_bends_at_the_corrected_inflection() -> None:
+def test_the_gain_bends_at_the_inflection() -> None:
     curvatures = []
     for factor in (0.99, 1.0, 1.01):
-        value = factor * corrected_inflection_batch(NOISE_SCALE)
+        value = factor * inflection_batch(NOISE_SCALE)
         batch = torch.tensor(value, dtype=torch.float64, requires_grad=True)
         (slope,) = torch.autograd.grad(dual_norm_gains(batch), batch, create_graph=True)
         curvatures.append(torch.autograd.grad(slope, batch)[0].item())

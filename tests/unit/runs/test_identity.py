@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.runs.identity import (
@@ -196,6 +197,22 @@ def test_damaged_settings_of_a_run_are_named(text, directory):
     (directory / "config.yaml").write_text(text)
     with pytest.raises(InputError, match=r"config\.yaml is damaged \(.*\); restore it, or use"):
         refuse_another_run(directory, identity())
+
+
+def test_old_run_by_the_first_versions_inflection_resumes_by_that_name_alone(tmp_path):
+    text = "batch_size:\n  target: inflection\n  shadows:\n  - target: inflection\n"
+    write_provenance(tmp_path, text, "first")
+
+    def resume(target: str) -> None:
+        settings = BatchSizeSettings(target=target, shadows=[ShadowSettings(target=target)])
+        both = {"target": settings.target, "shadows": [{"target": settings.shadows[0].target}]}
+        refuse_another_run(tmp_path, identifying_settings({"batch_size": both}, "first"))
+
+    resume("inflection_v1")
+    told = "batch_size.target was inflection_v1 and is now corrected_inflection"
+    for target in ("inflection", "corrected_inflection"):
+        with pytest.raises(InputError, match=told):
+            resume(target)
 
 
 def test_directory_without_a_run_refuses_nothing(tmp_path):
