@@ -1,17 +1,20 @@
 """From measurements to decisions: averages, rounding, and the learning rate with the batch.
 
 A decision follows from the averages and the position alone, and both are in every checkpoint: one
-that was taken between two checkpoints is taken again after a resumption, from the same numbers.
+that was taken between two checkpoints is taken again after a resumption, from the same numbers. A
+policy that weighs seconds has those of the steps before a checkpoint there, too; the steps after it
+take other seconds when they are taken again.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes, Split
 from gns_pretrain.batch_size.policies import LR_EXPONENTS, Policy, PolicySettings, Position
 from gns_pretrain.batch_size.settings import check_policies, sizes_for
+from gns_pretrain.batch_size.step_times import StepTimes
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, checked, setting_name
 from gns_pretrain.noise_scale.geometries import Measurement
@@ -93,6 +96,7 @@ class Controller:
             why = f"limited to cap={cap}: {split}"
         else:
             why = f"limited to what the budget has left: {split}"
+        why += self.policy.basis(position)
         return self._decision(batch_size, split, target, why)
 
     def fit(self, batch_size: int) -> Decision:
@@ -124,6 +128,7 @@ class SavedState:
     averages: dict[str, dict[str, float]]
     recent_noise_scales: dict[str, list[float]]
     shadow_batch_sizes: dict[str, int]
+    step_seconds: dict[str, list[float]] = field(default_factory=dict)  # not in older ones
 
 
 class AdaptiveBatchSize:
@@ -148,7 +153,8 @@ class AdaptiveBatchSize:
     A sample is what a batch size counts: a sequence, an image. The batch never shrinks.
 
     It owns the averages of what was measured (Eq. 23), the counts of steps and samples, the current
-    split and the learning rate's multiplier, and `state_dict` has all of them. A policy without
+    split and the learning rate's multiplier, the seconds of the last steps where a policy weighs
+    them, and `state_dict` has all of them. A policy without
     decays of its own follows the average of its geometry and estimate; another one has an average
     of its own.
 
@@ -245,6 +251,7 @@ class AdaptiveBatchSize:
         self.steps = 0  # optimizer steps done
         self.samples = 0  # consumed by them: counted, because the batch changes
         self.lr_multiplier = 1.0  # from the batch size, on top of a schedule
+        self._times = StepTimes()  # of steps, where a policy weighs them
         self._split: Split | None = None  # of the coming step; None until it is asked for
         self._shadow_sizes: dict[str, int] = {}  # samples, of the shadows that have decided
         # By geometry/estimate what is measured; by geometry/estimate/policy a policy's own.
@@ -289,22 +296,55 @@ class AdaptiveBatchSize:
     def position(self) -> Position:
         """Before the coming step."""
         total = math.inf if self.total_samples is None else self.total_samples
-        decay = self._lr_decay(self.samples)
-        return Position(self.steps + 1, self.samples, self.tokens, total - self.samples, decay)
+        return Position(
+            self.steps + 1,
+            self.samples,
+            self.tokens,
+            total - self.samples,
+            lr_decay=self._lr_decay(self.samples),
+            step_time=self._times.fitted if self.weighs_seconds else None,
+        )
 
-    def step(self, readings: Iterable[Reading] = ()) -> Decision | None:
+    @property
+    def weighs_seconds(self) -> bool:
+        """Whether a policy weighs the seconds of steps, so that each step's must be included."""
+        return any(each.policy.weighs_seconds for each in (self.followed, *self.shadows))
+
+    @property
+    def seconds_due(self) -> bool:
+        """Whether `decide` is about to weigh them: all steps' seconds are to be included now."""
+        return any(
+            each.policy.weighs_seconds
+            and (self.steps + 1) % each.policy.settings.decide_every_steps == 0
+            for each in (self.followed, *self.shadows)
+        )
+
+    def step(
+        self, readings: Iterable[Reading] = (), *, seconds: float | None = None
+    ) -> Decision | None:
         """Count an optimizer step, average what was read in it, and decide on the coming one.
 
         Args:
             readings: of the noise meter; none after a step without a measurement.
+            seconds: that the step took, for the policy goodput; the same on every rank, such as the
+                longest.
 
         Returns:
             The change of the batch size, None where it stays. It has been made: `batch_size`,
             `accumulation` and `lr_multiplier` are those of the coming step.
 
         Raises:
-            InputError: there are readings, and none of the geometry and estimate that is followed.
+            InputError: there are readings, and none of the geometry and estimate that is followed;
+                or a policy weighs seconds, and none are given.
         """
+        if self.weighs_seconds:
+            if seconds is None:
+                names = [each.name for each in (self.followed, *self.shadows)]
+                raise InputError(
+                    f"a policy of {', '.join(names)} weighs the seconds of a step, and none are "
+                    "given; give step(readings, seconds=...), the same on every rank"
+                )
+            self.include_seconds(self.batch_size, seconds)
         measurements = [reading.total for reading in readings]
         found = {f"{m.geometry}/{m.estimate}" for m in measurements}
         followed = self._read.get(self.followed.name)
@@ -317,6 +357,13 @@ class AdaptiveBatchSize:
         self.observe(measurements)
         decision, _ = self.decide()
         return decision
+
+    def include_seconds(self, batch_size: int, seconds: float) -> None:
+        """Remember how long a step took; the same seconds on every rank, so that all decide alike.
+
+        `step` does it; a loop with `observe` and `decide` has to before it decides (`seconds_due`).
+        """
+        self._times.include(batch_size, seconds)
 
     def observe(self, measurements: Iterable[Measurement] = ()) -> None:
         """Count an optimizer step, and average what was measured in it (Eq. 23).
@@ -370,6 +417,7 @@ class AdaptiveBatchSize:
             "averages": {key: tracker["averages"] for key, tracker in trackers.items()},
             "recent_noise_scales": {key: tracker["recent"] for key, tracker in trackers.items()},
             "shadow_batch_sizes": dict(self._shadow_sizes),
+            "step_seconds": self._times.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Decision | None:
@@ -388,6 +436,9 @@ class AdaptiveBatchSize:
                 recent = state["recent_noise_scales"].get(key, [])
                 self.averages[key].load_state_dict({"averages": averages, "recent": recent})
         self._shadow_sizes = dict(state["shadow_batch_sizes"])
+        ranks = self.followed.sizes.num_ranks
+        if ranks * state["micro_batch_size"] * state["accumulation"] == state["batch_size"]:
+            self._times.load_state_dict(state.get("step_seconds", {}))  # other ranks take others
         fitted = self.followed.fit(state["batch_size"])
         self._split, self.lr_multiplier = fitted.split, state["lr_multiplier"]
         if fitted.split.batch_size == state["batch_size"]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
+from gns_pretrain.batch_size.step_times import StepTime
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import (
     About,
@@ -153,6 +154,7 @@ class Position:
     tokens: int  # consumed before it; 0 where samples have none
     samples_left: float  # what the budget has left for it and all later ones; inf without a budget
     lr_decay: float = 1.0  # share of its peak that the learning rate has, after the peak
+    step_time: StepTime | None = None  # of a policy that weighs seconds, once enough are known
 
 
 class Policy(ABC):
@@ -171,6 +173,7 @@ class Policy(ABC):
     plans_in_tokens: ClassVar[bool] = False  # whether its settings count tokens
     unbounded: ClassVar[bool] = False  # whether no setting says how far it grows
     follows_schedule: ClassVar[bool] = False  # whether it reads how far the learning rate decayed
+    weighs_seconds: ClassVar[bool] = False  # whether it reads how long a step takes
     sizes: ClassVar[tuple[str, ...]] = ()  # settings that are batch sizes of its plan
     named_by: ClassVar[tuple[str, ...]] = ()  # settings in the name of a shadow that has none
     # Where a setting is null: those of the published runs.
@@ -201,6 +204,10 @@ class Policy(ABC):
         Args:
             noise: averages of what it reads; None before the first measurement.
         """
+
+    def basis(self, position: Position) -> str:
+        """Return what a decision rests on beside noise scale and position, for its reason."""
+        return ""
 
     def own_smoothing(self, shared: SmoothingSettings) -> SmoothingSettings | None:
         """Return how an average of its own is smoothed; None to follow the logged, `shared` one."""
@@ -242,7 +249,7 @@ class Adaptive(Policy):
     """
 
     name = "adaptive"
-    named_by = ("geometry", "estimate", "target")
+    named_by: ClassVar[tuple[str, ...]] = ("geometry", "estimate", "target")
 
     def __init__(
         self, settings: PolicySettings, *, initial_batch_size: int, total_steps: int | None
@@ -258,11 +265,13 @@ class Adaptive(Policy):
 
     def target(self, position: Position, noise: SmoothedNoiseScale | None) -> float | None:
         """What the noise scale asks for (Eq. 7, or a target of Appendix B)."""
+        if noise is None or position.step % self.settings.decide_every_steps:
+            return None
+        return self.wanted(position, noise) if position.samples >= self.warmup_samples else None
+
+    def wanted(self, position: Position, noise: SmoothedNoiseScale) -> float | None:
+        """The same, where a decision is due."""
         settings = self.settings
-        if noise is None or position.step % settings.decide_every_steps:
-            return None
-        if position.samples < self.warmup_samples:
-            return None
         if settings.target == "theta":
             return target_batch_size(noise.noise, noise.signal, theta=self.theta)
         if noise.noise_scale is None:
@@ -310,6 +319,44 @@ class Adaptive(Policy):
         return (
             f"theta={theta:g} lies past Algorithm 1's (0, 1), as a {settings.estimate} scale may "
             f"need; the plug-in one can grow the batch from noise alone below {threshold:.3f}"
+        )
+
+
+class Goodput(Adaptive):
+    """The batch of the largest expected progress per second (after goodput, arXiv:2008.12260).
+
+        gain(B) / t(B)    gain of a step by the geometry's curve (Eq. 18), t(B) = a + b B seconds
+
+    t is what the run's own steps took (`StepTimes`). Its line holds near the sizes it was drawn
+    through, so a decision at most doubles the largest of them, and the next one waits until the new
+    size has been timed. Decided when and on whose noise scale Algorithm 1 would; theta and target
+    are not read. Without a fixed part a larger batch is never worth its seconds to SGD, and to sign
+    and spectral steps up to 4 noise scales (Eq. 45).
+    """
+
+    name = "goodput"
+    named_by = ("geometry", "estimate")
+    weighs_seconds = True
+
+    def wanted(self, position: Position, noise: SmoothedNoiseScale) -> float | None:
+        """The top of the curve, or twice the largest batch that was timed."""
+        time = position.step_time
+        if time is None or noise.noise_scale is None:
+            return None
+        geometry = GEOMETRIES[self.settings.geometry]
+        best = geometry.goodput_batch(noise.noise_scale, overhead=time.overhead)
+        return min(best, 2.0 * time.sizes[-1])
+
+    def basis(self, position: Position) -> str:
+        """How long a step takes."""
+        return f"; {position.step_time}"
+
+    @classmethod
+    def note(cls, settings: PolicySettings) -> str | None:
+        """That such a run does not repeat."""
+        return (
+            f"policy={cls.name} decides by measured seconds: a resumed run goes on from those that "
+            "it has saved, but two runs of one command may choose different batches"
         )
 
 

@@ -314,6 +314,34 @@ def maximum_efficiency_batch(noise_scale: float) -> float:
     return 4.0 * noise_scale
 
 
+def euclidean_goodput_batch(noise_scale: float, *, overhead: float) -> float:
+    """The largest gain per second, where a step takes overhead + B times a sequence's (Eq. 18).
+
+        d/dB B / ((B + b) (overhead + B)) = 0    at    B^2 = overhead b
+
+    Args:
+        overhead: the fixed seconds of a step over those of one more sequence; inf if that is free.
+    """
+    return math.sqrt(overhead * noise_scale) if noise_scale > 0.0 else 0.0
+
+
+def dual_norm_goodput_batch(noise_scale: float, *, overhead: float) -> float:
+    """The same for Manhattan and Nuclear: `maximum_efficiency_batch` without an overhead (Eq. 18).
+
+        d/dB (1 - (b / B)^(1/2))^2 / (overhead + B) = 0
+        at    x^3 - 2 s x^2 - s overhead = 0    with x = B^(1/2), s = b^(1/2)
+
+    whose one positive root is Cardano's, x = 2/3 s + u^(1/3) + (k^2 / u)^(1/3).
+    """
+    if not noise_scale > 0.0:
+        return 0.0
+    root = math.sqrt(noise_scale)
+    k = 8.0 / 27.0 * root**3
+    h = k + root * overhead / 2.0
+    u = h + math.sqrt(h - k) * math.sqrt(h + k)
+    return (2.0 / 3.0 * root + math.cbrt(u) + math.cbrt(k) ** 2 / math.cbrt(u)) ** 2
+
+
 def muon_critical_batch(noise: float, *, precision: float, momentum: float) -> float:
     """A lower bound of the batch with which Muon needs the fewest sequences (arXiv:2507.01598).
 

@@ -41,9 +41,11 @@ from gns_pretrain.noise_scale.equations import (
     coordinate_variance,
     cross_grams,
     dual_norm_fraction_batch,
+    dual_norm_goodput_batch,
     euclidean_cross_signal,
     euclidean_cross_totals,
     euclidean_fraction_batch,
+    euclidean_goodput_batch,
     euclidean_signal_total,
     gram_covariance,
     half_means,
@@ -240,6 +242,7 @@ class Geometry(ABC):
         "maximum_efficiency": maximum_efficiency_batch,
     }
     fraction_batch = staticmethod(dual_norm_fraction_batch)  # target kappa
+    goodput_batch = staticmethod(dual_norm_goodput_batch)  # policy goodput
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -311,6 +314,7 @@ class Euclidean(Geometry):
     noise_alone_theta = 1.0  # E||g||_2^2 = tr C / B, so that the scale reads B
     targets: ClassVar[Mapping[str, Callable[[float], float]]] = {}
     fraction_batch = staticmethod(euclidean_fraction_batch)
+    goodput_batch = staticmethod(euclidean_goodput_batch)
 
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """sum_j ||g^j||^2, ||g||^2; <g_A, g_B>, ||g_A||^2 and ||g_B||^2."""

@@ -55,7 +55,7 @@ class RecordedRun:
 
     `steps` has a row for each step, ascending, NaN where the record holds nothing: `where` it
     stands in the file, `batch_size` (sequences), `tokens` consumed when it was done, `lr`, and in
-    a metrics.jsonl `micro_batch_size` and `accumulation`.
+    a metrics.jsonl `micro_batch_size`, `accumulation` and `step_seconds`.
     """
 
     steps: "DataFrame"
@@ -175,9 +175,11 @@ class ReplaySettings:
         if policy.reads:
             by_theta = policy.policy == "norm_test" or policy.target == "theta"
             aim = f"theta {policy.theta:g}" if by_theta else policy.target
+            if policy.kind.weighs_seconds:
+                aim = "the seconds of the recorded steps"
             noise = f" on {' '.join(policy.reads)}, {aim}"
             decides = f"; decides every {counted(policy.decide_every_steps, 'step')}"
-        if policy.policy == "adaptive":
+        if policy.policy in ("adaptive", "goodput"):
             decides += f" after {policy.warmup_fraction:.0%} of {self.run.token_budget:,} tokens"
         return (
             f"{policy.policy}{noise}, rounded {policy.rounding}, from {policy.initial} on "
@@ -252,6 +254,11 @@ def replay_settings(
             f"the file holds no measurement of geometry {policy.reads[0]}, estimate "
             f"{policy.reads[1]}; name one that was measured with --geometry and --estimate"
         )
+    if policy.kind.weighs_seconds and "step_seconds" not in recorded.steps:
+        raise InputError(
+            f"policy {policy.policy} weighs the seconds of steps, and the file holds none; replay "
+            "the metrics.jsonl of a run"
+        )
     noise_scale = config.get("noise_scale", {})
     measures = noise_scale.get("geometries", True)
     known = {
@@ -292,7 +299,10 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
     adaptive = settings.adaptive(AS_RECORDED if recorded.averaged else settings.smoothing)
     policy = adaptive.followed.policy
     schedule = settings.lr_schedule
-    target = math.nan
+    target, seconds_of = math.nan, dict[int, tuple[int, float]]()
+    if adaptive.weighs_seconds:
+        timed = recorded.steps[["batch_size", "step_seconds"]].dropna()
+        seconds_of = {step: (int(size), took) for step, size, took in timed.itertuples()}
     replayed = dict.fromkeys(recorded.steps.index, (math.nan,) * 4)
     for step in range(1, recorded.steps.index[-1] + 1):
         if adaptive.tokens >= run.token_budget:
@@ -304,6 +314,8 @@ def replay(recorded: RecordedRun, settings: ReplaySettings) -> "DataFrame":
         batch_size = adaptive.batch_size
         measured = recorded.measurements.get(step)
         adaptive.observe([measured] if measured else [])
+        if (seconds := seconds_of.get(step)) is not None:
+            adaptive.include_seconds(*seconds)
         if step in replayed:
             replayed[step] = (batch_size, adaptive.tokens, lr, target)
     path = recorded.steps.copy()

@@ -80,7 +80,7 @@ def train(
         Whether the run is finished; False after a stop, when it is saved and can be resumed.
     """
     adaptive = run.adaptive
-    log = StepLog(run.record, run.world, peak_tokens_per_second=run.peak_tokens_per_second)
+    log = log_of(run)
     take_step = step or one_step
     stopping = save_due = False
     while adaptive.tokens < run.token_budget and not stopping:
@@ -114,7 +114,7 @@ def train(
 
 def rehearse(run: Run, num_steps: int) -> None:
     """Take the first steps and an evaluation, record them, and save nothing."""
-    log = StepLog(run.record, run.world, peak_tokens_per_second=run.peak_tokens_per_second)
+    log = log_of(run)
     for _ in range(num_steps):
         choose_batch_size(run, log)
         readings = one_step(run, log)
@@ -125,8 +125,16 @@ def rehearse(run: Run, num_steps: int) -> None:
     run.record.message(f"peak memory of rank 0: {peak:.2f} GiB")
 
 
+def log_of(run: Run) -> StepLog:
+    """Return what collects a run's steps for its record."""
+    peak = run.peak_tokens_per_second
+    return StepLog(run.record, run.world, run.adaptive, peak_tokens_per_second=peak)
+
+
 def choose_batch_size(run: Run, log: StepLog) -> None:
     """Let the policies decide on the coming step; follow one of them, record all."""
+    if run.adaptive.seconds_due:
+        log.flush()
     decision, of_shadows = run.adaptive.decide()
     if decision or of_shadows:
         log.flush()  # so that the record's steps stay in order
@@ -168,7 +176,7 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
         readings = [*readings, *run.meter.read_pending()]
     samples_before, tokens_before = adaptive.samples, adaptive.tokens
     adaptive.observe(reading.total for reading in readings)
-    log.add(adaptive, result, lr=lr, tokens_before=tokens_before)
+    log.add(result, lr=lr, tokens_before=tokens_before)
     if run.bad_steps and result.skipped:
         log.flush()
         run.record.message(f"step {adaptive.steps:,} is skipped: {result.skipped}")

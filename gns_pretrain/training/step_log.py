@@ -13,7 +13,7 @@ from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.errors import DivergedError
 from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
-from gns_pretrain.parallel.collectives import sum_over_ranks
+from gns_pretrain.parallel.collectives import from_main, sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import READ_AT, NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
@@ -69,15 +69,22 @@ class StepLog:
     Args:
         record: takes the lines.
         world: of training.
+        adaptive: takes the seconds of each step where it weighs them.
         peak_tokens_per_second: of all ranks, at which their GPUs do nothing but matmuls; None
             leaves out how near a step comes to it.
     """
 
     def __init__(
-        self, record: Record, world: World, *, peak_tokens_per_second: float | None = None
+        self,
+        record: Record,
+        world: World,
+        adaptive: AdaptiveBatchSize,
+        *,
+        peak_tokens_per_second: float | None = None,
     ) -> None:
         self._record = record
         self._world = world
+        self._adaptive = adaptive
         self._peak_tokens_per_second = peak_tokens_per_second
         self._pending: list[tuple[dict[str, Any], StepResult]] = []  # each step's counters, result
         self._tokens_at_last_flush: int | None = None
@@ -87,10 +94,9 @@ class StepLog:
         """Exclude what was done since the last flush from the steps' time."""
         self._since = time.perf_counter()
 
-    def add(
-        self, adaptive: AdaptiveBatchSize, result: StepResult, *, lr: float, tokens_before: int
-    ) -> None:
-        """Keep one step, counted in `adaptive` but not in `tokens_before`, for the next flush."""
+    def add(self, result: StepResult, *, lr: float, tokens_before: int) -> None:
+        """Keep one step, counted already, but not in `tokens_before`, for the next flush."""
+        adaptive = self._adaptive
         counters = {
             "step": adaptive.steps,
             "samples": adaptive.samples,
@@ -113,6 +119,10 @@ class StepLog:
         norms = torch.stack([r.gradient_norm for r in results]).to(total_losses)
         values = torch.stack([total_losses / self._world.num_ranks, norms]).tolist()
         seconds = time.perf_counter() - self._since
+        if self._adaptive.weighs_seconds:  # the recorded ones, so that a replay has what it had
+            seconds = from_main(seconds, self._world)
+            for counters in steps:
+                self._adaptive.include_seconds(counters["batch_size"], seconds / len(steps))
         tokens = steps[-1]["tokens"] - self._tokens_at_last_flush
         on_gpu: dict[str, float] = {}
         if self._world.device.type == "cuda":

@@ -1,6 +1,7 @@
 """A run that resumes on other ranks keeps its batch, or takes the next larger one."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,35 @@ def test_ranks_that_cannot_take_the_batch_take_the_next_larger_and_say_so(tmp_pa
     assert forced["lr_multiplier"] == 1.5**0.5
     schedule = found[5]["lr"] / planned["lr_multiplier"]
     assert 0.5 * schedule < found[6]["lr"] / forced["lr_multiplier"] < schedule
+
+
+def weigh(place: RankInfo, config: Config) -> int:
+    """A rank whose clock is its own: on rank 1 steps take no fixed time."""
+    from gns_pretrain.training import loop, step_log
+
+    take = loop.one_step
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    def timed(run, log):
+        clock.now += run.adaptive.batch_size / 4 + (0.0 if place.rank else 4.0)
+        return take(run, log)
+
+    clock = Clock()
+    step_log.time, loop.one_step = clock, timed  # in this process, which ends with the run
+    return run_rank(config, Path(config.output_directory) / "small", "data", place)
+
+
+def test_ranks_with_clocks_of_their_own_weigh_the_same_seconds(tmp_path, shards):
+    goodput = BatchSizeSettings(
+        initial=8, policy="goodput", micro_batch_max=64, warmup_fraction=0.0, decide_every_steps=8
+    )
+    config = replace(staged_run(tmp_path, shards, "ddp"), batch_size=goodput, token_budget=128 * 60)
+    assert run_ranks(2, weigh, tmp_path, config) == [0, 0]
+    changes = of_kind(tmp_path, "batch_size")
+    assert len(changes) >= 2
+    assert "a step takes 4 s and 0.25 s a sample, by 2 batch sizes" in changes[1]["why"]

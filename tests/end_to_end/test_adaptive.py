@@ -10,10 +10,11 @@ import pytest
 
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.batch_size.controller import Controller
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.results.replay import main as replay
 from gns_pretrain.tracking.jsonl import BatchSizeLine, read_records
 from gns_pretrain.tracking.record import Record
-from gns_pretrain.training import loop
+from gns_pretrain.training import loop, step_log
 from gns_pretrain.training.schedule import Schedule
 from tests.end_to_end import commands
 from tests.runs import train_here
@@ -229,3 +230,50 @@ def test_seesaw_grows_as_the_schedule_falls_and_resumes_on_its_path(tmp_path, sh
         samples += size
     assert len(steps) < 40
     assert size > 32
+
+
+class Clock:
+    """A step of B sequences takes 4 + B / 4 seconds, and nothing else any."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, take = 0.0, loop.one_step
+
+        def step(run, log):
+            self.now += 4.0 + run.adaptive.batch_size / 4
+            return take(run, log)
+
+        monkeypatch.setattr(loop, "one_step", step)
+        monkeypatch.setattr(step_log, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_goodput_weighs_the_seconds_of_its_own_steps_resumes_and_is_replayed(
+    monkeypatch, tmp_path, shards
+):
+    settings = {"initial": 8, "micro_batch_max": 64, "warmup_fraction": 0.0}
+    goodput = BatchSizeSettings(policy="goodput", decide_every_steps=8, **settings)
+    measured = NoiseScaleSettings(geometries=["manhattan"], every_steps=4, min_samples=4)
+    Clock(monkeypatch)
+    for name, stops in (("whole", (None,)), ("resumed", (19, None))):
+        for stop_after in stops:
+            config = small_run(
+                tmp_path, shards, steps=60, run_name=name, batch_size=goodput, noise_scale=measured
+            )
+            assert train_here(config, stop_after=stop_after) == (75 if stop_after else 0)
+    whole, resumed = (
+        read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "resumed")
+    )
+    for kind in ("train", "batch_size"):
+        assert of_kind(resumed, kind) == [
+            line | {"tokens_per_second": pytest.approx(line["tokens_per_second"])}
+            if kind == "train"
+            else line
+            for line in of_kind(whole, kind)
+        ]
+    first, second, *_ = of_kind(whole, "batch_size")
+    assert (first["step"], first["from"], first["to"]) == (16, 8, 16)
+    assert "50% fixed by assumption: only 8 was timed yet" in first["why"]
+    assert "a step takes 4 s and 0.25 s a sample, by 2 batch sizes" in second["why"]
+    assert replay([str(tmp_path / "resumed")]) == 0

@@ -22,9 +22,8 @@ from gns_pretrain.optim.spectral import MuonSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.parallel.sharding import local_shards, parallelize
 from gns_pretrain.tracking.jsonl import read_records
-from gns_pretrain.training.loop import Run, one_step
+from gns_pretrain.training.loop import Run, log_of, one_step
 from gns_pretrain.training.step import StepResult, train_step
-from gns_pretrain.training.step_log import StepLog
 from tests.dense_reference import Values
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_noise_scale import (
@@ -200,7 +199,7 @@ def run_on(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
 def test_host_never_waits_in_an_unmeasured_step(gpu, kind, optimizer, tmp_path, shards):
     with run_on(gpu, tmp_path, shards, kind, optimizer=optimizer) as run:
-        log = StepLog(run.record, run.world)
+        log = log_of(run)
         for _ in range(3):  # compiles, and fills the allocator's cache
             one_step(run, log)
         torch.cuda.synchronize()
@@ -216,7 +215,7 @@ def test_host_never_waits_in_an_unmeasured_step(gpu, kind, optimizer, tmp_path, 
 def test_host_never_waits_in_a_measured_step_that_is_read_later(gpu, kind, tmp_path, shards):
     measured = replace(ALL, every_steps=5, read_after_steps=3, square_root="auto")
     with run_on(gpu, tmp_path, shards, kind, noise_scale=measured) as run:
-        log = StepLog(run.record, run.world)
+        log = log_of(run)
         for _ in range(9):  # learns the order of the blocks, compiles, pins memory
             one_step(run, log)
         torch.cuda.synchronize()
@@ -235,7 +234,7 @@ def test_host_never_waits_in_a_measured_step_that_is_read_later(gpu, kind, tmp_p
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
 def test_resumed_run_takes_the_same_steps_bit_for_bit(gpu, kind, optimizer, tmp_path, shards):
     with run_on(gpu, tmp_path, shards, kind, optimizer=optimizer) as run:
-        log = StepLog(run.record, run.world)
+        log = log_of(run)
         for step in range(4):
             if step == 2:
                 log.flush()
@@ -244,7 +243,7 @@ def test_resumed_run_takes_the_same_steps_bit_for_bit(gpu, kind, optimizer, tmp_
         expected = [part.detach().clone() for part in local_shards(run.model.parameters())]
     with run_on(gpu, tmp_path, shards, kind, optimizer=optimizer) as run:
         assert run.adaptive.steps == 2
-        log = StepLog(run.record, run.world)
+        log = log_of(run)
         for _ in range(2):
             one_step(run, log)
         for ours, theirs in zip(local_shards(run.model.parameters()), expected, strict=True):

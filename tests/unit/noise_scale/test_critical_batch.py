@@ -8,7 +8,9 @@ import torch
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.equations import (
     dual_norm_fraction_batch,
+    dual_norm_goodput_batch,
     euclidean_fraction_batch,
+    euclidean_goodput_batch,
     inflection_batch,
     inflection_v1_batch,
     maximum_efficiency_batch,
@@ -84,6 +86,28 @@ def test_the_gain_per_sequence_is_largest_at_maximum_efficiency() -> None:
     best = batches[(dual_norm_gains(batches) / batches).argmax()].item()
     assert maximum_efficiency_batch(NOISE_SCALE) == pytest.approx(best, rel=1e-3)  # the grid's
     assert maximum_efficiency_batch(NOISE_SCALE) == 40.0
+
+
+@pytest.mark.parametrize("overhead", [0.0, 1.0, 70.0, 1e4])
+@pytest.mark.parametrize(
+    ("goodput_batch", "gains", "smallest"),
+    [
+        (euclidean_goodput_batch, lambda sizes: sizes / (sizes + NOISE_SCALE), 0.0),
+        (dual_norm_goodput_batch, dual_norm_gains, 40.0),
+    ],
+)
+def test_the_gain_per_second_is_largest_at_the_goodput_batch(
+    goodput_batch, gains, smallest, overhead
+) -> None:
+    found = goodput_batch(NOISE_SCALE, overhead=overhead)
+    assert found >= smallest * (1 - 1e-12)
+    if found > 0.0:
+        sizes = found * torch.linspace(0.5, 2.0, 15_001, dtype=torch.float64)
+        sizes = sizes[sizes > NOISE_SCALE] if smallest else sizes
+        best = sizes[(gains(sizes) / (overhead + sizes)).argmax()].item()
+        assert found == pytest.approx(best, rel=1e-3)  # the grid's
+    assert goodput_batch(NOISE_SCALE, overhead=math.inf) == math.inf
+    assert goodput_batch(0.0, overhead=overhead) == 0.0
 
 
 @pytest.mark.parametrize("theta", [0.0, -0.3, math.nan])
