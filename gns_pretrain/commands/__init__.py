@@ -37,6 +37,7 @@ COMMANDS = {
     "train": Command("train a run, or with --multirun a sweep", f"{__name__}.train", is_rank=True),
     "demo": Command("train an adaptive and a constant batch, compare them", f"{__name__}.demo"),
     "prepare-data": Command("turn text into token shards", f"{__name__}.prepare_data"),
+    "prepare-images": Command("turn images into arrays", f"{__name__}.prepare_images"),
     "measure-noise": Command(
         "noise scale of a checkpoint, without training", f"{__name__}.measure_noise", is_rank=True
     ),

@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,15 +51,38 @@ PORTION = 256  # documents, about 2 MB of text: a tokenizer's results take far m
 def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Path:
     """Return the folder of the embedded text's shards; make it first if it is not there.
 
-    Several processes may call concurrently: one makes it, the others wait. On a file system without
-    locks each makes it, and the first to finish wins.
-
     Args:
-        cache: folder to keep it in; None: $GNS_PRETRAIN_CACHE, else ~/.cache/gns_pretrain.
+        cache: as in `ensure_made`.
         vocab_size: entries of the byte-level BPE.
 
     Raises:
         InputError: the cache cannot be written; the packages' sources are not installed.
+    """
+    settings = _settings(vocab_size)
+    return ensure_made("embedded", "the embedded text", settings, partial(_make, settings), cache)
+
+
+def ensure_made(
+    prefix: str,
+    what: str,
+    settings: dict[str, Any],
+    make: Callable[[Path], str],
+    cache: Path | None = None,
+) -> Path:
+    """Return a folder of the cache that holds a meta.json; make it first if it is not there.
+
+    Several processes may call concurrently: one makes it, the others wait. On a file system without
+    locks each makes it, and the first to finish wins.
+
+    Args:
+        prefix: of the folder's name.
+        what: names it in an error.
+        settings: all that decides what it holds.
+        make: fills an empty folder, and says what with.
+        cache: folder to keep it in; None: $GNS_PRETRAIN_CACHE, else ~/.cache/gns_pretrain.
+
+    Raises:
+        InputError: the cache cannot be written.
     """
     if cache is None:
         given = os.environ.get("GNS_PRETRAIN_CACHE") or "~/.cache/gns_pretrain"
@@ -65,21 +90,34 @@ def ensure_embedded(cache: Path | None = None, *, vocab_size: int = 4096) -> Pat
             cache = Path(at_home(given))
         except InputError as error:
             raise InputError(
-                f"the embedded text has no folder: the home directory of {given} is not known; "
+                f"{what} has no folder: the home directory of {given} is not known; "
                 "name one, written out, in the environment variable GNS_PRETRAIN_CACHE"
             ) from error
-    settings = _settings(vocab_size)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = cache / f"embedded-{digest[:16]}"
+    folder = cache / f"{prefix}-{digest[:16]}"
     if (folder / META_FILE).is_file():
         return folder
     hint = "name a folder for it in the environment variable GNS_PRETRAIN_CACHE"
-    with must_write(cache, setting="the embedded text", hint=hint):
+    with must_write(cache, setting=what, hint=hint):
         cache.mkdir(parents=True, exist_ok=True)
         with folder_lock(cache, wait=True):
             if not (folder / META_FILE).is_file():
-                _build(folder, settings)
+                _place(folder, make)
     return folder
+
+
+def _place(folder: Path, make: Callable[[Path], str]) -> None:
+    """Make a folder, unless another process is faster."""
+    try:
+        with whole_folder(folder) as unfinished:
+            made = make(unfinished)
+            if folder.is_dir() and not (folder / META_FILE).is_file():
+                shutil.rmtree(folder)  # its meta.json was removed
+    except OSError:
+        if not (folder / META_FILE).is_file():
+            raise
+        return
+    Console(stderr=True).print(f"{made} in {folder}")
 
 
 def _settings(vocab_size: int) -> dict[str, Any]:
@@ -93,27 +131,20 @@ def _settings(vocab_size: int) -> dict[str, Any]:
     return {"source": "embedded", "format": FORMAT, "vocab_size": vocab_size, "versions": versions}
 
 
-def _build(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the shards, unless another process is faster."""
-    console = Console(stderr=True)
-    console.print("making the embedded text from the docstrings of installed packages, once ...")
+def _make(settings: dict[str, Any], folder: Path) -> str:
+    """Fill a folder with the shards and their meta.json."""
+    Console(stderr=True).print(
+        "making the embedded text from the docstrings of installed packages, once ..."
+    )
     documents = gather_documents()
     if not documents:
         raise InputError(
             "no docstrings found: the sources of the installed packages are missing; "
             "set data.path to a folder made with gns-pretrain prepare-data"
         )
-    try:
-        with whole_folder(folder) as unfinished:
-            meta = _write_shards(unfinished, documents, settings)
-            write_meta(unfinished, meta)
-            if folder.is_dir() and not (folder / META_FILE).is_file():
-                shutil.rmtree(folder)  # its meta.json was removed
-    except OSError:
-        if not (folder / META_FILE).is_file():
-            raise
-        return
-    console.print(f"{sum(shard.tokens for shard in meta.shards):,} tokens in {folder}")
+    meta = _write_shards(folder, documents, settings)
+    write_meta(folder, meta)
+    return f"{sum(shard.tokens for shard in meta.shards):,} tokens"
 
 
 def gather_documents() -> dict[str, str]:

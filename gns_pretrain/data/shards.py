@@ -95,7 +95,10 @@ def read_meta(folder: Path) -> CorpusMeta:
             "make one with gns-pretrain prepare-data"
         )
     again = "prepare the folder again"
-    meta = parse(CorpusMeta, read_json(path, hint=HINT), source=path, hint=again)
+    content = read_json(path, hint=HINT)
+    if content.get("kind") == "images":
+        raise InputError(f"{path} is of images, not of text; name another folder")
+    meta = parse(CorpusMeta, content, source=path, hint=again)
     check_shards(meta.shards, path)
     if meta.dtype not in ("uint16", "uint32"):
         raise InputError(f"{path}: dtype={meta.dtype} must be uint16 or uint32; {again}")

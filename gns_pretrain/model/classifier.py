@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gns_pretrain.model.llama import mark_batch_dynamic
 
@@ -28,11 +29,15 @@ class ImageClassifier(nn.Module, ABC):
         self.compute_dtype = torch.float32
         self.blocks_compiled = False
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, [n, K], float32 or wider.
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits, or the loss if labels are given.
 
         Args:
             images: [n, C, H, W], float32, normalised.
+            labels: [n], int64.
+
+        Returns:
+            Logits [n, K], float32 or wider; with labels the mean cross-entropy, [], in nats.
         """
         low = self.compute_dtype == torch.bfloat16
         with torch.autocast(images.device.type, self.compute_dtype, enabled=low):
@@ -42,7 +47,8 @@ class ImageClassifier(nn.Module, ABC):
             for block in self.layers:
                 x = block(x)
             logits = self.head(self.pool(x))
-        return logits.float() if low else logits
+        logits = logits.float() if low else logits
+        return logits if labels is None else F.cross_entropy(logits, labels)
 
     @abstractmethod
     def enter(self, images: Tensor) -> Tensor:

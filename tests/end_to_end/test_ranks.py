@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch.distributed.elastic.multiprocessing.api import PContext
 
-from gns_pretrain.data.batches import SequenceOrder
+from gns_pretrain.data.order import SequenceOrder
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.launch import ranks as local_ranks
 from gns_pretrain.launch import train as launch

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from gns_pretrain.data.batches import Batches, SequenceOrder, read_in_order
+from gns_pretrain.data.batches import Batches, read_in_order
 from gns_pretrain.data.mixture import Mixture, Source
+from gns_pretrain.data.order import SequenceOrder
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError
 from tests.conftest import write_shards

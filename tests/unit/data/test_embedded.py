@@ -50,7 +50,7 @@ def test_embedded_text_is_english_documentation_split_by_file(folder):
 
 
 def test_second_call_finds_the_first_ones_folder(folder, monkeypatch):
-    monkeypatch.setattr(embedded, "_build", None)
+    monkeypatch.setattr(embedded, "_place", None)
     assert ensure_embedded(folder.parent, vocab_size=512) == folder
 
 

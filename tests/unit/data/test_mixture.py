@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gns_pretrain.config.checks import check_data
-from gns_pretrain.data.batches import Batches, SequenceOrder
+from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.mixture import Mixture, Source, interleaved, shares_of
+from gns_pretrain.data.order import SequenceOrder
 from gns_pretrain.data.settings import DataSettings, SourceSettings, open_splits
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.data.staging import staged

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gns_pretrain.data.batches import SequenceOrder
+from gns_pretrain.data.order import SequenceOrder
 
 
 def epoch_of(num_sequences: int, seed: int, epoch: int = 0) -> np.ndarray:
