@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Values = dict[tuple[str, str], tuple[float, float]]  # noise and signal by geometry and estimate
+# By geometry and estimate noise and signal; of `nested` what steps of parts of the samples gain.
+Values = dict[tuple[str, str], tuple[float, ...]]
 Batch = Mapping[str, Tensor]
 
 
@@ -51,7 +52,7 @@ def looped_sample_gradients(
 def noise_and_signal(
     gradients: Mapping[str, Tensor], matrices: Collection[str], batch_size: int
 ) -> Values:
-    """Noise N and signal M of every geometry and estimate.
+    """What every geometry and estimate measures.
 
     Args:
         gradients: [R, ...] by weight; one row a sample.
@@ -67,10 +68,14 @@ def noise_and_signal(
     first, second = flat[0::2].mean(0), flat[1::2].mean(0)
     euclidean_gain = (first @ second) * (1 / first.norm() + 1 / second.norm()) / 2
     manhattan_gain = (first @ second.sign() + second @ first.sign()) / 2
+    nested = [parted(flat, stride) for stride in (8, 4)]
+    euclidean_parts = [rest @ part / part.norm() for part, rest in nested]
+    manhattan_parts = [rest @ part.sign() for part, rest in nested]
     tr_c, norm_1 = variance.sum(), variance.sqrt().sum() ** 2
     c4 = math.sqrt(2 / (count - 1)) * math.gamma(count / 2) / math.gamma((count - 1) / 2)
 
     roots = norms = nuclear_gain = torch.zeros((), dtype=torch.float64)
+    nuclear_parts = torch.zeros(2, dtype=torch.float64)
     for name in matrices:
         stack = gradients[name].flatten(2)  # [R, m, n]
         spread = stack - stack.mean(0)
@@ -81,8 +86,10 @@ def noise_and_signal(
         norms = norms + torch.linalg.svdvals(stack.mean(0)).sum()
         a, b = stack[0::2].mean(0), stack[1::2].mean(0)
         nuclear_gain = nuclear_gain + ((a * polar(b)).sum() + (b * polar(a)).sum()) / 2
+        pairs = [parted(stack, stride) for stride in (8, 4)]
+        nuclear_parts += torch.stack([(rest * polar(part)).sum() for part, rest in pairs])
 
-    values: dict[tuple[str, str], tuple[Any, Any]] = {
+    values: dict[tuple[str, str], tuple[Any, ...]] = {
         ("euclidean", "plug_in"): (tr_c, mean @ mean),
         ("euclidean", "debiased"): (tr_c, mean @ mean - tr_c / batch_size),
         ("euclidean", "cross_fitted"): (tr_c, euclidean_gain * euclidean_gain.abs()),
@@ -91,8 +98,17 @@ def noise_and_signal(
         ("manhattan", "cross_fitted"): (norm_1, manhattan_gain * manhattan_gain.abs()),
         ("nuclear", "plug_in"): (roots**2, norms**2),
         ("nuclear", "cross_fitted"): (roots**2, nuclear_gain * nuclear_gain.abs()),
+        ("euclidean", "nested"): (*euclidean_parts, euclidean_gain),
+        ("manhattan", "nested"): (*manhattan_parts, manhattan_gain),
+        ("nuclear", "nested"): (*nuclear_parts, nuclear_gain),
     }
-    return {key: (float(noise), float(signal)) for key, (noise, signal) in values.items()}
+    return {key: tuple(map(float, numbers)) for key, numbers in values.items()}
+
+
+def parted(samples: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean of every stride-th sample, and of all others."""
+    is_part = torch.arange(len(samples)) % stride == 0
+    return samples[is_part].mean(0), samples[~is_part].mean(0)
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -18,7 +18,12 @@ from gns_pretrain.batch_size.step_times import StepTimes
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, checked, setting_name
 from gns_pretrain.noise_scale.geometries import Measurement
-from gns_pretrain.noise_scale.smoothing import NoiseTracker, SmoothedNoiseScale, SmoothingSettings
+from gns_pretrain.noise_scale.smoothing import (
+    NoiseTracker,
+    SmoothedNoiseScale,
+    SmoothingSettings,
+    tracker_of,
+)
 
 Count = Annotated[int, at_least(1)]
 MaybeCount = Annotated[int | None, at_least(1)]
@@ -262,7 +267,7 @@ class AdaptiveBatchSize:
             if (source := policy.reads(policy.settings)) is not None:
                 own = policy.own_smoothing(self.smoothing)
                 key = "/".join(source if own is None else (*source, controller.name))
-                tracker = NoiseTracker(*source, own or self.smoothing)
+                tracker = tracker_of(*source, own or self.smoothing)
                 self._read[controller.name] = self.averages.setdefault(key, tracker)
 
     @property
@@ -448,5 +453,5 @@ class AdaptiveBatchSize:
 
     def _tracker(self, geometry: str, estimate: str) -> NoiseTracker:
         """Return the average of one geometry and estimate, begun where it is new."""
-        begun = NoiseTracker(geometry, estimate, self.smoothing)
+        begun = tracker_of(geometry, estimate, self.smoothing)
         return self.averages.setdefault(f"{geometry}/{estimate}", begun)

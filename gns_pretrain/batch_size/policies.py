@@ -26,12 +26,17 @@ from gns_pretrain.fields import (
 )
 from gns_pretrain.noise_scale.equations import target_batch_size
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, RECORDED_INFLECTION
-from gns_pretrain.noise_scale.smoothing import SmoothedNoiseScale, SmoothingSettings
+from gns_pretrain.noise_scale.smoothing import (
+    SmoothedNoiseScale,
+    SmoothedProgress,
+    SmoothingSettings,
+)
 
 ROUNDINGS = ("down", "up")
 # Of B / B_0, on the scheduled learning rate (Algorithm 1, line 10); sqrt is the paper's.
 LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 POLICIES: dict[str, type["Policy"]] = {}  # by name; filled by defining a subclass
+FEWEST_MEASUREMENTS = 4  # of progress, for a standard error
 
 
 @dataclass
@@ -68,6 +73,11 @@ class PolicySettings:
         within(0, 1, exclusive=True, hint="a share of the largest gain; 0.16 is that of theta=0.6"),
         About("share of the largest gain of a step, for target kappa"),
     ] = 0.16
+    price: Annotated[
+        float,
+        within(0, 0.29, exclusive=True, hint="1 - 1 / sqrt(2) = 0.293 is all there is to give up"),
+        About("share of two steps' progress given up for one of twice the batch, for progress"),
+    ] = 0.1
     # beta^N and beta^M; null: those of noise_scale.smoothing, whose averages are then followed
     noise_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
     signal_decay: Annotated[float | None, within(0, 1, hint="the paper uses 0.9")] = None
@@ -297,6 +307,16 @@ class Adaptive(Policy):
         return settings.geometry, settings.estimate
 
     @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """The bend of a progress curve is not for theta: it may be infinite."""
+        if settings.estimate == "nested":
+            raise InputError(
+                f"{setting_name(prefix, 'estimate')}=nested is read by "
+                f"{setting_name(prefix, 'policy')}=progress, which needs no theta; use that, or "
+                "another estimate"
+            )
+
+    @classmethod
     def note(cls, settings: PolicySettings) -> str | None:
         """What theta means where there is no gradient; None for what no theta governs."""
         theta, geometry = settings.theta, GEOMETRIES[settings.geometry]
@@ -358,6 +378,46 @@ class Goodput(Adaptive):
             f"policy={cls.name} decides by measured seconds: a resumed run goes on from those that "
             "it has saved, but two runs of one command may choose different batches"
         )
+
+
+class Progress(Adaptive):
+    """The batch grows while a larger one is seen to gain enough, and needs no theta.
+
+    What steps of an eighth, a quarter and half of the batch gain gives the curve P(n) of
+    `equations.progress_curve`, and with it the share of their progress that two steps of B give up
+    where one step of 2 B takes their place. `price` is the largest share that the user gives for
+    half the steps: the batch is the largest one whose share, with its standard error on top, does
+    not exceed it. In one decision it goes to twice the measured batch at most, as far as the curve
+    is trusted.
+    """
+
+    name = "progress"
+    named_by = ("geometry", "price")
+
+    def wanted(self, position: Position, noise: SmoothedNoiseScale) -> float | None:
+        """The largest batch that the price pays for; None where it pays for no growth."""
+        assert isinstance(noise, SmoothedProgress)
+        if len(noise.bends_without_one) < FEWEST_MEASUREMENTS:
+            return None
+        for tenth in range(10, 0, -1):
+            size = noise.batch_size * 2.0 ** (tenth / 10)
+            share, error = noise.share_given_up(size)
+            if share + error <= self.settings.price:
+                return size
+        return None
+
+    @classmethod
+    def reads(cls, settings: PolicySettings) -> tuple[str, str] | None:
+        return settings.geometry, "nested"
+
+    @classmethod
+    def check(cls, settings: PolicySettings, prefix: str) -> None:
+        """Nothing beyond the bounds."""
+
+    @classmethod
+    def note(cls, settings: PolicySettings) -> str | None:
+        """None: there is no theta."""
+        return None
 
 
 class Staged(Policy):

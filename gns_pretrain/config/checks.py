@@ -16,7 +16,7 @@ from gns_pretrain.errors import InputError, counted
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, Needs
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.parallel.mesh import shard_group_size
 from gns_pretrain.system.processes import machine_memory
@@ -217,8 +217,9 @@ def measurement_bytes(config: Config, model: LlamaConfig) -> int:
     if config.token_budget // step_tokens <= measured.every_steps:
         return 0
     needs = reduce(or_, (GEOMETRIES[n](measured).needs for n in measured.geometries), Needs())
-    signed = any(estimate == "cross_fitted" for _, estimate in measured.measured)
-    sums = needs.squares + signed  # float32, of every coordinate
+    needs |= measured.needs
+    # float32, of every coordinate
+    sums = needs.squares + needs.signed_sums + len(NESTED_STRIDES) * needs.nested_sums
     kv_dim = model.num_kv_heads * model.head_dim
     sides = [model.dim] * 2 + [kv_dim] * 2 + [min(model.dim, model.ffn_dim)] * 3
     grams = model.num_layers * sum(side**2 for side in sides) if needs.matrices else 0  # float64

@@ -54,7 +54,7 @@ class MeasurementRequest(Settings):
         default_factory=lambda: list(GEOMETRIES)
     )
     estimate: Annotated[
-        list[str], one_of(*GEOMETRIES["manhattan"].estimates), About("default: plug_in")
+        list[str], one_of("plug_in", "debiased", "cross_fitted"), About("default: plug_in")
     ] = field(default_factory=lambda: ["plug_in"])
     parameters: Annotated[
         str, one_of(*PARAMETERS), About("weights that Euclidean and Manhattan measure")

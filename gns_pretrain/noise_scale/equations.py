@@ -24,6 +24,17 @@ independent of g_B, so E[s] = E<true gradient, p(gradient of half a batch)>, the
 norm, which it nears as the batch grows. A single s can be negative where noise dominates; averages
 must keep its sign, or they are biased up.
 
+The same of smaller parts of the step, an eighth and a quarter of its samples, gives a curve: what
+a step of n sequences would gain, P(n) = E<true gradient, p(gradient of n)>. Each part's direction
+meets the mean gradient of all other samples, of which it is independent:
+
+    s_A = <g_rest, p(g_A)>        E[s_A] = P(size of A)
+
+Where noise dominates P grows as sqrt(n), where it does not P is constant, and between them we take
+the curve that the Euclidean geometry has exactly, with two numbers to be fitted:
+
+    P(n) = a sqrt(n / (n + b))        a: the dual norm; b: the bend, sequences
+
 The best expected gain of one step, relative to that of a step without noise (Eq. 18), is
 
     Euclidean                1 / (1 + noise scale / B)
@@ -36,6 +47,7 @@ size of largest gain per sequence; the first has neither. Batch sizes are in seq
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,6 +267,89 @@ def cross_grams(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if first.shape[-2] > first.shape[-1]:
         first, second = first.mT, second.mT
     return first @ first.mT, second @ second.mT, first @ second.mT
+
+
+def part_means(
+    sample_sum: Tensor, part_sum: Tensor, *, num_part: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Mean gradients g_A of a part of the samples and g_rest of all others.
+
+    Args:
+        sample_sum: the sum of the R sample gradients; any shape.
+        part_sum: that of the part, summed by itself, so that what no sample of it has is zero.
+        num_part: samples of the part, at least 1 and below R.
+        num_samples: R.
+    """
+    return part_sum / num_part, (sample_sum - part_sum) / (num_samples - num_part)
+
+
+def euclidean_part_totals(part: Tensor, rest: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """<g_rest, g_A> and ||g_A||^2, to be added over shards; [2] or [k, 2], float64."""
+    product, square = signed_sums(part * rest, sizes), absolute_sums(part.square(), sizes)
+    return torch.stack([product, square], dim=-1)
+
+
+def manhattan_part_total(part: Tensor, rest: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """s_A for p(g) = sign(g), which adds up over shards; as `absolute_sums`."""
+    return signed_sums(rest * part.sign(), sizes)
+
+
+def nuclear_part_total(part_gram: Tensor, product: Tensor, *, rank_cut: float = RANK_CUT) -> Tensor:
+    """s_A for p(G) = matrix sign of G, which adds up over matrices; 0-dimensional, float64.
+
+    Args:
+        part_gram, product: [..., s, s], float64; G_A G_A^T and G_A G_rest^T: `part_grams`.
+        rank_cut: as in `nuclear_cross_total`.
+    """
+    return matrix_sign_product(product, part_gram, rank_cut=rank_cut)
+
+
+def part_grams(part: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """What `nuclear_part_total` takes of a part and the rest, [..., m, n]; float64."""
+    gram, _, product = cross_grams(part, rest)
+    return gram, product
+
+
+def progress_curve(sizes: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
+    """Fit P(n) = a sqrt(n / (n + b)) to gains of steps of several sizes, by least squares.
+
+    For each b the best a is linear; b is sought on a grid of 5 % from a thousandth of the smallest
+    size to a thousand times the largest, whose ends stand for a curve without a bend.
+
+    Args:
+        sizes: n, sequences, positive.
+        gains: means of s at these sizes, in the geometry's unit.
+
+    Returns:
+        a, not below 0, and b in sequences; b is inf where the gains rise as sqrt(n) or faster, or
+        have no positive mean, and 0 where they do not rise.
+    """
+    n, s = np.asarray(sizes), np.asarray(gains)
+    low, high = n.min() / 1000.0, n.max() * 1000.0
+    bends = np.geomspace(low, high, 1 + math.ceil(math.log(high / low) / math.log(1.05)))
+    shapes = np.sqrt(n / (n + bends[:, None]))
+    heights = (shapes @ s / np.square(shapes).sum(1)).clip(min=0.0)
+    best = np.square(s - heights[:, None] * shapes).sum(1).argmin()
+    a = float(heights[best])
+    if a == 0.0 or best == len(bends) - 1:
+        return a, math.inf
+    return a, float(bends[best]) if best else 0.0
+
+
+def share_given_up(batch_size: float, bend: float) -> float:
+    """Progress that one step of 2 B gives up against two steps of B, as a share of the latter.
+
+        1 - sqrt(2) P(2 B) / (2 P(B)) = 1 - sqrt((B + b) / (2 B + b))
+
+    The one step has sqrt(2) times the learning rate: its second-order cost, which grows with the
+    square, is then that of the two. 0 where noise dominates, 1 - 1 / sqrt(2) = 0.29 where it does
+    not.
+
+    Args:
+        batch_size: B, sequences.
+        bend: b, sequences, of `progress_curve`; may be inf.
+    """
+    return 1.0 - math.sqrt(1.0 - batch_size / (2.0 * batch_size + bend))
 
 
 def noise_scale(noise: float, signal: float) -> float | None:

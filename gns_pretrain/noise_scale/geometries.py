@@ -11,6 +11,7 @@
     manhattan  cross_fitted  (sum_i sigma_i)^2           s |s|
     nuclear    plug_in       (sum_l tr C_l^(1/2))^2      (sum_l ||G_l||_S1)^2
     nuclear    cross_fitted  (sum_l tr C_l^(1/2))^2      s |s|
+    each       nested        b a^2                       a^2, of the fitted progress curve
 
 What each mends. E||g||_2^2 = ||true gradient||_2^2 + tr C / B: the Euclidean signal is read too
 high, by all of it where noise dominates. E[root of a variance over R samples] = c4(R) * sigma: the
@@ -18,6 +19,11 @@ Manhattan noise is read too low. No such factor is known for tr C^(1/2), so Nucl
 estimate. The cross-fitted s stands for the dual norm in all three geometries, and its noise is the
 plug-in one. A single M of `debiased` or `cross_fitted` may be negative. It is kept that way: s |s|
 gives s back, and only averages are clamped (`smoothing.py`).
+
+`nested` reads no noise at all: it sees what steps of an eighth, a quarter and half of the samples
+gain, and fits the curve of `progress_curve` to them. Its noise scale is that curve's bend, for
+sgd's own normalized step the same as the other estimates' mean, and the gains themselves are part
+of the measurement, since they may be averaged and a fit may not.
 
 A new geometry is one class in this file: defining it with a `name` registers it, and
 `noise_scale.geometries` and `batch_size.geometry` then accept that name.
@@ -27,8 +33,8 @@ Legend as in `equations.py`; W weights. No process groups, no configuration.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -46,6 +52,7 @@ from gns_pretrain.noise_scale.equations import (
     euclidean_cross_totals,
     euclidean_fraction_batch,
     euclidean_goodput_batch,
+    euclidean_part_totals,
     euclidean_signal_total,
     gram_covariance,
     half_means,
@@ -53,11 +60,16 @@ from gns_pretrain.noise_scale.equations import (
     inflection_v1_batch,
     manhattan_cross_total,
     manhattan_noise_total,
+    manhattan_part_total,
     manhattan_signal_total,
     maximum_efficiency_batch,
     noise_scale,
     nuclear_cross_total,
+    nuclear_part_total,
     nuclear_totals,
+    part_grams,
+    part_means,
+    progress_curve,
     small_sample_factor,
 )
 
@@ -68,10 +80,19 @@ CHUNK_ENTRIES = 2**23
 # Of rows that are read together, 64 MiB in float32: few kernels, whose results are as small.
 ROW_ENTRIES = 2**24
 
+# Parts of a step that `nested` compares beside its halves: every so-manieth sample, smallest first.
+NESTED_STRIDES = (8, 4)
+GAINS = ("gain_eighth", "gain_quarter", "gain_half")  # what the record calls them and their halves'
+
 GEOMETRIES: dict[str, type["Geometry"]] = {}  # by name; filled by defining a subclass
 
 # What settings and records call the target `inflection`: in older ones that name meant 64/9.
 RECORDED_INFLECTION = "corrected_inflection"
+
+
+def fewest_samples(estimates: Iterable[str]) -> int:
+    """Samples of a step that these estimates need."""
+    return max(NESTED_STRIDES) if "nested" in estimates else 2
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,13 @@ class Measurement:
     signal: float  # M; negative if a debiased or cross-fitted one came out so
     num_samples: int  # R
     batch_size: int  # B, sequences per optimizer step over all ranks
+    # Of `nested`: s of an eighth, a quarter and half of the samples, in the unit of the dual norm.
+    gains: tuple[float, ...] = ()
+
+    @property
+    def sizes(self) -> list[float]:
+        """Sequences that the gains are those of."""
+        return part_sizes(self.batch_size, self.num_samples)
 
     @property
     def noise_scale(self) -> float | None:
@@ -93,7 +121,10 @@ class Measurement:
     @property
     def skip_reason(self) -> str | None:
         """Why this measurement must not enter an average; None if it may."""
-        for name, value in (("noise", self.noise), ("signal", self.signal)):
+        numbers = [("noise", self.noise), ("signal", self.signal)]
+        if self.gains:  # of which the other two are a fit, whose noise may well be infinite
+            numbers = [("gain", gain) for gain in self.gains]
+        for name, value in numbers:
             if not math.isfinite(value):
                 return f"{self.geometry} {name} is {value}"
         return None
@@ -105,12 +136,14 @@ class Needs:
 
     squares: bool = False  # sum_j (g^j)^2 of every coordinate
     signed_sums: bool = False  # sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices
+    nested_sums: bool = False  # sum_j g^j of every 8th and of every 4th sample
     matrices: frozenset[Role] = frozenset()  # whole, and their Grams' sum, on one owner each
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
             self.squares or other.squares,
             self.signed_sums or other.signed_sums,
+            self.nested_sums or other.nested_sums,
             self.matrices | other.matrices,
         )
 
@@ -132,6 +165,9 @@ class SampleSums:
     grams: dict[int, Tensor]  # by owned weight: sum_j of the smaller side's Gram, float64
     matrices: dict[int, Tensor]  # its mean gradient, whole
     signed_matrices: dict[int, Tensor]  # its sum_j (+-1) G^j
+    # By NESTED_STRIDES: sums over every so-manieth sample, of rows and of matrices.
+    nested: list[list[Tensor]] = field(default_factory=list)
+    nested_matrices: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -165,10 +201,20 @@ class SampleSums:
         total = mean * self.num_samples
         return half_means(total, signed, num_even=self.num_even, num_odd=self.num_odd)
 
+    def nested_rows(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
+        """Each stride with the sums over its part of neighbouring weights' rows, flat."""
+        for stride, nested in zip(NESTED_STRIDES, self.nested, strict=False):
+            yield stride, joined(nested[rows])[0]
+
+    def part(self, stride: int, mean: Tensor, nested: Tensor) -> tuple[Tensor, Tensor]:
+        """g_A and g_rest of a weight's rows or of a whole matrix, A every stride-th sample."""
+        samples, num_part = self.num_samples, -(-self.num_samples // stride)
+        return part_means(mean * samples, nested, num_part=num_part, num_samples=samples)
+
     def without(self, part: "SampleSums") -> "SampleSums":
         """Leave some of the samples out, as if the others had been summed by themselves.
 
-        Where they were a whole half, nothing cross-fitted is left.
+        Where they were a whole half, nothing cross-fitted is left, and nothing nested ever.
         """
         left = self.num_samples - part.num_samples
         halves = self.num_even > part.num_even and self.num_odd > part.num_odd
@@ -227,8 +273,10 @@ class Geometry(ABC):
     """
 
     name: ClassVar[str]
-    estimates: ClassVar[tuple[str, ...]] = ("plug_in", "cross_fitted")  # the paper's first
-    columns: ClassVar[tuple[str, ...]] = ("noise", "signal", "gain")  # of `totals`
+    # The paper's first.
+    estimates: ClassVar[tuple[str, ...]] = ("plug_in", "cross_fitted", "nested")
+    # Of `totals`: gain is that of half the step.
+    columns: ClassVar[tuple[str, ...]] = ("noise", "signal", "gain", "gain_eighth", "gain_quarter")
     # Below this theta the plug-in target exceeds B where there is no true gradient at all, so that
     # a batch can grow from noise alone: the square root of what the scale then reads, over B. None
     # where it is not known.
@@ -288,6 +336,11 @@ class Geometry(ABC):
         noise, signal, gain, *_ = totals
         return noise**2, gain * abs(gain) if estimate == "cross_fitted" else signal**2
 
+    def gains(self, totals: Sequence[float]) -> tuple[float, ...]:
+        """Return s of an eighth, a quarter and half of the samples, from `columns` added up."""
+        half, *parts = totals[2:5]
+        return *parts, half
+
     def measure(
         self, estimate: str, totals: Sequence[float], *, batch_size: int, num_samples: int
     ) -> Measurement:
@@ -297,6 +350,10 @@ class Geometry(ABC):
                 f"noise_scale.estimates holds {estimate}, which geometry {self.name} does not "
                 f"have; use one of {', '.join(self.estimates)}"
             )
+        if estimate == "nested":
+            gains = self.gains(totals)
+            noise, signal = nested_noise_and_signal(part_sizes(batch_size, num_samples), gains)
+            return Measurement(self.name, estimate, noise, signal, num_samples, batch_size, gains)
         noise, signal = self.noise_and_signal(estimate, totals, batch_size, num_samples)
         return Measurement(self.name, estimate, noise, signal, num_samples, batch_size)
 
@@ -309,8 +366,11 @@ class Euclidean(Geometry):
     """SGD's geometry (Eq. 6). Its signal is ||g||^2 itself, and its gain has no inflection."""
 
     name = "euclidean"
-    estimates = ("plug_in", "debiased", "cross_fitted")
-    columns = ("sample_squares", "mean_squares", "product", "first_squares", "second_squares")
+    estimates = ("plug_in", "debiased", "cross_fitted", "nested")
+    columns = (
+        *("sample_squares", "mean_squares", "product", "first_squares", "second_squares"),
+        *("product_eighth", "squares_eighth", "product_quarter", "squares_quarter"),
+    )
     noise_alone_theta = 1.0  # E||g||_2^2 = tr C / B, so that the scale reads B
     targets: ClassVar[Mapping[str, Callable[[float], float]]] = {}
     fraction_batch = staticmethod(euclidean_fraction_batch)
@@ -325,14 +385,17 @@ class Euclidean(Geometry):
             totals[rows, 1] = euclidean_signal_total(mean, sizes)
             if sums.signed:
                 halves = sums.halves(mean, joined(sums.signed[rows])[0])
-                totals[rows, 2:] = euclidean_cross_totals(*halves, sizes)
+                totals[rows, 2:5] = euclidean_cross_totals(*halves, sizes)
+            for column, (stride, nested) in zip((5, 7), sums.nested_rows(rows), strict=False):
+                part = sums.part(stride, mean, nested)
+                totals[rows, column : column + 2] = euclidean_part_totals(*part, sizes)
         return totals
 
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
     ) -> tuple[float, float]:
         """Eq. 20 summed over coordinates needs the samples' norms alone."""
-        sample_squares, mean_squares, *cross = totals
+        sample_squares, mean_squares, *cross = totals[:5]
         spread = max(sample_squares / num_samples - mean_squares, 0.0)
         noise = spread * batch_size / (num_samples - 1)
         if estimate == "cross_fitted":
@@ -340,12 +403,20 @@ class Euclidean(Geometry):
             return noise, gain * abs(gain)
         return noise, mean_squares - noise / batch_size if estimate == "debiased" else mean_squares
 
+    def gains(self, totals: Sequence[float]) -> tuple[float, ...]:
+        """For p(g) = g / ||g||_2 over all coordinates together."""
+        parts = [
+            product / math.sqrt(square) if square > 0.0 else 0.0
+            for product, square in (totals[5:7], totals[7:9])
+        ]
+        return *parts, euclidean_cross_signal(torch.tensor(totals[2:5])).item()
+
 
 class Manhattan(Geometry):
     """The geometry of signSGD and Signum (Eq. 13)."""
 
     name = "manhattan"
-    estimates = ("plug_in", "debiased", "cross_fitted")
+    estimates = ("plug_in", "debiased", "cross_fitted", "nested")
     # E|g_i| = (2 / pi)^(1/2) sigma_i B^(-1/2), so that the scale reads (pi / 2) B (many samples).
     noise_alone_theta = math.sqrt(math.pi / 2.0)
     noise_alone_estimates = ("plug_in", "debiased")  # debiased mends the noise, not the signal
@@ -367,6 +438,9 @@ class Manhattan(Geometry):
             if sums.signed:
                 halves = sums.halves(mean, joined(sums.signed[rows])[0])
                 totals[rows, 2] = manhattan_cross_total(*halves, sizes)
+            for column, (stride, nested) in zip((3, 4), sums.nested_rows(rows), strict=False):
+                part = sums.part(stride, mean, nested)
+                totals[rows, column] = manhattan_part_total(*part, sizes)
         return totals
 
     def noise_and_signal(
@@ -383,7 +457,7 @@ class Nuclear(Geometry):
     """The geometry of specSGD and Muon (Eq. 17), of matrices and not of the other weights."""
 
     name = "nuclear"
-    columns = ("noise", "signal", "gain", "fallbacks")
+    columns = (*Geometry.columns, "fallbacks")
     # Between the other two, by shape: E||g||_S1 of a square matrix of independent entries is
     # 8 / (3 pi) of tr C^(1/2) B^(-1/2), that of a very wide one all of it.
     noise_alone_theta = 3.0 * math.pi / 8.0
@@ -430,7 +504,7 @@ class Nuclear(Geometry):
             for i, is_proven in zip(members, of_column, strict=True):
                 if not is_proven:
                     totals[i, column] = exact_trace(self._grams(sums, i, batch_size)[column])
-                    totals[i, 3] += 1
+                    totals[i, -1] += 1
         return totals
 
     def _grams(self, sums: SampleSums, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -452,6 +526,10 @@ class Nuclear(Geometry):
             if index in sums.signed_matrices:
                 halves = sums.halves(mean, sums.signed_matrices[index])
                 yield SpectralTotal(index, 2, nuclear_cross_total, cross_grams(*halves))
+            nested = zip((3, 4), NESTED_STRIDES, sums.nested_matrices, strict=False)
+            for column, stride, matrices in nested:
+                part = sums.part(stride, mean, matrices[index])
+                yield SpectralTotal(index, column, nuclear_part_total, part_grams(*part))
             if takes_eigenvalues:
                 for column, gram in enumerate(self._grams(sums, index, batch_size)):
                     yield SpectralTotal(index, column, exact_trace, (gram,))
@@ -467,8 +545,24 @@ class Nuclear(Geometry):
 
     def details(self, totals: Sequence[float]) -> dict[str, Any]:
         """How many square roots took the slow route, if any: a GPU pays for those."""
-        fallbacks = round(totals[3])
+        fallbacks = round(totals[-1])
         return {"square_root_fallbacks": fallbacks} if fallbacks else {}
+
+
+def nested_noise_and_signal(sizes: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
+    """N = b a^2 and M = a^2 of the progress curve through gains at these sizes, in sequences.
+
+    Returns:
+        N is inf where the gains show no bend, and 0 with M where they have no positive mean.
+    """
+    a, bend = progress_curve(sizes, gains)
+    return (bend * a**2, a**2) if a > 0.0 else (0.0, 0.0)
+
+
+def part_sizes(batch_size: int, num_samples: int) -> list[float]:
+    """Sequences of an eighth, a quarter and half of the samples."""
+    counts = [-(-num_samples // stride) for stride in NESTED_STRIDES]
+    return [*(count / num_samples * batch_size for count in counts), batch_size / 2]
 
 
 def joined(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

@@ -117,9 +117,8 @@ class NoiseMeter:
     ) -> None:
         self.settings = replace(settings or NoiseScaleSettings(), **options)
         self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
-        signed = any(estimate == "cross_fitted" for _, estimate in self.settings.measured)
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
-        self.tap = GradientTap(model, needs | Needs(signed_sums=signed), matrices, blocks)
+        self.tap = GradientTap(model, needs | self.settings.needs, matrices, blocks)
         names = [tapped.name for tapped in self.tap.weights]
         self._kinds = {tapped.name: tapped.role.name.lower() for tapped in self.tap.weights}
         self._kinds |= labels_of(names, kinds, "kinds") if kinds is not None else {}
@@ -243,6 +242,11 @@ class NoiseMeter:
     def _totals(self, sums: SampleSums, batch_size: int, *, on_host: bool = False) -> RankTotals:
         """Return this rank's totals; with `on_host` its threads compute those that may wait."""
         check_num_samples(sums.num_samples)
+        if sums.num_samples < (fewest := self.settings.fewest_samples):
+            raise InputError(
+                f"estimates=[{', '.join(self.settings.estimates)}] needs {fewest} samples a step, "
+                f"and this one had {sums.num_samples}; take more micro-batches, or leave nested out"
+            )
         if not isinstance(batch_size, int) or batch_size < 1 or batch_size % sums.num_samples:
             raise InputError(
                 f"batch_size={batch_size} is not a multiple of the {sums.num_samples} samples of "
@@ -337,8 +341,11 @@ class NoiseMeter:
 
 def reading_from(values: dict[str, Any]) -> Reading:
     """Inverse of `dataclasses.asdict`."""
-    total = Measurement(**values["total"])
-    parts = {name: Measurement(**part) for name, part in values["parts"].items()}
+    total, *of_parts = (
+        Measurement(**of | {"gains": tuple(of.get("gains", ()))})
+        for of in (values["total"], *values["parts"].values())
+    )
+    parts = dict(zip(values["parts"], of_parts, strict=True))
     return Reading(**values | {"total": total, "parts": parts})
 
 

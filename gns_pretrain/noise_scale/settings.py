@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, TypedDict
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, key_of, one_of
 from gns_pretrain.geometry.square_root import MODES
-from gns_pretrain.noise_scale.geometries import GEOMETRIES
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs, fewest_samples
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices")
@@ -88,6 +88,12 @@ class NoiseScaleSettings(Settings):
                 )
         if self.geometries and not self.estimates:
             raise InputError("noise_scale.estimates=[] names none; use [plug_in], the paper's")
+        if self.min_samples < self.fewest_samples:
+            raise InputError(
+                f"noise_scale.min_samples={self.min_samples} is too few for "
+                f"noise_scale.estimates={listed(self.estimates)}, of which nested takes an eighth "
+                f"of the micro-batches of a step; use {self.fewest_samples}, or leave nested out"
+            )
         for geometry in self.geometries:
             if not self.estimates_of(geometry):
                 raise InputError(
@@ -103,6 +109,18 @@ class NoiseScaleSettings(Settings):
     @property
     def measured(self) -> list[tuple[str, str]]:
         return [(g, estimate) for g in self.geometries for estimate in self.estimates_of(g)]
+
+    @property
+    def needs(self) -> Needs:
+        """What the estimates need of every geometry, beside what it reads anyway."""
+        estimates = {estimate for _, estimate in self.measured}
+        nested = "nested" in estimates
+        return Needs(signed_sums=nested or "cross_fitted" in estimates, nested_sums=nested)
+
+    @property
+    def fewest_samples(self) -> int:
+        """Micro-batches over all ranks that a measured step needs."""
+        return fewest_samples(estimate for _, estimate in self.measured)
 
     def measures_at(self, step: int) -> bool:
         """Whether the noise scale is measured in a step, counted from 1."""

@@ -7,17 +7,18 @@ the first average the first measurement; with one beta for both the ratio is the
 
 What is averaged is linear in the data, and only the average is clamped: for a cross-fitted estimate
 s with its sign, so that M = max(average of s, 0)^2, and for the others M, so that
-M = max(average of M, 0).
+M = max(average of M, 0). The progress curve of `nested` is fitted to means over a window.
 """
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
 from gns_pretrain.fields import Settings, within
-from gns_pretrain.noise_scale.equations import noise_scale
-from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.noise_scale.equations import noise_scale, share_given_up
+from gns_pretrain.noise_scale.geometries import GAINS, Measurement, nested_noise_and_signal
 
 SPREAD_OVER = 10  # measurements
 
@@ -79,6 +80,22 @@ def smoothed(averages: Averages, estimate: str, settings: SmoothingSettings) -> 
     return SmoothedNoiseScale(noise, signal, noise_scale(noise, signal))
 
 
+@dataclass(frozen=True)
+class SmoothedProgress(SmoothedNoiseScale):
+    """What the progress curve through the last measurements says; its bend is the noise scale."""
+
+    batch_size: float  # sequences of the measured steps, on average
+    bends_without_one: tuple[float, ...]  # bends where one of the measurements is left out
+
+    def share_given_up(self, batch_size: float) -> tuple[float, float]:
+        """Return `equations.share_given_up` and its standard error, by the jackknife."""
+        bend = math.inf if self.noise_scale is None else self.noise_scale
+        shares = [share_given_up(batch_size, each) for each in self.bends_without_one]
+        count, mean = len(shares), statistics.fmean(shares)
+        variance = (count - 1) / count * sum((share - mean) ** 2 for share in shares)
+        return share_given_up(batch_size, bend), math.sqrt(variance)
+
+
 class NoiseTracker:
     """Follows one geometry and estimate: its averages, and how far its single scales spread."""
 
@@ -121,3 +138,67 @@ class NoiseTracker:
         """Inverse of `state_dict`."""
         self._averages = Averages(**state["averages"])
         self._recent = list(state["recent"])
+
+
+class ProgressTracker(NoiseTracker):
+    """Follows `nested` measurements: the progress curve through the means of the last of them.
+
+    Gains may be averaged, and the sizes of the parts with them; fits may not. `_recent` has batch
+    size, sizes and gains of each measurement in a row, as checkpoints hold it.
+    """
+
+    def __init__(self, geometry: str, estimate: str, settings: SmoothingSettings) -> None:
+        super().__init__(geometry, estimate, settings)
+        self._curve: SmoothedProgress | None = None
+
+    def include(self, measurement: Measurement) -> None:
+        """Take a measurement in place of the oldest one."""
+        kind = (measurement.geometry, measurement.estimate)
+        if kind != (self.geometry, self.estimate) or measurement.skip_reason is not None:
+            return
+        row = [measurement.batch_size, *measurement.sizes, *measurement.gains]
+        self._recent = [*self._recent, *row][-len(row) * SPREAD_OVER :]
+        self._fit()
+
+    @property
+    def smoothed(self) -> SmoothedProgress | None:
+        """What the curve says; None before the first measurement."""
+        return self._curve
+
+    @property
+    def spread(self) -> float | None:
+        """None: a single measurement's bend may be infinite."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        super().load_state_dict(state)
+        if self._recent:
+            self._fit()
+
+    def _fit(self) -> None:
+        width = 1 + 2 * len(GAINS)
+        rows = [self._recent[i : i + width] for i in range(0, len(self._recent), width)]
+        noise, signal = curve_through(rows)
+        left_out = range(len(rows)) if len(rows) > 1 else ()
+        others = [curve_through(rows[:i] + rows[i + 1 :]) for i in left_out]
+        self._curve = SmoothedProgress(
+            noise,
+            signal,
+            noise_scale(noise, signal),
+            batch_size=statistics.fmean(row[0] for row in rows),
+            bends_without_one=tuple(n / m if m else math.inf for n, m in others),
+        )
+
+
+def curve_through(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """N and M of the mean of some of a `ProgressTracker`'s rows."""
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    sizes, gains = means[1 : 1 + len(GAINS)], means[1 + len(GAINS) :]
+    return nested_noise_and_signal(sizes, gains)
+
+
+def tracker_of(geometry: str, estimate: str, settings: SmoothingSettings) -> NoiseTracker:
+    """Return what follows a geometry and estimate, before its first measurement."""
+    kind = ProgressTracker if estimate == "nested" else NoiseTracker
+    return kind(geometry, estimate, settings)

@@ -8,6 +8,7 @@ What the estimators need of all samples is reduced at once, a block at a time, w
 collectives: its weights are neighbours in one flat tensor.
 
     squares, signed gradients   one reduce-scatter: every rank keeps its own rows, P / R floats each
+    nested sums                 two more such rows in it
     Grams of the smaller side   one reduction to each rank that owns matrices of the block
 
 After the last backward pass `GradientTap.sums` adds the mean gradient, which is the optimizer's own
@@ -30,7 +31,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.norms import norms
 from gns_pretrain.geometry.square_root import add_smaller_side_gram
 from gns_pretrain.model.roles import Labels, MatrixChoice, matrix_shape, named_trainable
-from gns_pretrain.noise_scale.geometries import Needs, SampleSums
+from gns_pretrain.noise_scale.geometries import NESTED_STRIDES, Needs, SampleSums
 from gns_pretrain.noise_scale.stopwatch import Stopwatch
 from gns_pretrain.noise_scale.weights import (
     TappedWeight,
@@ -70,10 +71,11 @@ class GradientTap:
         self.device = self.weights[0].weight.device
         self._widths = [tapped.padded_rows for tapped in self.weights]
         self.square_norms: Tensor  # [weights], float64; this rank's samples, summed
-        # Own rows of all weights, summed over all samples: squares and signed sums, as needed.
+        # Own rows of all weights, summed over all samples: squares and sums of gradients.
         self.rows: Tensor  # [statistics, sum of padded_rows], float32
         self.squares: list[Tensor] = []  # views of it, by weight
         self.signed_sums: list[Tensor] = []  # likewise; +1 and -1 by the sample's parity
+        self.nested_sums: list[list[Tensor]] = []  # likewise, of every so-manieth sample, by stride
         self.grams: dict[int, Tensor] = {}  # whole, of the weights this rank owns, all samples
         self.agreement: Tensor  # [weights, 2], float64; see `_agreement`
         self.stopwatch = Stopwatch(self.device)  # of this step
@@ -166,11 +168,12 @@ class GradientTap:
 
     def _make_rows(self) -> None:
         """Zeros for this rank's rows of every weight, padded to the widest rank's."""
-        statistics = self.needs.squares + self.needs.signed_sums
+        statistics = self.needs.squares + len(self._signs(0))
         self.rows = torch.zeros(statistics, sum(self._widths), device=self.device)
         by_weight = [list(row.split(self._widths)) for row in self.rows]
         self.squares = by_weight.pop(0) if self.needs.squares else []
         self.signed_sums = by_weight.pop(0) if self.needs.signed_sums else []
+        self.nested_sums = by_weight
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
@@ -257,27 +260,37 @@ class GradientTap:
         done = self._first_round + self._rounds
         return done * self.layout.num_data_ranks + self.layout.data_rank
 
+    def _signs(self, sample: int) -> list[float]:
+        """Of a sample's gradient in each sum of gradients; its index is that in the batch."""
+        signed = [1.0 if sample % 2 == 0 else -1.0] * self.needs.signed_sums
+        nested = NESTED_STRIDES if self.needs.nested_sums else ()
+        return [*signed, *(float(sample % stride == 0) for stride in nested)]
+
     def _add_rows(self, samples: dict[int, Tensor]) -> None:
         """Add squares and signed gradients of one block to this rank's rows, over all ranks."""
-        sign = 1.0 if self._index_of_sample % 2 == 0 else -1.0
+        signs = self._signs(self._index_of_sample)
         whole = [self.weights[i].rows_first(sample) for i, sample in samples.items()]
         if self.layout.shard_group is None:
             flat = [tensor.reshape(-1).float() for tensor in whole]
             if self.squares:
                 torch._foreach_addcmul_([self.squares[i] for i in samples], flat, flat)
-            if self.signed_sums:
-                torch._foreach_add_([self.signed_sums[i] for i in samples], flat, alpha=sign)
+            sums = [self.signed_sums] * self.needs.signed_sums + self.nested_sums
+            for sign, of_weights in zip(signs, sums, strict=True):
+                if sign:
+                    torch._foreach_add_([of_weights[i] for i in samples], flat, alpha=sign)
             return
         sent = packed(whole, self.layout.num_shards)
-        if len(self.rows) == 2:
-            both = sent.new_empty(len(sent), 2, sent.shape[1])
-            torch.mul(sent, sent, out=both[:, 0])
-            torch.mul(sent, sign, out=both[:, 1])
-            sent = both
+        if len(self.rows) > 1:
+            every = sent.new_empty(len(sent), len(self.rows), sent.shape[1])
+            if self.squares:
+                torch.mul(sent, sent, out=every[:, 0])
+            for row, sign in enumerate(signs, len(self.rows) - len(signs)):
+                torch.mul(sent, sign, out=every[:, row])
+            sent = every
         elif self.squares:
             sent.square_()
         else:
-            sent.mul_(sign)
+            sent.mul_(signs[0])
         # All of a block have come, with zeros for those without a gradient; they are neighbours.
         start = sum(self._widths[: min(samples)])
         own = self.rows[:, start : start + sent.shape[-1]]
@@ -343,6 +356,7 @@ class GradientTap:
         """Free the sums once they have been read."""
         self.rows = torch.empty(0, 0)
         self.squares, self.signed_sums, self.grams, self._probes = [], [], {}, []
+        self.nested_sums = []
 
     def sums(self, *, loss_scale: float = 1.0) -> SampleSums:
         """Return what the samples left on this rank; all ranks together, before clipping.
@@ -357,7 +371,7 @@ class GradientTap:
         # A sample's loss was divided by the rank's number of samples, so that gradients add up to
         # a mean.
         scale = self._rounds / loss_scale
-        factors = [scale**2] * self.needs.squares + [scale] * self.needs.signed_sums
+        factors = [scale**2] * self.needs.squares + [scale] * len(self._signs(0))
         for rows, factor in zip(self.rows, factors, strict=True):
             rows *= factor
         torch._foreach_mul_([*self.grams.values(), self.square_norms], scale**2)
@@ -372,16 +386,12 @@ class GradientTap:
             means.append(rows if counted else rows[:0])
             if self.layout.part > 0 and not tapped.in_parts:
                 self.square_norms[index].zero_()
-        matrices, signed_matrices = {}, {}
+        matrices, signed_matrices, nested_matrices = {}, {}, []
         if self.needs.matrices:
             matrices = owned_means(self.weights, loss_scale)
             if self.needs.signed_sums:
-                signed = {
-                    i: tapped.shard_from_rows(self.signed_sums[i])
-                    for i, tapped in enumerate(self.weights)
-                    if tapped.owner is not None
-                }
-                signed_matrices = owned_matrices(self.weights, signed)
+                signed_matrices = self._owned(self.signed_sums)
+            nested_matrices = [self._owned(sums) for sums in self.nested_sums]
         first = self._first_round * self.layout.num_data_ranks
         num_samples = self._rounds * self.layout.num_data_ranks
         num_even = len(range(first + first % 2, first + num_samples, 2))
@@ -397,7 +407,18 @@ class GradientTap:
             },
             matrices=matrices,
             signed_matrices=signed_matrices,
+            nested=[without_padding(sums, means) for sums in self.nested_sums],
+            nested_matrices=nested_matrices,
         )
+
+    def _owned(self, sums: list[Tensor]) -> dict[int, Tensor]:
+        """Return the whole matrices that this rank owns of sums by weight; all ranks together."""
+        shards = {
+            i: tapped.shard_from_rows(sums[i])
+            for i, tapped in enumerate(self.weights)
+            if tapped.owner is not None
+        }
+        return owned_matrices(self.weights, shards)
 
     def _agreement(self) -> Tensor:
         """Return squared norms of the mean gradient, and of its difference to the samples' mean.

@@ -16,7 +16,7 @@ from gns_pretrain.batch_size import AdaptiveBatchSize, PolicySettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.noise_scale import Measurement, NoiseScaleSettings, Reading
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, SampleSums
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, SampleSums
 from gns_pretrain.optim import SGD
 from gns_pretrain.quadratic.problem import NoisyQuadratic
 
@@ -145,9 +145,11 @@ def read(
     signed = samples[::2].sum(0) - samples[1::2].sum(0)
     matrices: dict[str, Any] = {"grams": {}, "matrices": {}, "signed_matrices": {}}
     if geometry.needs.matrices:
+        nested = [dict(enumerate(samples[::stride].sum(0))) for stride in NESTED_STRIDES]
         grams = smaller_side_gram(samples.double()).sum(0)
         of_rows = zip(matrices, (grams, samples.mean(0), signed), strict=True)
         matrices = {name: dict(enumerate(rows)) for name, rows in of_rows}
+        matrices["nested_matrices"] = nested
     sums = SampleSums(
         num_even=len(samples[::2]),
         num_odd=len(samples[1::2]),
@@ -155,6 +157,7 @@ def read(
         means=list(samples.mean(0)),
         squares=list(samples.square().sum(0)),
         signed=list(signed),
+        nested=[list(samples[::stride].sum(0)) for stride in NESTED_STRIDES],
         **matrices,
     )
     totals = geometry.totals(sums, 1)  # of a batch of 1: N is in proportion to it

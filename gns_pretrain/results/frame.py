@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gns_pretrain.errors import DamagedFileError, InputError, needs
+from gns_pretrain.noise_scale.geometries import GAINS
 from gns_pretrain.results.labels import seed_in_name
 from gns_pretrain.runs.directory import (
     METRICS,
@@ -66,6 +67,7 @@ COLUMNS = {
     "grad_norm": ("train/grad_norm",),
     PUBLISHED_AVERAGE: (PUBLISHED_AVERAGE,),
 }
+NUM_SAMPLES = "num_samples"  # of the measured step
 NOISE_PARTS = ("noise", "signal", "noise_ema", "signal_ema", "noise_scale", "noise_scale_ema")
 
 
@@ -247,6 +249,11 @@ class Record:
             )
         return [self.require(noise_column(noise, "noise_scale_ema"), PUBLISHED_AVERAGE)]
 
+    def gain_columns(self, noise: Noise) -> list[str]:
+        """Columns of what parts of the step gain, smallest first, then of samples and step."""
+        gains = [self.require(noise_column(noise, gain)) for gain in GAINS]
+        return [*gains, NUM_SAMPLES, "step"]
+
     def curves(self, axis: str, noise: WhoseNoise = None) -> dict[str, Curve]:
         """Curves by quantity: QUANTITIES, and noise_scale/<geometry>/<estimate>.
 
@@ -334,8 +341,9 @@ def read_jsonl(path: Path) -> Record:
         kind = str(line.get("kind"))
         if kind == NoiseLine.kind:
             measured = (str(line.get("geometry")), str(line.get("estimate")))
-            row = {noise_column(measured, part): line.get(part) for part in NOISE_PARTS}
-            row |= {READ_AT: written_at(line)}
+            parts = (*NOISE_PARTS, *(part for part in GAINS if part in line))
+            row = {noise_column(measured, part): line.get(part) for part in parts}
+            row |= {NUM_SAMPLES: line.get(NUM_SAMPLES), READ_AT: written_at(line)}
         elif kind in columns:
             row = {name: line.get(name) for name in columns[kind]}
             if kind == TrainLine.kind:

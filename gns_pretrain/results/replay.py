@@ -87,8 +87,10 @@ def read_run(
     record = frame.read_jsonl(path) if ours else frame.read_csv(path, run)
     record.require("step")
     noise, notes = [], []
+    # Gains are averaged over a window, and not what is fitted to them: a record has single ones.
+    is_nested = reads is not None and reads[1] == "nested"
     if reads and (not ours or frame.noise_column(reads, "noise") in record.lines):
-        noise = record.noise_columns(reads, raw=raw)
+        noise = record.gain_columns(reads) if is_nested else record.noise_columns(reads, raw=raw)
         if noise == [frame.PUBLISHED_AVERAGE]:
             notes.append(
                 f"the file does not say whose noise scale {noise[0]} is; taken as {' '.join(reads)}"
@@ -128,8 +130,14 @@ def read_run(
             measured = lines[lines["kind"] == "noise"].set_index(frame.READ_AT)
         measured = measured[noise].dropna()
         measured = measured[frame.unrepeated(measured.index)]
-        for step, top, *bottom in measured.itertuples():
-            measurements[step] = Measurement(*reads, top, bottom[0] if bottom else 1.0, 0, 0)
+        for step, *values in measured.itertuples():
+            if is_nested:
+                gains, num_samples, of_step = tuple(values[:-2]), *map(int, values[-2:])
+                size = int(steps["batch_size"][of_step])
+                measurements[step] = Measurement(*reads, 0.0, 0.0, num_samples, size, gains)
+            else:
+                top, bottom = (*values, 1.0)[:2]
+                measurements[step] = Measurement(*reads, top, bottom, 0, 0)
     return RecordedRun(steps, measurements, not raw, notes)
 
 
@@ -177,9 +185,11 @@ class ReplaySettings:
             aim = f"theta {policy.theta:g}" if by_theta else policy.target
             if policy.kind.weighs_seconds:
                 aim = "the seconds of the recorded steps"
+            if policy.policy == "progress":
+                aim = f"price {policy.price:g}"
             noise = f" on {' '.join(policy.reads)}, {aim}"
             decides = f"; decides every {counted(policy.decide_every_steps, 'step')}"
-        if policy.policy in ("adaptive", "goodput"):
+        if policy.policy in ("adaptive", "goodput", "progress"):
             decides += f" after {policy.warmup_fraction:.0%} of {self.run.token_budget:,} tokens"
         return (
             f"{policy.policy}{noise}, rounded {policy.rounding}, from {policy.initial} on "

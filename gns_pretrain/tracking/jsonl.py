@@ -81,7 +81,8 @@ class ValidationLine(Line):
 class NoiseLine(Line):
     """One measurement of the noise scale in one geometry, by one estimate.
 
-    `step` is the one that was measured; `more` has READ_AT where it was read later.
+    `step` is the one that was measured; `more` has READ_AT where it was read later, and
+    gain_eighth, gain_quarter and gain_half where the estimate is nested.
     """
 
     kind = "noise"

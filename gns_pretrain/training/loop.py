@@ -203,10 +203,11 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
     step = run.adaptive.steps + 1
     if run.meter is None or not run.meter.settings.measures_at(step):
         return run.meter
-    if run.adaptive.accumulation * run.world.num_data_ranks < 2:
+    fewest = run.meter.settings.fewest_samples
+    if (samples := run.adaptive.accumulation * run.world.num_data_ranks) < fewest:
         run.record.message(
-            f"step {step:,}: the noise scale is not measured: it compares at least 2 micro-batches "
-            "and this step has 1; use a smaller micro_batch_size"
+            f"step {step:,}: the noise scale is not measured: it compares at least {fewest} "
+            f"micro-batches and this step has {samples}; use a smaller micro_batch_size"
         )
         return None
     return run.meter

@@ -11,6 +11,7 @@ import torch
 
 from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.errors import DivergedError
+from gns_pretrain.noise_scale.geometries import GAINS
 from gns_pretrain.noise_scale.meter import Reading
 from gns_pretrain.noise_scale.smoothing import NoiseTracker
 from gns_pretrain.parallel.collectives import from_main, sum_over_ranks
@@ -39,6 +40,7 @@ def record_noise(
         smoothed = tracker.smoothed
         assert smoothed is not None
         more: dict[str, Any] = {"spread": tracker.spread} | reading.details
+        more |= dict(zip(GAINS, total.gains, strict=False))
         if reading.parts:
             more["parts"] = {
                 name: {"noise": part.noise, "signal": part.signal}

@@ -40,7 +40,7 @@ CONTEXT.set_forkserver_preload([*PRELOAD, "tests.foreign_models"])  # transforme
 NUM_RANKS = 4
 NUM_SAMPLES = 8
 GEOMETRIES = ["euclidean", "manhattan", "nuclear"]
-ESTIMATES = ["plug_in", "debiased", "cross_fitted"]
+ESTIMATES = ["plug_in", "debiased", "cross_fitted", "nested"]
 LAYOUTS = ("one process", "DDP", "FSDP2", "FSDP2, root only", "HSDP", "FSDP2 + tensor")
 
 
@@ -183,7 +183,7 @@ def trained(case: Case, *, measured: bool) -> tuple[Values, list[Tensor]]:
 
 def values_of(readings: list[Reading]) -> Values:
     totals = [reading.total for reading in readings]
-    return {(t.geometry, t.estimate): (t.noise, t.signal) for t in totals}
+    return {(t.geometry, t.estimate): t.gains or (t.noise, t.signal) for t in totals}
 
 
 def measure(case: Case) -> Measured:
@@ -252,16 +252,21 @@ def as_double(sample: Batch) -> Batch:
 def largest_difference(found: Values, expected: Values, geometry: str) -> float:
     """The largest relative difference of noise and signal over a geometry's estimates.
 
-    Debiased and cross-fitted signals are differences of terms of the plug-in one's size, which may
-    cancel; theirs is relative to it.
+    Debiased and cross-fitted signals and nested gains are differences of terms of the plug-in one's
+    size, which may cancel; theirs is relative to it.
     """
     assert found.keys() == expected.keys()
-    whole = expected[geometry, "plug_in"]
+    noise, signal = expected[geometry, "plug_in"]
     return max(
         abs(ours - its) / size
         for key in expected
         if key[0] == geometry
-        for ours, its, size in zip(found[key], expected[key], whole, strict=True)
+        for ours, its, size in zip(
+            found[key],
+            expected[key],
+            (signal**0.5,) * 3 if key[1] == "nested" else (noise, signal),
+            strict=True,
+        )
     )
 
 

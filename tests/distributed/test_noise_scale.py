@@ -29,7 +29,7 @@ from tests.settings import VOCABULARY, odd_model
 LAYOUTS = ("ddp", "fsdp", "hsdp")
 ALL = NoiseScaleSettings(
     geometries=["euclidean", "manhattan", "nuclear"],
-    estimates=["plug_in", "cross_fitted"],
+    estimates=["plug_in", "cross_fitted", "nested"],
     square_root="exact",
 )
 
@@ -107,8 +107,8 @@ def model_of(samples: Samples = FEW, **changes: Any) -> Llama:
 
 
 def values_of(result: StepResult) -> Values:
-    """Noise and signal of each geometry and estimate."""
-    return {key(r): (r.total.noise, r.total.signal) for r in result.readings}
+    """Noise and signal of each geometry and estimate; the gains of a nested one."""
+    return {key(r): r.total.gains or (r.total.noise, r.total.signal) for r in result.readings}
 
 
 def measured(place: RankInfo, case: Case, **changes: Any) -> Values:
@@ -171,10 +171,9 @@ def dense_reference(of: Samples = FEW, **changes: Any) -> Values:
 
 def assert_equal(found: Values, expected: Values, where: str) -> None:
     assert found.keys() == expected.keys()
-    for key, (noise, signal) in expected.items():
+    for key, numbers in expected.items():
         rel = 1e-4 if key[0] == "nuclear" else 1e-5
-        assert found[key][0] == pytest.approx(noise, rel=rel), f"noise of {key} on {where}"
-        assert found[key][1] == pytest.approx(signal, rel=rel), f"signal of {key} on {where}"
+        assert found[key] == pytest.approx(numbers, rel=rel), f"{key} on {where}"
 
 
 @pytest.fixture(scope="module")

@@ -322,3 +322,48 @@ def test_batch_that_the_ranks_cannot_take_is_refused_before_the_first_step(batch
     it = adaptive(batch_size=batch_size)
     with pytest.raises(InputError, match=message):
         it.accumulation  # noqa: B018
+
+
+# Progress: no theta
+
+
+def nested(bend, batch_size=64, *, factor=1.0):
+    gains = tuple(
+        factor * math.sqrt(n / (n + bend)) for n in (batch_size / 8, batch_size / 4, batch_size / 2)
+    )
+    return Measurement("manhattan", "nested", 0.0, 0.0, 8, batch_size, gains)
+
+
+@pytest.mark.parametrize(
+    ("bend", "taken"),
+    [
+        (0.0, None),
+        (150.0, None),  # a step of 64 gives up more than a tenth below 3.3 x 64 = 209
+        (350.0, 96),  # a tenth at 350 / 3.26 = 107
+        (1e9, 128),  # twice the measured batch, no more
+    ],
+)
+def test_batch_grows_to_what_the_price_pays_for(bend, taken):
+    it = after(*[nested(bend)] * 4, policy="progress", price=0.1)
+    decision, _ = it.decide()
+    assert (decision and decision.split.batch_size) == taken
+
+
+def test_progress_waits_for_four_measurements_and_counts_their_spread():
+    sure = [nested(1e9)] * 3
+    it = after(*sure, policy="progress")
+    assert it.decide() == (None, [])
+    it.observe([nested(1e9)])
+    assert it.decide()[0].split.batch_size == 128
+    # As large on average, but by one measurement alone.
+    unsure = after(*[nested(1.0)] * 3, nested(1e9, factor=300.0), policy="progress")
+    assert unsure.decide() == (None, [])
+
+
+def test_progress_decides_the_same_after_its_state_was_saved():
+    saved = after(*[nested(350.0)] * 4, policy="progress")
+    state = json.loads(json.dumps(saved.state_dict()))
+    it = adaptive(policy="progress")
+    it.load_state_dict(state)
+    assert it.decide() == saved.decide()
+    assert it.batch_size == 96

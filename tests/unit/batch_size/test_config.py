@@ -100,9 +100,15 @@ def composed(*words):
 
 @pytest.mark.parametrize("policy", sorted(path.stem for path in (CONF / "batch_size").glob("*")))
 def test_every_policy_composes_into_a_run_that_may_start(policy):
-    measured = {"adaptive": "manhattan", "goodput": "manhattan", "norm_test": "euclidean"}
-    noise_scale = measured.get(policy, "none")
-    run = composed(f"batch_size={policy}", f"noise_scale={noise_scale}", "micro_batch_size=2")
+    measured = dict.fromkeys(("adaptive", "goodput", "progress"), "manhattan")
+    measured["norm_test"] = "euclidean"
+    estimates = "[nested]" if policy == "progress" else "[plug_in]"
+    run = composed(
+        f"batch_size={policy}",
+        f"noise_scale={measured.get(policy, 'none')}",
+        f"noise_scale.estimates={estimates}",
+        "micro_batch_size=2",
+    )
     check_layout(run, num_ranks=1, ranks_per_node=1)
     check_batch_size(run, num_ranks=1)
     assert run.batch_size.policy == policy

@@ -10,7 +10,7 @@ from gns_pretrain.errors import InputError
     ("settings", "told"),
     [
         ({"initial": 0}, "batch_size.initial=0 must be at least 1 sequence"),
-        ({"policy": "adaptiv"}, "batch_size.policy=adaptiv .* constant, adaptive, staged"),
+        ({"policy": "adaptiv"}, "batch_size.policy=adaptiv .* constant, adaptive, goodput"),
         ({"rounding": "nearest"}, "batch_size.rounding=nearest .* down, up"),
         ({"lr_scaling": "cubic"}, "batch_size.lr_scaling=cubic .* sqrt, linear, none"),
         ({"geometry": "spherical"}, "batch_size.geometry=spherical .* euclidean, manhattan"),
@@ -81,6 +81,19 @@ from gns_pretrain.errors import InputError
 def test_setting_that_breaks_a_rule_is_named_with_a_hint(settings, told):
     with pytest.raises(InputError, match=told):
         BatchSizeSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"price": 0.3}, "price=0.3 must lie between 0 and 0.29"),
+        ({"price": 0.0}, "price=0.0 must lie between"),
+        ({"policy": "adaptive", "estimate": "nested"}, "is read by batch_size.policy=progress"),
+    ],
+)
+def test_progress_has_a_price_and_a_curve_of_its_own(settings, told):
+    with pytest.raises(InputError, match=told):
+        BatchSizeSettings(**({"policy": "progress"} | settings))
 
 
 def test_large_theta_is_allowed():

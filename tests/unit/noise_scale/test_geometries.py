@@ -45,8 +45,42 @@ def test_noise_and_signal_by_hand(
     assert measurement.noise_scale == pytest.approx(noise / signal)
 
 
+# P(n) = 3 sqrt(n / (n + 8)) at an eighth, a quarter and half of B = 16: bend 8, N = 72, M = 9.
+GAINS = [3 * math.sqrt(n / (n + 8)) for n in (2, 4, 8)]
+EIGHTH, QUARTER, HALF = GAINS
+NESTED = {
+    # Products with parts of norm 2, and <g_A, g_B> of halves of norm 1.
+    "euclidean": [0.0, 0.0, HALF, 1.0, 1.0, 2 * EIGHTH, 4.0, 2 * QUARTER, 4.0],
+    "manhattan": [0.0, 0.0, HALF, EIGHTH, QUARTER],
+    "nuclear": [0.0, 0.0, HALF, EIGHTH, QUARTER, 0.0],
+}
+
+
+@pytest.mark.parametrize("geometry", NESTED)
+def test_nested_gains_and_their_curve_by_hand(geometry: str) -> None:
+    it = GEOMETRIES[geometry](NoiseScaleSettings())
+    found = it.measure("nested", NESTED[geometry], batch_size=16, num_samples=8)
+    assert found.gains == pytest.approx(GAINS)
+    assert found.sizes == [2, 4, 8]
+    # The fit is on a grid of 5 %.
+    assert (found.noise, found.signal) == pytest.approx((72.0, 9.0), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gains", "noise_scale"),
+    [((1.0, 1.5, 2.2), math.inf), ((2.0, 1.9, 2.0), 0.0), ((-1, 0, 0), None)],
+)
+def test_gains_without_a_bend_or_a_rise(gains: tuple[float, ...], noise_scale: float) -> None:
+    totals = [0.0, 0.0, gains[2], gains[0], gains[1]]
+    it = GEOMETRIES["manhattan"](NoiseScaleSettings())
+    found = it.measure("nested", totals, batch_size=16, num_samples=8)
+    assert found.noise_scale == noise_scale
+    assert found.skip_reason is None
+
+
 def test_every_estimate_of_every_geometry_is_covered_by_hand() -> None:
-    assert {(geometry, estimate) for geometry, estimate, _, _ in BY_HAND} == {
+    covered = {(geometry, estimate) for geometry, estimate, _, _ in BY_HAND}
+    assert covered | {(geometry, "nested") for geometry in NESTED} == {
         (name, estimate) for name, it in GEOMETRIES.items() for estimate in it.estimates
     }
 

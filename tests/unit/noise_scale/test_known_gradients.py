@@ -187,6 +187,43 @@ def test_manhattan_cross_fitted_signal_is_the_gain_of_half_the_batch(regime: int
 
 
 @pytest.mark.parametrize("regime", range(3), ids=REGIMES)
+@pytest.mark.parametrize("stride", [8, 4])
+def test_nested_gains_are_those_of_steps_of_the_parts(regime: int, stride: int) -> None:
+    gradient = KnownGradient(6, 10)
+    batch_size = batch_sizes(1000)[regime]
+    samples = gradient.samples(batch_size)
+    total, part = samples.sum(1), samples[:, ::stride].sum(1)
+    parts = equations.part_means(total, part, num_part=8 // stride, num_samples=NUM_SAMPLES)
+    # Steps along independent batches of the part's size, met by the true gradient.
+    steps = gradient.means(batch_size // stride, NUM_DRAWS)
+
+    def along(direction: Tensor) -> Tensor:
+        return (direction * gradient.mean).sum((1, 2))
+
+    pairs = list(zip(*parts, strict=True))
+    euclidean = [equations.euclidean_part_totals(*pair) for pair in pairs]
+    signals = torch.stack([product / square.sqrt() for product, square in euclidean])
+    assert agree(signals, along(steps / torch.linalg.matrix_norm(steps)[:, None, None]))
+    signals = torch.stack([equations.manhattan_part_total(*pair) for pair in pairs])
+    assert agree(signals, along(steps.sign()))
+    signals = equations.nuclear_part_total(*equations.part_grams(*parts))
+    assert agree(signals, along(directions.matrix_sign(steps)))
+
+
+@pytest.mark.parametrize("regime", range(3), ids=REGIMES)
+def test_a_normalized_step_gives_up_what_the_curve_says(regime: int) -> None:
+    gradient = KnownGradient(600)
+    noise = (gradient.sigma.square().sum() / gradient.mean.square().sum()).item()
+    batch_size = batch_sizes(noise)[regime]
+    gains = []
+    for size in (batch_size, 2 * batch_size):
+        steps = gradient.means(size, NUM_DRAWS)
+        gains.append((steps @ gradient.mean / torch.linalg.vector_norm(steps, dim=1)).mean())
+    given_up = 1 - (gains[1] / gains[0] / math.sqrt(2)).item()
+    assert given_up == pytest.approx(equations.share_given_up(batch_size, noise), abs=0.01)
+
+
+@pytest.mark.parametrize("regime", range(3), ids=REGIMES)
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_nuclear_estimates(regime: int, shape: tuple[int, int]) -> None:
     gradient = KnownGradient(*shape)

@@ -24,7 +24,7 @@ from gns_pretrain.noise_scale.settings import NoiseScaleSettings
             ["manhattan", "nuclear"],
             ["debiased"],
             r"estimates=\[debiased\] leaves geometry nuclear nothing to measure; "
-            "add plug_in or cross_fitted, or leave it out$",
+            "add plug_in or cross_fitted or nested, or leave it out$",
         ),
         (["manhattan"], [], r"estimates=\[\] names none; use \[plug_in\]"),
     ],
@@ -34,6 +34,13 @@ def test_geometries_and_estimates_that_measure_nothing_or_twice_are_refused(
 ):
     with pytest.raises(InputError, match=rf"^noise_scale\.{told}"):
         NoiseScaleSettings(geometries, estimates)
+
+
+def test_nested_needs_an_eighth_of_the_micro_batches():
+    assert NoiseScaleSettings(["manhattan"], ["nested"]).fewest_samples == 8
+    with pytest.raises(InputError, match=r"^noise_scale\.min_samples=4 is too few .*; use 8"):
+        NoiseScaleSettings(["manhattan"], ["plug_in", "nested"], min_samples=4)
+    NoiseScaleSettings(["manhattan"], ["plug_in", "cross_fitted"], min_samples=4)
 
 
 def test_nuclear_passes_over_debiased_where_another_estimate_is_asked_for():

@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import math
+import random
+import statistics
 
 import pytest
 import torch
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.geometries import Measurement
+from gns_pretrain.noise_scale.equations import share_given_up
+from gns_pretrain.noise_scale.geometries import Measurement, part_sizes
 from gns_pretrain.noise_scale.smoothing import (
     SPREAD_OVER,
     Averages,
     NoiseTracker,
+    SmoothedProgress,
     SmoothingSettings,
     include,
     smoothed,
+    tracker_of,
 )
 
 
@@ -152,3 +157,52 @@ def test_decays_outside_the_unit_interval_are_refused(value: float) -> None:
         SmoothingSettings(noise_decay=value)
     with pytest.raises(InputError, match=r"noise_scale\.smoothing\.signal_decay=.* below 1"):
         SmoothingSettings(signal_decay=value)
+
+
+def progress(num: int, *, batch_size: int = 64, bend: float = 100.0, seed: int = 0) -> NoiseTracker:
+    """What has seen gains of a curve, off by 1 % each."""
+    it = tracker_of("manhattan", "nested", SmoothingSettings())
+    draw = random.Random(seed)
+    for _ in range(num):
+        gains = [math.sqrt(n / (n + bend)) * draw.gauss(1, 0.01) for n in part_sizes(batch_size, 8)]
+        it.include(Measurement("manhattan", "nested", 0.0, 0.0, 8, batch_size, tuple(gains)))
+    return it
+
+
+def test_progress_is_the_curve_through_mean_gains() -> None:
+    it = progress(10)
+    assert it.smoothed is not None
+    assert it.smoothed.noise_scale == pytest.approx(100.0, rel=0.2)
+    # Gains of 0, and the tenth as large, average to half: the same bend.
+    zero = Measurement("manhattan", "nested", 0.0, 0.0, 8, 64, (0.0, 0.0, 0.0))
+    exact = tuple(math.sqrt(n / (n + 100.0)) for n in part_sizes(64, 8))
+    it = tracker_of("manhattan", "nested", SmoothingSettings())
+    for gains in (exact, (0.0, 0.0, 0.0)):
+        it.include(dataclasses.replace(zero, gains=gains))
+    assert it.smoothed is not None
+    assert it.smoothed.noise_scale == pytest.approx(100.0, rel=0.05)
+    assert it.smoothed.signal == pytest.approx(0.25, rel=0.05)
+
+
+def test_progress_forgets_all_but_the_last_ten_measurements() -> None:
+    old, new = progress(10, bend=1.0), progress(10, bend=1e4)
+    state = new.state_dict()
+    old.load_state_dict(state)
+    assert old.smoothed == new.smoothed
+    assert len(progress(25).state_dict()["recent"]) == len(state["recent"])
+
+
+def test_standard_error_of_the_share_given_up_is_its_spread_over_runs() -> None:
+    curves = [progress(10, seed=seed).smoothed for seed in range(100)]
+    found = [curve.share_given_up(64) for curve in curves if isinstance(curve, SmoothedProgress)]
+    shares, errors = zip(*found, strict=True)
+    assert statistics.fmean(shares) == pytest.approx(share_given_up(64, 100.0), abs=0.02)
+    # A standard deviation of 100 draws is within 20 % of the true one by 3 errors of its own.
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(shares), rel=0.25)
+
+
+def test_gains_that_are_not_finite_are_left_out() -> None:
+    it = progress(3)
+    before = it.state_dict()
+    it.include(Measurement("manhattan", "nested", 0.0, 0.0, 8, 64, (1.0, math.nan, 1.0)))
+    assert it.state_dict() == before

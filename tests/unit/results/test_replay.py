@@ -11,8 +11,10 @@ import pytest
 
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.launch.train import launch
+from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.results.replay import main
+from gns_pretrain.tracking.jsonl import read_records
 from gns_pretrain.tracking.settings import MetricsSettings
 from tests.settings import SEQUENCE_LENGTH, small_run
 
@@ -391,6 +393,31 @@ def test_run_that_grew_by_plan_and_measured_nothing_is_replayed(tmp_path, shards
     assert main([metrics, "--ramp-size=16"]) == 1
     assert main([metrics, "--policy=adaptive"]) == 2
     assert "no measurement of geometry manhattan" in capsys.readouterr().err
+
+
+def test_run_that_grew_by_progress_is_replayed_from_its_gains(tmp_path, shards, capsys):
+    config = small_run(
+        tmp_path,
+        shards,
+        optimizer=SignumSettings(),
+        micro_batch_size=1,
+        token_budget=60 * 8 * SEQUENCE_LENGTH,
+        noise_scale=NoiseScaleSettings(["manhattan"], ["nested"], every_steps=2),
+        batch_size=BatchSizeSettings(
+            initial=8, policy="progress", price=0.2, decide_every_steps=2, warmup_fraction=0.0
+        ),
+        metrics=MetricsSettings(log_every=1, progress="never"),
+    )
+    assert launch(config) == 0
+    metrics = str(tmp_path / "small" / "metrics.jsonl")
+    capsys.readouterr()
+    assert main([metrics]) == 0
+    printed = capsys.readouterr().out
+    assert "progress on manhattan nested, price 0.2, rounded down, from 8 on" in printed
+    assert "the same path in" in printed
+    sizes = [line["batch_size"] for line in read_records(Path(metrics)) if line["kind"] == "train"]
+    assert sizes[-1] > 8
+    assert main([metrics, "--price=0.001"]) == 1
 
 
 @pytest.mark.parametrize(
