@@ -118,7 +118,7 @@ class GroupKeys(TypedDict):
 
 
 class Rule(torch.optim.Optimizer):
-    """An optimizer whose state is one momentum buffer per parameter, sharded like the parameter.
+    """An optimizer whose state is sharded like its parameters: one momentum buffer each, or none.
 
     Parameters are whole tensors or DTensors, of FSDP2, tensor parallelism or both; each rank
     updates its local shard in place. Those without a gradient are left as they are, without state.
@@ -129,14 +129,17 @@ class Rule(torch.optim.Optimizer):
         lr: positive.
         momentum: in [0, 1); 0 keeps no state.
         weight_decay: decoupled; a step shrinks weights by lr * weight_decay.
+        more: what else each group has, and may set for itself.
 
     Raises:
         InputError: a value out of its range, another argument in a group, or several devices.
     """
 
-    def __init__(self, params: ParamsT, *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: ParamsT, *, lr: float, momentum: float, weight_decay: float, **more: Any
+    ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | more)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as torch's optimizers do; on all ranks."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,9 @@ class SpectralSettings(OptimizerSettings):
     def build(self, model: nn.Module) -> CombinedOptimizer:
         """Build the rule over the block matrices, and AdamW over the rest."""
         matrices, others = split_parameters(model)
-        rule = Muon(
+        rule = self.rule(
             matrices,
-            self.lr,
+            lr=self.lr,
             momentum=self.momentum,
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
@@ -92,6 +92,10 @@ class SpectralSettings(OptimizerSettings):
             process_group=replica_group(model),
         )
         return with_adamw(rule, others, self.adamw, decay_matrices_only=self.decay_matrices_only)
+
+    def rule(self, matrices: list[Group], **options: Any) -> "Muon":
+        """Build the rule over groups of matrices, given what all such rules take."""
+        return Muon(matrices, **options)
 
 
 @dataclass
@@ -210,15 +214,22 @@ class Muon(Rule):
                 rows, columns = matrix_shape(chosen[0])
                 if group.get("transposed", False):
                     rows, columns = columns, rows
-                descend(
-                    chosen,
-                    [
-                        sign_of[i].to(weight.dtype).view(weight.shape)
-                        for i, weight in zip(run, local_shards(chosen), strict=True)
-                    ],
-                    lr=group["lr"] * self._scaling(rows, columns),
-                    shrink=1 - group["lr"] * group["weight_decay"],
-                )
+                along = [
+                    sign_of[i].to(weight.dtype).view(weight.shape)
+                    for i, weight in zip(run, local_shards(chosen), strict=True)
+                ]
+                self.step_along(group, chosen, along, scaling=self._scaling(rows, columns))
+
+    def step_along(
+        self, group: Group, matrices: list[nn.Parameter], signs: list[Tensor], *, scaling: float
+    ) -> None:
+        """Change matrices of one shape in place; `signs` are local shards."""
+        descend(
+            matrices,
+            signs,
+            lr=group["lr"] * scaling,
+            shrink=1 - group["lr"] * group["weight_decay"],
+        )
 
     def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
         """Update the momentum; return the local shards of u, as matrices."""

@@ -1,6 +1,6 @@
 """Collectives beside the gradient's own reduction; on one process they do nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,25 @@ def clip_gradient_norm(parameters: list[torch.nn.Parameter], gradient_clip: floa
     return norm
 
 
+def sharded_norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, sharded or not: [k], the dtype of `norms`, on every rank."""
+    squares = norms(local_shards(tensors)).square()
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_groups.setdefault(shard_groups(tensor), []).append(index)
+    for groups, members in by_groups.items():
+        if groups:
+            squares[members] = summed(squares[members], groups)
+    return squares.sqrt()
+
+
+def summed(values: Tensor, groups: Iterable[dist.ProcessGroup]) -> Tensor:
+    """Sum each entry over the ranks of every group in turn, in place; return the tensor."""
+    for group in groups:
+        dist.all_reduce(values, group=group)
+    return values
+
+
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, sharded or not: 0-dim, float32, the same on every rank."""
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
@@ -95,8 +114,5 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         by_groups.setdefault(shard_groups(tensor), []).append(tensor)
     squares = []
     for groups, members in by_groups.items():
-        square = norms(local_shards(members)).square().sum()
-        for group in groups:
-            dist.all_reduce(square, group=group)
-        squares.append(square)
+        squares.append(summed(norms(local_shards(members)).square().sum(), groups))
     return torch.stack(squares or [torch.zeros(())]).sum().sqrt().float()

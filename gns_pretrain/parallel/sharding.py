@@ -321,13 +321,19 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def shard_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
-    """Return the groups over which a tensor is sharded, one for each dimension of its mesh."""
+def shard_groups(tensor: Tensor, *, along: slice = slice(None)) -> tuple[ProcessGroup, ...]:
+    """Return the groups over which a tensor is sharded, one for each dimension of its mesh.
+
+    Args:
+        along: those that split one of these dimensions of the tensor alone.
+    """
     if not isinstance(tensor, DTensor):
         return ()
-    mesh = tensor.device_mesh
+    mesh, wanted = tensor.device_mesh, range(tensor.ndim)[along]
     sharded = [
-        dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()
+        dim
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate() and placement_dim(placement) in wanted
     ]
     return tuple(mesh.get_group(dim) for dim in sharded if mesh.size(dim) > 1)
 

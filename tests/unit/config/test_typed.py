@@ -72,7 +72,7 @@ def checked(words: list[str]) -> Config:
     ("typed", "line"),
     [
         ("batch_size=64", "batch_size=64: batch_size is a group of settings; choose one of adapt"),
-        ("optimizer=[1]", r"optimizer=\[1\]: optimizer is a group of settings; choose one of adam"),
+        ("optimizer=[1]", r"optimizer=\[1\]: optimizer is a group of settings; choose one of ada"),
         ("data=null", "data is a group of settings"),
         ("metrics=true", "metrics is a group of settings"),
         ("=5", "=5: Hydra cannot compose these settings"),
@@ -252,6 +252,10 @@ def test_memory_counts_the_copy_of_an_asynchronous_save(base, monkeypatch):
         (["optimizer=specsgd"], 0, 8),
         (["optimizer=signum"], 4, 4),
         (["optimizer=signsgd"], 0, 0),
+        (["optimizer=adago"], 4, 8),
+        (["optimizer=adagrad"], 4, 4),
+        (["optimizer=adagrad_norm"], 0, 0),
+        (["optimizer=subset_norm"], 0, 8),  # at least: its state has rows of a weight alone
         (["optimizer=custom", "optimizer.class_path=torch.optim.NAdam"], 8, 8),
         # Of one number for a row and one for a column, nothing has the weight's own shape.
         (["optimizer=custom", "optimizer.class_path=torch.optim.Adafactor"], 0, 0),

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from gns_pretrain.model.llama import Llama
+from gns_pretrain.optim.adago import AdaGOSettings
+from gns_pretrain.optim.adagrad_norm import AdaGradNormSettings
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.optim.base import OptimizerSettings, keep_token_half_life, remember_peaks
 from gns_pretrain.optim.custom import CustomSettings
 from gns_pretrain.optim.sgd import SGDSettings
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.optim.spectral import MuonSettings, SpecSGDSettings
+from gns_pretrain.optim.subset_norm import SubsetNormSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.checkpoint import Checkpoints
 from tests.settings import odd_model
@@ -25,6 +28,10 @@ SETTINGS: dict[str, OptimizerSettings] = {
     "adamw": AdamWSettings(),
     "specsgd": SpecSGDSettings(),
     "muon": MuonSettings(),
+    "adago": AdaGOSettings(),
+    "adagrad": CustomSettings(class_path="torch.optim.Adagrad"),
+    "adagrad_norm": AdaGradNormSettings(),
+    "subset_norm": SubsetNormSettings(refresh_every=3),
     "nadam": CustomSettings(class_path="torch.optim.NAdam"),
 }
 

@@ -44,7 +44,10 @@ def heavy_ball(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_every_file_of_the_package_registers_its_optimizers():
-    assert OPTIMIZERS.keys() == {"adamw", "custom", "muon", "sgd", "signum", "specsgd"}
+    assert OPTIMIZERS.keys() == {
+        *("adago", "adagrad_norm", "adamw", "custom", "muon"),
+        *("sgd", "signum", "specsgd", "subset_norm"),
+    }
 
 
 def test_class_and_yaml_make_an_optimizer_that_runs_are_composed_with(heavy_ball: Path):
