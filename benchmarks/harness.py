@@ -20,7 +20,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.register import CONFIG_FOLDER
@@ -46,6 +45,7 @@ from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.loop import Run
 from gns_pretrain.training.step import StepResult, train_step
+from gns_pretrain.training.workload import MicroBatch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {path.stem: path for path in sorted((CONFIG_FOLDER / "model").glob("*.yaml"))}
@@ -162,13 +162,25 @@ def write_random_tokens(folder: Path, vocab_size: int, splits: Mapping[str, int]
     write_meta(folder, CorpusMeta(dtype=dtype.name, vocab_size=vocab_size, shards=shards))
 
 
+def llama_of(config: Config) -> LlamaConfig:
+    """The model of a run on text."""
+    assert isinstance(config.model, LlamaConfig)
+    return config.model
+
+
+def text_of(config: Config) -> DataSettings:
+    """The data of a run on text."""
+    assert isinstance(config.data, DataSettings)
+    return config.data
+
+
 class Workload:
     """The steps of a run, taken one by one: plain, or measured by a meter over its model."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.accumulation = run.adaptive.accumulation
-        self.tokens = run.adaptive.batch_size * run.sequence_length
+        self.tokens = run.workload.unit.of(run.adaptive.batch_size)
         self._cursor = 0
 
     def meter(self, geometry: str, read_after_steps: int = 0) -> NoiseMeter:
@@ -180,18 +192,18 @@ class Workload:
             read_after_steps=read_after_steps,
         )
 
-    def micro_batches(self) -> Iterator[Tensor]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         """Return the next step's micro-batches."""
         adaptive, cursor = self.run.adaptive, self._cursor
         self._cursor += adaptive.batch_size
-        return self.run.batches.micro_batches(
+        return self.run.workload.micro_batches(
             cursor, batch_size=adaptive.batch_size, micro_batch_size=adaptive.micro_batch_size
         )
 
     def step(
         self,
         meter: NoiseMeter | None = None,
-        micro_batches: Iterable[Tensor] | None = None,
+        micro_batches: Iterable[MicroBatch] | None = None,
         number: int | None = None,
     ) -> StepResult:
         """Take one training step, measured or not; by its number, if it has one."""
@@ -275,7 +287,7 @@ def workload(
             yield Workload(run)
         finally:
             run.checkpoints.close()
-            run.batches.close()
+            run.workload.close()
             run.record.close()
 
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from benchmarks.costs import GPUS_PER_NODE, Costs, Rates
 from benchmarks.fake_gpu import Collective, Kernel, Recording
-from benchmarks.harness import MODELS, OPTIMIZERS, Row, model_config
+from benchmarks.harness import MODELS, OPTIMIZERS, Row, llama_of, model_config, text_of
 from benchmarks.rehearsal import rehearsal
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.hydra_errors import as_input_error
@@ -177,7 +177,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.config.data.sequence_length
+        return self.sequences * text_of(self.config).sequence_length
 
 
 class RunPlan:
@@ -189,7 +189,7 @@ class RunPlan:
 
     def __init__(self, rates: Rates, case: Case, geometries: Sequence[str]) -> None:
         self.rates, self.case = rates, case
-        self.costs = Costs(rates, case.config.model.dim)
+        self.costs = Costs(rates, llama_of(case.config).dim)
         self.steps: dict[str, Recording] = {}
         with rehearsal(case.config, case.gpus, accumulation=case.accumulation) as run:
             self.steps[UNMEASURED] = run.step()
@@ -251,12 +251,12 @@ class RunPlan:
         """Return everything about the run; lists are tables."""
         case, unmeasured = self.case, self.steps[UNMEASURED]
         tokens_per_second = case.tokens / self.seconds
-        flops = flops_per_token(case.config.model, case.config.data.sequence_length)
+        flops = flops_per_token(llama_of(case.config), text_of(case.config).sequence_length)
         share = tokens_per_second / case.gpus * flops / 1e12 / self.rates.bfloat16_teraflops
         return {
             "measured": "nothing",
             **self.shape(),
-            "parameters": count_parameters(case.config.model).total,
+            "parameters": count_parameters(llama_of(case.config)).total,
             "optimizer": case.config.optimizer.name,
             "sequences_a_step": case.sequences,
             "tokens_per_second_a_gpu": round(tokens_per_second / case.gpus),
@@ -368,9 +368,7 @@ def plan_of_sweep(plan: Plan, table: str) -> Row:
         gpus = plan.gpus[0] if len(plan.gpus) == 1 else config.launch.nproc_per_node
         if plan.parallel != ["auto"]:
             config.parallel = ParallelSettings(kind=plan.parallel[0])
-        config.model = dataclasses.replace(
-            config.model, vocab_size=config.model.vocab_size or plan.vocab_size
-        )
+        config.model = llama_of(config).of_data(plan.vocab_size)
         _, policy = config.batch_size.policies[0]
         sizes = config.feasible_sizes(policy, num_ranks=config.parallel.num_data_ranks(gpus))
         split = sizes.require(config.batch_size.initial, "batch_size.initial")
@@ -380,6 +378,7 @@ def plan_of_sweep(plan: Plan, table: str) -> Row:
         key = f"{config.optimizer.name} {split} {geometries}"
         if key not in known:
             known[key] = RunPlan(plan, case, geometries)
+        assert config.token_budget is not None
         hours = known[key].hours(config.token_budget, geometries, config.noise_scale.every_steps)
         rows.append(
             {

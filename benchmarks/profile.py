@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.harness import (
@@ -32,6 +31,7 @@ from benchmarks.harness import (
 from gns_pretrain.fields import About, at_least, one_of, path_name
 from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.training.workload import MicroBatch
 
 STEP = "step"
 WAITING = "waiting"  # for the device, at the end of a step
@@ -122,7 +122,7 @@ def named_step(work: Workload, meter: NoiseMeter | None) -> None:
             synchronize(work.run.world)
 
 
-def named_batches(work: Workload) -> Iterator[Tensor]:
+def named_batches(work: Workload) -> Iterator[MicroBatch]:
     """Yield a step's micro-batches; fetching each one is a range."""
     with record_function("data"):
         remaining = work.micro_batches()

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from benchmarks.lowering import LoweredGraph
 
 from benchmarks.fake_gpu import FakeGPU, Kernel, Recording
+from benchmarks.harness import llama_of, text_of
 from benchmarks.interception import one_rank_of
 from gns_pretrain.config.schema import Config
-from gns_pretrain.launch.build import build_model
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import (
     Llama,
@@ -28,6 +29,7 @@ from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.step import train_step
+from gns_pretrain.workloads.language import build_llama
 
 # Of a bfloat16 logit, in the compiled `logit_gradients_`: read for the maximum and the sum, then
 # read and written. Inductor's schedule for CPUs, which `lowered` would take, needs more.
@@ -57,7 +59,7 @@ class Rehearsal:
         meter = NoiseMeter(self.model, settings, kinds=parameter_kind) if settings else None
         if meter is not None:
             meter.tap._order_is_known = True  # which only the first measured step learns
-        shape = (config.micro_batch_size, config.data.sequence_length + 1)
+        shape = (config.micro_batch_size, text_of(config).sequence_length + 1)
         with gpu.holding("tokens"):
             batches = [
                 torch.empty(shape, dtype=torch.int64, device=self.world.device)
@@ -67,7 +69,7 @@ class Rehearsal:
         train_step(
             self.model,
             self.optimizer,
-            batches,
+            map(inputs_and_targets, batches),
             accumulation=self.accumulation,
             gradient_clip=config.gradient_clip,
             batch_size=config.micro_batch_size * self.accumulation * self.world.num_data_ranks,
@@ -92,9 +94,9 @@ def rehearsal(
     graphs: list[LoweredGraph] = []
     if config.compile != "never":  # before the GPU is there, for inductor reads devices too
         graphs = graphs_of_block(
-            config.model,
+            llama_of(config),
             config.micro_batch_size,
-            config.data.sequence_length,
+            text_of(config).sequence_length,
             torch.bfloat16 if sharded else torch.float32,
         )
     with one_rank_of(num_ranks, config.parallel, ranks_per_node=ranks_per_node) as (world, gpu):
@@ -108,7 +110,7 @@ def rehearsal(
             stack.enter_context(patch.object(Llama, "compile_blocks", compile_blocks))
             stack.enter_context(patch.object(Llama, "init_weights"))
             stack.enter_context(gpu.holding("weights"))
-            model = build_model(config, world, data_vocab_size=config.model.known_vocab_size)
+            model = build_llama(config, llama_of(config), world)
         optimizer = config.optimizer.build(model)
         run = Rehearsal(config, world, gpu, model, optimizer, accumulation)
         run.step()  # makes the optimizer's state and the rotary tables

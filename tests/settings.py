@@ -1,6 +1,8 @@
 """The smallest run that still has every part: uneven widths, grouped queries, two kinds of text."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.tracking.unit import TOKENS
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 
@@ -49,6 +52,17 @@ def small_run(folder: Path, data: Path, *, steps: int = 20, **changes: Any) -> C
         "launch": LaunchSettings(device="cpu", threads=1),
     }
     return Config(**(values | changes))
+
+
+def planned(config: Config) -> Any:
+    """What the schedule and the batch size ask of a workload on text, without its data."""
+    assert isinstance(config.data, DataSettings)
+    total_samples = -(-config.token_budget // config.data.sequence_length)
+    return SimpleNamespace(
+        unit=replace(TOKENS, per_sample=config.data.sequence_length),
+        total_samples=total_samples,
+        steps_at=lambda batch_size: -(-total_samples // batch_size),
+    )
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from gns_pretrain.config.schema import Config
+from gns_pretrain.config.schema import VARIANTS, Config
 from gns_pretrain.fields import at_home
-from gns_pretrain.optim import OPTIMIZERS
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 SCHEMA = "schema_"  # begins the names of dataclasses, from which YAML files begin
@@ -31,11 +30,9 @@ def register_configs() -> None:
     store = ConfigStore.instance()
     store.store(name=f"{SCHEMA}train", node=Config)
     for field in fields(Config):
-        if (CONFIG_FOLDER / field.name).is_dir() and field.name != "optimizer":
-            name = "llama" if field.name == "model" else field.name
-            store.store(group=field.name, name=f"{SCHEMA}{name}", node=field.type)
-    for name, schema in OPTIMIZERS.items():
-        store.store(group="optimizer", name=f"{SCHEMA}{name}", node=schema)
+        if (CONFIG_FOLDER / field.name).is_dir():
+            for name, schema in VARIANTS.get(field.name, {field.name: field.type}).items():
+                store.store(group=field.name, name=f"{SCHEMA}{name}", node=schema)
     register_experiments()
 
 

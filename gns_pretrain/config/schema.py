@@ -12,20 +12,22 @@ from omegaconf import II, MISSING
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings, sizes_for
-from gns_pretrain.data.settings import DataSettings
+from gns_pretrain.data.dataset import DATASETS, DatasetSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, at_most, one_of, path_name, positive
-from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.model.settings import MODELS, ModelSettings
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
-from gns_pretrain.optim import OptimizerSettings
+from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.bad_steps import BadStepSettings
 from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.training.initialize import InitSettings
-from gns_pretrain.training.schedule import ScheduleSettings, steps_in_budget
+from gns_pretrain.training.schedule import ScheduleSettings
 
+# Of the groups whose files have different classes, these by the names of their schemas.
+VARIANTS: dict[str, dict[str, Any]] = {"model": MODELS, "data": DATASETS, "optimizer": OPTIMIZERS}
 MAX_CORES = 4096  # more than any node has
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
 MAX_RUN_NAME = 200  # letters; file systems take 255, and temporary names are longer
@@ -103,9 +105,11 @@ class Config(Settings):
     seed: int = 0  # of the weights and of the data's order
     table: str | None = None  # of the paper, that this run belongs to; null: none
     cell: str | None = None  # its place in that table
-    # tokens; the run ends with the first whole step that reaches it
-    token_budget: Annotated[int, at_least(1)] = MISSING
-    # sequences that a rank takes through the model at once
+    # tokens; a run on text ends with the first whole step that reaches it
+    token_budget: Annotated[int | None, at_least(1)] = MISSING
+    # passes over the images; a run on images ends with the first whole step that reaches them
+    epochs: Annotated[float | None, positive()] = None
+    # samples that a rank takes through the model at once
     micro_batch_size: Annotated[int, at_least(1)] = MISSING
     # largest global gradient norm; the paper's value; null clips nothing
     gradient_clip: Annotated[float | None, positive(hint="null clips nothing")] = 1.0
@@ -115,8 +119,8 @@ class Config(Settings):
     compile: Annotated[str, one_of("auto", "always", "never")] = "auto"
     # what the run begins from; see `InitSettings`
     init: dict[str, Any] = field(default_factory=lambda: {"from": None, "what": "weights"})
-    model: LlamaConfig = MISSING
-    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = MISSING
+    data: DatasetSettings = field(default_factory=DatasetSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     bad_steps: BadStepSettings = field(default_factory=BadStepSettings)
@@ -165,19 +169,9 @@ class Config(Settings):
             return "bfloat16" if device == "cuda" else "float32"
         return self.precision
 
-    @property
-    def initial_total_steps(self) -> int:
-        """Steps that the token budget would take at the initial batch size."""
-        return steps_in_budget(
-            self.token_budget,
-            batch_size=self.batch_size.initial,
-            sequence_length=self.data.sequence_length,
-        )
-
-    @property
-    def total_samples(self) -> int:
-        """Sequences that reach the token budget."""
-        return -(-self.token_budget // self.data.sequence_length)
+    def compiles_on(self, device: str) -> bool:
+        """Whether blocks are compiled on `cpu` or `cuda`."""
+        return self.compile == "always" or (self.compile == "auto" and device == "cuda")
 
     @property
     def micro_batches(self) -> dict[str, Any]:

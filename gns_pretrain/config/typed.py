@@ -13,9 +13,8 @@ from functools import cache
 from typing import Any
 
 from gns_pretrain.config.naming import is_token_count, token_count
-from gns_pretrain.config.schema import Config
+from gns_pretrain.config.schema import VARIANTS, Config
 from gns_pretrain.fields import at_home
-from gns_pretrain.optim import OPTIMIZERS
 
 CONFIG_DIR = "--config-dir="
 # Values without signs of Hydra's own, save commas, which separate those of a sweep, and ${..}.
@@ -59,8 +58,10 @@ def as_typed(word: str) -> str:
 def known_settings() -> dict[str, set[Any]]:
     """The settings of a run, by dotted names, and of which types they may be."""
     found = _settings_of(Config)
-    for schema in OPTIMIZERS.values():
-        found |= _settings_of(schema, "optimizer.")
+    for group, schemas in VARIANTS.items():
+        for schema in schemas.values():
+            for name, kinds in _settings_of(schema, f"{group}.").items():
+                found[name] = found.get(name, set()) | kinds
     return found | {"init.from": {str, type(None)}}  # a mapping's, since `from` is no field's name
 
 

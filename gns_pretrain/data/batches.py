@@ -117,6 +117,11 @@ class Batches:
         return step
 
 
+def inputs_and_targets(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Split sequences, [n, L + 1], into what a model reads and what it predicts, each [n, L]."""
+    return sequences[:, :-1], sequences[:, 1:]
+
+
 def read_in_order(tokens: TokenShards, sequence_length: int, start: int, stop: int) -> Tensor:
     """Read sequences [start, stop) in file order, int64 [stop - start, L + 1], to the CPU.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from gns_pretrain.data.dataset import DatasetSettings
 from gns_pretrain.data.embedded import ensure_embedded
 from gns_pretrain.data.mixture import Mixture, Source, shares_of
 from gns_pretrain.data.prepare.corpus import SUFFIXES
@@ -46,10 +47,10 @@ class SourceSettings(Settings):
 
 
 @dataclass
-class DataSettings(Settings):
+class DataSettings(DatasetSettings):
     """The text of a run."""
 
-    section: ClassVar[str] = "data"
+    kind: ClassVar[str] = "data"
 
     # embedded (docstrings of installed packages), mixture (of data.sources), or a token-shard
     # folder; given
@@ -58,23 +59,10 @@ class DataSettings(Settings):
     sequence_length: Annotated[int, at_least(1)] = 256  # tokens of context; 2048 in the paper
     # Attention stays within a document; false as in the paper: it sees all that comes before.
     document_mask: bool = False
-    train_split: str = "train"  # split in meta.json
-    validation_split: str = "validation"  # split in meta.json
-    verify: bool | None = None  # check the shards' sha256 first; null: if they are below 256 MiB
-    # folder on a node's own disk to copy shards to; null: none
-    stage_to: Annotated[str | None, path_name()] = None
     # Entries of the BPE trained on the embedded text.
     embedded_vocab_size: Annotated[
         int, at_least(MIN_BPE_VOCABULARY, hint="all bytes and two special tokens")
     ] = 4096
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_split == self.validation_split:
-            raise InputError(
-                f"data.validation_split={self.validation_split} is also data.train_split; "
-                "name another split"
-            )
 
     @property
     def parts(self) -> list[SourceSettings]:

@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+from gns_pretrain.data.dataset import DatasetSettings
 from gns_pretrain.data.settings import EMBEDDED, DataSettings
 from gns_pretrain.data.shards import HINT, META_FILE, read_meta
 from gns_pretrain.errors import InputError
@@ -35,13 +36,14 @@ from gns_pretrain.system.files import (
     write_whole,
 )
 
+AnyData = TypeVar("AnyData", bound=DatasetSettings)
 CHUNK_BYTES = 2**24
 COMPILE_CACHE = "compile-cache"
 # The variables that torch.compile and triton read, and the folder of each.
 CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> DataSettings:
+def staged(settings: AnyData, *, log: Callable[[str], object] = print) -> AnyData:
     """Copy the shards to this node's own disk; return the settings with their paths there.
 
     Without `stage_to` the settings are returned unchanged.
@@ -50,7 +52,7 @@ def staged(settings: DataSettings, *, log: Callable[[str], object] = print) -> D
         InputError: the disk is too small, `stage_to` names a variable that is not set, or a shard
             is not what meta.json says.
     """
-    if settings.stage_to is None:
+    if settings.stage_to is None or not isinstance(settings, DataSettings):
         return settings
     copies = {
         part.path: str(staged_folder(settings, Path(part.path), log=log))

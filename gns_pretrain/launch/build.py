@@ -9,18 +9,12 @@ import torch
 from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.batch_size.controller import SavedState
 from gns_pretrain.config.schema import Config
-from gns_pretrain.data.batches import Batches, read_in_order
-from gns_pretrain.data.mixture import Mixture
-from gns_pretrain.data.settings import open_splits
 from gns_pretrain.data.staging import staged
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.flops import flops_per_token, peak_flops
-from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update_half_life
 from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
-from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.directory import CONFIG
 from gns_pretrain.runs.history import note_checkpoint
 from gns_pretrain.runs.identity import (
@@ -38,10 +32,11 @@ from gns_pretrain.tracking.wandb import about
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_writer import TRAIN_STATE
-from gns_pretrain.training.evaluate import ValidationSet
 from gns_pretrain.training.initialize import Source, begin_from
 from gns_pretrain.training.loop import Run, apply_decision
 from gns_pretrain.training.schedule import Schedule
+from gns_pretrain.training.workload import Workload
+from gns_pretrain.workloads import open_workload
 
 
 def build_run(
@@ -59,18 +54,13 @@ def build_run(
         source: what it begins from, where it has no checkpoint yet.
     """
     torch.manual_seed(config.seed)
-    training, validation = open_splits(staged(config.data))
-    model = build_model(
-        config,
-        world,
-        data_vocab_size=training.vocab_size,
-        document_ids=training.document_ids if config.data.document_mask else None,
-    )
+    workload = open_workload(dataclasses.replace(config, data=staged(config.data)))
+    model = workload.build_model(world)
     optimizer = config.optimizer.build(model)
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)
-    adaptive = build_adaptive_batch_size(config, num_ranks=world.num_data_ranks)
+    adaptive = build_adaptive_batch_size(config, workload, num_ranks=world.num_data_ranks)
 
     def on_save(step: int) -> None:
         note_checkpoint(directory, step)
@@ -105,7 +95,8 @@ def build_run(
             is_main=world.is_main,
             resume_step=adaptive.steps if resumed else 0,
             config=settings | about(num_ranks=world.num_ranks, parameters=parameters),
-            token_budget=config.token_budget,
+            budget=workload.budget,
+            unit=workload.unit,
             run_id=run_id,
             hparams=deciding_settings(flatten(settings), Purpose.CURVE)
             | {"seed": config.seed, "num_ranks": world.num_ranks, "parameters": parameters},
@@ -115,7 +106,8 @@ def build_run(
     for line in damaged:
         record.message(f"{line}; the one before it is used")
     if resumed:
-        record.message(f"resumed from step {adaptive.steps:,}, {adaptive.tokens:,} tokens")
+        count = f"{workload.unit.of(adaptive.samples):,} {workload.unit.noun}"
+        record.message(f"resumed from step {adaptive.steps:,}, {count}")
     elif source:
         begins = f"goes on from step {adaptive.steps:,}" if saved else "begins with the weights"
         record.message(f"{begins} of {source.folder}")
@@ -129,63 +121,29 @@ def build_run(
         if (note := policy.kind.note(policy)) is not None:
             record.message(f"{prefix}.{note}")
 
-    sequence_length = config.data.sequence_length
-    batches = Batches(
-        training,
-        sequence_length=sequence_length,
-        seed=config.seed,
-        device=world.device,
-        rank=world.data_rank,
-        num_ranks=world.num_data_ranks,
-    )
-    noise_scale = config.noise_scale
-    meter = NoiseMeter(model, noise_scale, kinds=parameter_kind) if noise_scale.geometries else None
+    workload.begin(world)
+    meter = None
+    if config.noise_scale.geometries:
+        meter = NoiseMeter(model, config.noise_scale, kinds=workload.parameter_kind)
     if meter and saved:
         meter.load_state_dict(saved)
     return Run(
         world=world,
         model=model,
         optimizer=optimizer,
-        schedule=build_schedule(config),
-        batches=batches,
-        validation_sets=build_validation_sets(config, validation, world),
+        schedule=build_schedule(config, workload),
+        workload=workload,
         adaptive=adaptive,
         checkpoints=checkpoints,
         record=record,
         meter=meter,
         bad_steps=bad_steps,
         seed=config.seed,
-        token_budget=config.token_budget,
-        sequence_length=sequence_length,
         gradient_clip=config.gradient_clip,
-        evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         metrics=config.metrics,
-        peak_tokens_per_second=peak_tokens_per_second(config, world, training.vocab_size),
+        peak_speed=workload.peak_speed(world),
     )
-
-
-def build_validation_sets(config: Config, validation: Mixture, world: World) -> list[ValidationSet]:
-    """Read the first validation sequences of each source, as many as its weight gives it."""
-    counts = validation.counts(config.evaluation.num_sequences)
-    length = config.data.sequence_length
-    return [
-        ValidationSet(
-            source.name, weight, read_in_order(source.tokens, length, 0, count).to(world.device)
-        )
-        for source, weight, count in zip(
-            validation.sources, validation.weights, counts, strict=True
-        )
-    ]
-
-
-def peak_tokens_per_second(config: Config, world: World, data_vocab_size: int) -> float | None:
-    """Tokens/s of all ranks at the bfloat16 peak of their GPUs; None where that is not known."""
-    if world.device.type != "cuda" or config.dtype_on("cuda") != "bfloat16":
-        return None
-    peak = peak_flops(torch.cuda.get_device_name(world.device))
-    shape = config.model.of_data(data_vocab_size)
-    return peak and world.num_ranks * peak / flops_per_token(shape, config.data.sequence_length)
 
 
 def changes_since(source: Source, settings: dict[str, Any]) -> list[str]:
@@ -221,48 +179,26 @@ def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> Non
         )
 
 
-def build_model(
-    config: Config,
-    world: World,
-    *,
-    data_vocab_size: int,
-    document_ids: dict[str, int | None] | None = None,
-) -> torch.nn.Module:
-    """Build the model with its first weights, compiled where asked, and parallelize it.
-
-    Args:
-        document_ids: bos_id and eos_id of the data, if documents are not to see each other.
-    """
-    with world.device:
-        model = Llama(config.model.of_data(data_vocab_size))
-    model.init_weights(config.seed)
-    if document_ids is not None:
-        model.separate_documents(**document_ids)
-    on_gpu = world.device.type == "cuda"
-    if config.compile == "always" or (config.compile == "auto" and on_gpu):
-        model.compile_blocks()
-    dtype = getattr(torch, config.dtype_on(world.device.type))
-    return parallelize(model, world, compute_dtype=dtype)
-
-
-def build_schedule(config: Config) -> Schedule:
+def build_schedule(config: Config, workload: Workload) -> Schedule:
     """Build what the learning rate follows."""
     return Schedule(
         config.schedule,
         initial_batch_size=config.batch_size.initial,
-        total_steps=config.initial_total_steps,
+        total_steps=workload.steps_at(config.batch_size.initial),
     )
 
 
-def build_adaptive_batch_size(config: Config, *, num_ranks: int) -> AdaptiveBatchSize:
+def build_adaptive_batch_size(
+    config: Config, workload: Workload, *, num_ranks: int
+) -> AdaptiveBatchSize:
     """Build what chooses the batch size: the policy that is followed, and the shadows."""
     return AdaptiveBatchSize(
         config.batch_size,
         batch_size=config.batch_size.initial,
         num_ranks=num_ranks,
-        total_samples=config.total_samples,
-        tokens_per_sample=config.data.sequence_length,
-        lr_decay=build_schedule(config).decay,
+        total_samples=workload.total_samples,
+        tokens_per_sample=workload.unit.per_sample,
+        lr_decay=build_schedule(config, workload).decay,
         shadows=config.batch_size.shadows,
         smoothing=config.noise_scale.smoothing,
         **config.micro_batches,

@@ -46,8 +46,8 @@ from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, World, joined
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.system.remote import folder_at
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders
-from gns_pretrain.training.evaluate import evaluate as mean_loss
 from gns_pretrain.training.trained_model import TrainedModel, checkpoints_of
+from gns_pretrain.workloads.language import mean_loss
 
 LARGEST_EXPONENT = 700.0  # of a float
 ROUNDS = 16  # forward passes of each rank between two reads of the data

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gns_pretrain.data.batches import read_in_order
+from gns_pretrain.data.batches import inputs_and_targets, read_in_order
 from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of, path_name
@@ -27,6 +27,7 @@ from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.training.step import accumulate_gradients
 from gns_pretrain.training.trained_model import TrainedModel
+from gns_pretrain.training.workload import MicroBatch
 
 
 @dataclass
@@ -175,7 +176,9 @@ def measure(request: MeasurementRequest) -> Report | None:
     with joined(ranks, ParallelSettings(), device) as world:
         model = parallelize(llama.to(device), world, compute_dtype=torch.float32)
         batch = [
-            read_in_order(tokens, length, start, start + request.micro_batch_size).to(device)
+            inputs_and_targets(
+                read_in_order(tokens, length, start, start + request.micro_batch_size).to(device)
+            )
             for start in starts
         ]
         estimated = estimate(model, NoiseMeter(model, settings), batch, request)
@@ -191,7 +194,7 @@ def measure(request: MeasurementRequest) -> Report | None:
 
 
 def estimate(
-    model: nn.Module, meter: NoiseMeter, batch: list[Tensor], request: MeasurementRequest
+    model: nn.Module, meter: NoiseMeter, batch: Sequence[MicroBatch], request: MeasurementRequest
 ) -> list[tuple[Measurement, float | None]]:
     """Take every geometry and estimate of the batch, with standard errors where asked for.
 
@@ -219,7 +222,7 @@ def standard_errors(
     model: nn.Module,
     meter: NoiseMeter,
     whole: SampleSums,
-    batch: list[Tensor],
+    batch: Sequence[MicroBatch],
     num_sequences: int,
 ) -> list[float | None]:
     """Leave out one round at a time: one sample on one process, one of each rank on several.
@@ -229,9 +232,9 @@ def standard_errors(
         where leaving out a round leaves no signal.
     """
     scales: list[list[float]] = []  # [round][reading]
-    for index, sequences in enumerate(batch):
+    for index, micro_batch in enumerate(batch):
         with meter.measure(first_round=index):
-            accumulate_gradients(model, [sequences], accumulation=1, meter=meter)
+            accumulate_gradients(model, [micro_batch], accumulation=1, meter=meter)
         left = whole.without(meter.sums())
         model.zero_grad(set_to_none=True)
         remaining = num_sequences * left.num_samples // whole.num_samples

@@ -17,15 +17,16 @@ from gns_pretrain.runs.directory import (
     LOCK,
     METRICS,
     STARTS,
-    read_settings,
     read_summary,
     run_directories,
 )
 from gns_pretrain.runs.history import read_starts
 from gns_pretrain.runs.lock import DEAD_AFTER_SECONDS, holder_in
+from gns_pretrain.runs.progress import budget_of
 from gns_pretrain.system.slurm import LOG_FOLDER, read_submitted
 from gns_pretrain.tracking.console import duration, short_number
 from gns_pretrain.tracking.jsonl import last_record
+from gns_pretrain.tracking.unit import TOKENS, Unit, unit_of
 
 WAITING = ("PENDING", "REQUEUED", "CONFIGURING", "COMPLETING", "SUSPENDED")
 
@@ -41,12 +42,12 @@ class RunStatus:
     name: str  # of its directory
     state: str
     step: int = 0  # optimizer steps done
-    tokens: int = 0  # consumed, of token_budget
-    token_budget: int | None = None
+    done: float | None = None  # share of its budget, where that is known
+    unit: Unit = TOKENS  # of its speed
     loss: float | None = None  # of the step's batch, nats per token
     validation_loss: float | None = None  # the last, nats per token
     batch_size: int | None = None  # sequences
-    tokens_per_second: float | None = None
+    speed: float | None = None  # of the unit, a second
     heartbeat: float | None = None  # Unix time of its last sign of life
     end: float | None = None  # estimated Unix time, at the last step's speed, if it is running
     ended: float | None = None  # Unix time, if it neither runs nor waits for its first start
@@ -115,12 +116,12 @@ def run_status(
     error = ending.get("error") or ("killed" if ending.get("event") == "start" else "")
 
     last = last_record(directory / METRICS, kind="train")
-    budget = read_settings(directory).get("token_budget")
-    speed = last.get("tokens_per_second")
+    unit, budget = unit_of(last), budget_of(directory)
+    speed = last.get(unit.speed)
     heartbeat = max((p.stat().st_mtime for p in signs_of_life if p.exists()), default=None)
     end = ended = None
     if state == "running" and budget and speed:
-        end = now + max(budget - last.get("tokens", 0), 0) / speed
+        end = now + max(budget - last.get(unit.name, 0), 0) / speed
     elif state in ("finished", "failed", "preempted"):
         ended = ending.get("time") if ending.get("event") == "end" else None
         ended = ended or heartbeat
@@ -128,12 +129,12 @@ def run_status(
         name=directory.name,
         state=state,
         step=last.get("step", 0),
-        tokens=last.get("tokens", 0),
-        token_budget=budget,
+        done=last.get(unit.name, 0) / budget if budget else None,
+        unit=unit,
         loss=last.get("loss"),
         validation_loss=last_record(directory / METRICS, kind="validation").get("loss"),
         batch_size=last.get("batch_size"),
-        tokens_per_second=speed,
+        speed=speed,
         heartbeat=heartbeat,
         end=end,
         ended=ended,
@@ -151,18 +152,19 @@ def status_view(runs: list[RunStatus], *, now: float | None = None) -> Group:
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for column in ("step", "done", "loss", "val.", "batch", "tok/s", "end"):
+    speed = " ".join(dict.fromkeys(run.unit.short for run in runs)) or TOKENS.short
+    for column in ("step", "done", "loss", "val.", "batch", speed, "end"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
             run.name,
             run.state,
             f"{run.step:,}" if run.step else "",
-            f"{run.tokens / run.token_budget:.0%}" if run.token_budget else "",
+            "" if run.done is None else f"{run.done:.0%}",
             "" if run.loss is None else f"{run.loss:.3f}",
             "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
             "" if run.batch_size is None else f"{run.batch_size:,}",
-            "" if run.tokens_per_second is None else short_number(run.tokens_per_second),
+            "" if run.speed is None else short_number(run.speed),
             "" if (end := run.end or run.ended) is None else when(end, now),
         )
     lines = [f"{run.name}: {run.error}" for run in runs if run.error]

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from gns_pretrain.config.schema import RUN_NAME, Config
 from gns_pretrain.errors import (
     EXIT_FINISHED,
     EXIT_STOPPED,
-    DamagedFileError,
     InputError,
     OneLineError,
     TrainingError,
@@ -54,6 +53,7 @@ from gns_pretrain.runs.identity import (
     identifying_settings,
     settings_of_run,
 )
+from gns_pretrain.runs.progress import share_done
 from gns_pretrain.system.files import must_write, whole_folder
 from gns_pretrain.system.processes import (
     StopRequest,
@@ -62,7 +62,7 @@ from gns_pretrain.system.processes import (
     threads_per_process,
 )
 from gns_pretrain.system.terminal import Console
-from gns_pretrain.tracking.jsonl import last_record, write_summary
+from gns_pretrain.tracking.jsonl import write_summary
 
 MAX_WIDTH = 1000  # columns of a table that the terminal may wrap
 SHOWN = 5  # names or problems, of all, in an error
@@ -354,7 +354,7 @@ def train_runs(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with StopRequest().listening() as stop, progress:
-        bar = progress.add_task("", total=sum(run.config.token_budget for run in runs))
+        bar = progress.add_task("", total=len(runs))
         try:
             while waiting or running:
                 for slot in range(max_parallel):
@@ -373,8 +373,8 @@ def train_runs(
                     for process in running.values():
                         process.stop()
                 if not progress.disable:
-                    tokens, description = tokens_done(runs, results, running.values())
-                    progress.update(bar, completed=tokens, description=description)
+                    done, description = runs_done(len(runs), len(results), running.values())
+                    progress.update(bar, completed=done, description=description)
                 if running:
                     time.sleep(UPDATE_SECONDS)
         finally:  # an error of the sweep itself leaves no run behind
@@ -423,16 +423,8 @@ def failure_reason(printed: str, code: int) -> str:
     return (lines[-1] if lines else f"exit code {code}")[:MAX_QUOTED]
 
 
-def tokens_done(
-    runs: Sequence[PlannedRun], results: Mapping[Path, RunResult], running: Iterable[RunProcess]
-) -> tuple[int, str]:
-    """Tokens of all runs that have ended or are running, and the progress bar's text."""
-    tokens = sum(run.config.token_budget for run in runs if run.directory in results)
-    parts = []
-    for run in (process.run for process in running):
-        budget, done = run.config.token_budget, 0
-        with suppress(DamagedFileError):  # a progress bar ends no runs
-            done = min(last_record(run.directory / METRICS).get("tokens", 0), budget)
-        tokens += done
-        parts.append(f"{run.name} {done / budget:.0%}")
-    return tokens, f"{len(results)}/{len(runs)} runs | {', '.join(parts)}"
+def runs_done(total: int, ended: int, running: Iterable[RunProcess]) -> tuple[float, str]:
+    """Runs that have ended and shares of those that are running, and the progress bar's text."""
+    shares = {process.run.name: share_done(process.run.directory) for process in running}
+    parts = [f"{name} {share:.0%}" for name, share in shares.items()]
+    return ended + sum(shares.values()), f"{ended}/{total} runs | {', '.join(parts)}"

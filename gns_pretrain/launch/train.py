@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from gns_pretrain.config.checks import check_batch_size, check_data, check_layout, check_memory
+from gns_pretrain.config.checks import check_batch_size, check_layout, check_memory
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
-from gns_pretrain.data.settings import open_splits
-from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.data.staging import compile_cache, local_folder
 from gns_pretrain.errors import (
     EXIT_BAD_INPUT,
@@ -65,6 +63,7 @@ from gns_pretrain.training.checkpoint import Checkpoints
 from gns_pretrain.training.checkpoint_reader import checkpoint_folders, reachable
 from gns_pretrain.training.initialize import Source, check_source, find_source
 from gns_pretrain.training.loop import rehearse, train
+from gns_pretrain.workloads import open_workload
 
 
 def launch(config: Config) -> int:
@@ -169,12 +168,12 @@ def check_run(
         check_batch_size(config, num_ranks=ranks)
     for local_rank in range(ranks) if info is None else (info.local_rank,):
         device = pick_device(config.launch.device, local_rank)
-    splits = open_splits(config.data)
-    check_data(config, splits[1])
+    workload = open_workload(config)
+    workload.check()
     if trains_here:
         memory = check_memory(
             config,
-            data_vocab_size=splits[0].vocab_size,
+            workload,
             num_ranks=ranks,
             ranks_per_node=ranks_per_node,
             device=device.type,
@@ -183,7 +182,7 @@ def check_run(
         if config.data.stage_to is not None:
             prepare = check_folder if config.dry_run else make_folder
             prepare(local_folder(config.data.stage_to), "data.stage_to")
-    fingerprint = joint_fingerprint(split.fingerprint for split in splits)
+    fingerprint = workload.fingerprint
     if config.resume == "auto":
         refuse_another_run(directory, identifying_settings(dataclasses.asdict(config), fingerprint))
     # Read by one of the ranks, or by what starts them: whoever started the others ends them.
@@ -191,20 +190,14 @@ def check_run(
     begins = f"resumes from {newest.name}" if newest else "random weights"
     if looks and (source := find_source(config.initial)):
         begins = f"begins with {config.initial.what} of {source.folder}"
-        check_source(
-            config.initial,
-            source,
-            model=config.model.of_data(splits[0].vocab_size),
-            sequence_length=config.data.sequence_length,
-            token_budget=config.token_budget,
-        )
+        check_source(config.initial, source, workload)
     if show and trains_here and not is_finished(directory):
         lines = header(
             config,
             num_ranks=ranks,
             ranks_per_node=ranks_per_node,
             device=device,
-            training=splits[0],
+            workload=workload,
             memory=memory,
             directory=directory,
             begins=begins,
@@ -301,7 +294,7 @@ def train_in(
         run_id = read_provenance(directory)["run_id"] if world.is_main else ""
         run = build_run(config, world, directory, run_id=run_id, source=source)
         resources.enter_context(run.record)
-        resources.callback(run.batches.close)
+        resources.callback(run.workload.close)
         resources.callback(run.checkpoints.close)
         run.record.start()
         if config.dry_run:

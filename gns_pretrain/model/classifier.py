@@ -10,24 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gns_pretrain.model.llama import mark_batch_dynamic
+from gns_pretrain.model.settings import OurModel
 
 ImageShape = tuple[int, int, int]  # channels, rows, columns
 
 
-class ImageClassifier(nn.Module, ABC):
+class ImageClassifier(OurModel, ABC):
     """Images to logits of classes: an entry, `layers`, a head.
 
     Parameters keep their own dtype (float32 master weights); autocast takes copies in
     `compute_dtype` where it is bfloat16. The head is `head`.
     """
 
-    layers: nn.ModuleList
     head: nn.Linear
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compute_dtype = torch.float32
-        self.blocks_compiled = False
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits, or the loss if labels are given.
@@ -61,12 +56,6 @@ class ImageClassifier(nn.Module, ABC):
     @abstractmethod
     def init_weights(self, seed: int) -> None:
         """Fill every parameter and buffer; the same values on every rank, before sharding."""
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks, one by one; before sharding."""
-        for block in self.layers:
-            block.compile(backend=backend)
-        self.blocks_compiled = True
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator of first weights, on their device."""

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, positive
+from gns_pretrain.model.settings import ModelSettings
 
 Count = Annotated[int, at_least(1)]
 Positive = Annotated[float, positive()]
@@ -41,12 +42,11 @@ class RopeScaling(Settings):
 
 
 @dataclass
-class LlamaConfig(Settings):
+class LlamaConfig(ModelSettings):
     """A Llama 3 model; the files in conf/model are instances."""
 
-    section: ClassVar[str] = "model"
+    kind: ClassVar[str] = "llama"
 
-    name: str  # appears in records and tables
     dim: Count  # width of the residual stream
     num_layers: Count  # transformer blocks
     num_heads: Count  # query heads
@@ -77,6 +77,11 @@ class LlamaConfig(Settings):
                 f"model.num_kv_heads={self.num_kv_heads} does not divide "
                 f"model.num_heads={self.num_heads}; use a divisor of {self.num_heads}"
             )
+
+    @property
+    def tensor_parallel_widths(self) -> dict[str, int]:
+        """Heads and hidden units."""
+        return {name: getattr(self, name) for name in ("num_heads", "num_kv_heads", "ffn_dim")}
 
     @property
     def head_dim(self) -> int:

@@ -25,6 +25,7 @@ from gns_pretrain.model.loss import (
     logit_gradients_,
     next_token_loss,
 )
+from gns_pretrain.model.settings import OurModel
 
 FLEX_HEAD_DIM = 16  # the narrowest head of flex attention's kernels
 
@@ -244,22 +245,22 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class Llama(nn.Module):
+class Llama(OurModel):
     """The language model; the loss is part of `forward`, which FSDP2 hooks.
 
     Parameters are NaN until `init_weights` or a checkpoint fills them. Sharded, embedding, norm
     and output belong to the root's group: the output matrix is used in the root's own forward.
     """
 
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
         self.embedding = Embedding(config.known_vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.known_vocab_size)
-        self.blocks_compiled = False
         self._logit_gradients: LogitGradients = logit_gradients_
         self._frequencies = inverse_frequencies(config)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -299,10 +300,8 @@ class Llama(nn.Module):
         take one more graph each, and so does the loss's softmax where it is ours.
         Call it before sharding.
         """
-        for block in self.layers:
-            block.compile(backend=backend)
+        super().compile_blocks(backend)
         self._logit_gradients = compiled_logit_gradients_(backend)
-        self.blocks_compiled = True
 
     def separate_documents(self, *, bos_id: int | None, eos_id: int | None) -> None:
         """Let no token attend to another document's, from here on; the ids as in meta.json.

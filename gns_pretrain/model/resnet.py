@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least
+from gns_pretrain.fields import at_least
 from gns_pretrain.model.batch_norm import BatchNorm
 from gns_pretrain.model.classifier import ImageClassifier, ImageShape
+from gns_pretrain.model.settings import ModelSettings
 
 
 @dataclass
-class ResNetConfig(Settings):
+class ResNetConfig(ModelSettings):
     """A ResNet; the defaults are ResNet-18's."""
 
-    section: ClassVar[str] = "model"
+    kind: ClassVar[str] = "resnet"
 
-    name: str  # appears in records and tables
     width: Annotated[int, at_least(1)] = 64  # channels of the first stage; each doubles them
     # of each stage; each but the first halves rows and columns
     blocks_per_stage: Annotated[list[int], at_least(1)] = field(
@@ -66,6 +66,7 @@ class ResNet(ImageClassifier):
 
     def __init__(self, config: ResNetConfig, image_shape: ImageShape, num_classes: int) -> None:
         super().__init__()
+        self.config = config
         self.stem, self.stem_norm = (
             convolution(image_shape[0], config.width, 3),
             BatchNorm(config.width),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least
+from gns_pretrain.fields import at_least
 from gns_pretrain.model.classifier import ImageClassifier, ImageShape
+from gns_pretrain.model.settings import ModelSettings
 
 Count = Annotated[int, at_least(1)]
 NORM_EPS = 1e-6  # added to the variance; that of the paper's code
@@ -21,12 +22,11 @@ TEMPERATURE = 10_000.0  # base of the positions' frequencies
 
 
 @dataclass
-class SimpleViTConfig(Settings):
+class SimpleViTConfig(ModelSettings):
     """A SimpleViT; the paper's S/16 has patches of 16, width 384, 12 layers, 6 heads, 1536."""
 
-    section: ClassVar[str] = "model"
+    kind: ClassVar[str] = "simple_vit"
 
-    name: str  # appears in records and tables
     patch_size: Count  # pixels; side of a patch
     dim: Count  # width of the residual stream
     num_layers: Count  # transformer blocks
@@ -115,6 +115,7 @@ class SimpleViT(ImageClassifier):
 
     def __init__(self, config: SimpleViTConfig, image_shape: ImageShape, num_classes: int) -> None:
         super().__init__()
+        self.config = config
         channels, rows, columns = image_shape
         patch = config.patch_size
         self.patches = nn.Conv2d(channels, config.dim, patch, stride=patch)

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.classifier import ImageClassifier
 from gns_pretrain.model.llama import Llama, mark_batch_dynamic
 from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwrapped
+from gns_pretrain.model.settings import OurModel
 from gns_pretrain.parallel.mesh import World, same_ranks
 from gns_pretrain.parallel.tensor import split_over_tensor_ranks
 
@@ -358,9 +358,7 @@ def packed(tensors: list[Tensor], num_shards: int) -> Tensor:
     return buffer
 
 
-def parallelize(
-    model: Llama | ImageClassifier, world: World, *, compute_dtype: torch.dtype
-) -> nn.Module:
+def parallelize(model: OurModel, world: World, *, compute_dtype: torch.dtype) -> nn.Module:
     """Parallelize the model over the ranks of `world`.
 
     Weights, their gradients' reduction and the optimizer's state stay float32 on every layout;
@@ -394,7 +392,7 @@ def parallelize(
         if model.blocks_compiled:
             # After FSDP2's own hook, which hands the block another tensor, without the mark.
             block.register_forward_pre_hook(torch._dynamo.disable(mark_input_dynamic))
-    # Embedding, last norm and output stay in the root's group: a tied weight has two uses.
+    # What is in no block stays in the root's group; of a Llama a tied weight has two uses.
     fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
     return model
 

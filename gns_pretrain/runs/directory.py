@@ -39,6 +39,7 @@ class KnownSettings:
     cell: str | None = None
     seed: int = 0
     token_budget: int | None = None
+    epochs: float | None = None
     micro_batch_size: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -56,10 +57,13 @@ class Summary:
     state: str = ""
     steps: int | None = None
     tokens: int | None = None
+    samples: int | None = None
     batch_size: int | None = None
     validation_loss: float | None = None
     minimum_validation_loss: float | None = None
+    maximum_accuracy: float | None = None
     tokens_per_second: float | None = None
+    samples_per_second: float | None = None
     seconds: float | None = None
 
 

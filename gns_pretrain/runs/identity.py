@@ -10,7 +10,7 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
     SAMPLES: micro-batches, when read       no       (1)      (2)
     batch_size.shadows                      yes      yes      no
     bad_steps.*                             (4)      yes      yes
-    evaluation.every_tokens                 no       yes      yes
+    evaluation.every_tokens, .every_epochs  no       yes      yes
     other batch_size.* of a constant batch  yes      no       no      policy and initial aside
     noise_scale.*                           yes      (3)      (2)
     all others, the data's fingerprint      yes      yes      yes
@@ -65,7 +65,7 @@ SAMPLES = (
     "batch_size.micro_batch_step",
     "noise_scale.read_after_steps",
 )
-FREE_ON_RESUME = ("bad_steps", "evaluation.every_tokens")
+FREE_ON_RESUME = ("bad_steps", "evaluation.every_tokens", "evaluation.every_epochs")
 READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
 # What runs were trained with that are older than a setting.
 BEFORE_ADDED = {
@@ -81,6 +81,9 @@ BEFORE_ADDED = {
     "schedule.decay_form": "linear",
     "batch_size.growth": 2.0,
     "batch_size.growth_tokens": None,
+    "epochs": None,
+    "evaluation.every_epochs": 1.0,
+    "evaluation.num_images": None,
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

@@ -16,6 +16,7 @@ from gns_pretrain.errors import counted, printable
 from gns_pretrain.system import terminal
 from gns_pretrain.tracking.jsonl import METRICS, SUMMARY
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.tracking.unit import TOKENS, Unit, unit_of
 
 _REFRESHES_PER_SECOND = 4  # enough for the eye; the bar shares the cores with training
 _SPEED_SECONDS = 3600.0  # that the time left goes by: evaluations are included
@@ -40,7 +41,8 @@ class ConsoleView:
 
     Args:
         settings: `progress` chooses between bar and lines, `log_every` spaces the lines.
-        token_budget: tokens at which the run ends.
+        budget: at which the run ends.
+        unit: of the budget.
         run_directory: named in the closing table.
         console: where to print; None is standard output.
     """
@@ -49,7 +51,8 @@ class ConsoleView:
         self,
         settings: MetricsSettings,
         *,
-        token_budget: int,
+        budget: int,
+        unit: Unit = TOKENS,
         run_directory: Path,
         console: terminal.Console | None = None,
     ) -> None:
@@ -61,7 +64,8 @@ class ConsoleView:
         on_terminal = self._console.is_interactive and self._console.file.isatty()
         self._shows_bar = always or (settings.progress == "auto" and on_terminal)
         self._log_every = settings.log_every
-        self._token_budget = token_budget
+        self._budget = budget
+        self._unit = unit
         self._run_directory = run_directory
         self._progress = Progress(
             _PartsColumn(self._console),
@@ -73,7 +77,7 @@ class ConsoleView:
             disable=not self._shows_bar,
         )
         first = [Part("the first step ...", 0)]
-        self._task = self._progress.add_task("", total=token_budget, parts=first)
+        self._task = self._progress.add_task("", total=budget, parts=first)
         self._began: float | None = None  # time of this process's first training record
         self._is_styled = on_terminal
         self._has_logged = False
@@ -93,7 +97,10 @@ class ConsoleView:
             self._noise_scales[name] = "undefined" if scale is None else f"{scale:.1f}"
         elif record["kind"] == "validation":
             loss = Part(f"validation loss {record['loss']:.4f}", 0, "bold green")
-            self._show_line([*self._position(record, "tokens "), loss])
+            parts = [*self._position(record, f"{self._unit.noun} "), loss]
+            if "accuracy" in record:
+                parts.append(Part(f"accuracy {record['accuracy']:.2%}", 1, "bold green"))
+            self._show_line(parts)
         elif record["kind"] == "batch_size":
             target = "" if record["target"] is None else f": target {record['target']:.1f}"
             why = f", {record['why']}" if record.get("why") else ""
@@ -128,14 +135,15 @@ class ConsoleView:
         # null of a skipped step whose loss was not finite
         loss = "nan" if record["loss"] is None else f"{record['loss']:.3f}"
         parts = [
-            *self._position(record, "" if self._shows_bar else "tokens "),
+            *self._position(record, "" if self._shows_bar else f"{self._unit.noun} "),
             Part(f"loss {loss}", 1, "green"),
             Part(f"lr {record['lr']:.1e}", 7),
             Part(f"batch {record['batch_size']:,}", 4),
         ]
         if self._noise_scales:
             parts.append(Part(self._noise_text(), 5))
-        parts.append(Part(f"{short_number(record['tokens_per_second'])} tok/s", 2, "blue"))
+        speed = f"{short_number(record[self._unit.speed])} {self._unit.short}"
+        parts.append(Part(speed, 2, "blue"))
         if "mfu" in record:
             parts.append(Part(f"mfu {record['mfu']:.1%}", 8, "magenta"))
         if "peak_memory_gib" in record:
@@ -151,22 +159,23 @@ class ConsoleView:
 
     def _advance(self, record: dict[str, Any]) -> float | None:
         """Follow a training record; return the seconds left, None where nothing says."""
-        tokens, now = record["tokens"], self._console.get_time()
+        count, now = record[self._unit.name], self._console.get_time()
         if self._began is None:
-            # The speed leaves out the tokens of the first update: a resumed run's took no time.
+            # The speed leaves out what the first update counts: a resumed run's took no time.
             self._began = now
             self._progress.reset(self._task)
-        self._progress.update(self._task, completed=tokens)
+        self._progress.update(self._task, completed=count)
         left = self._progress.tasks[0].time_remaining
         if left is None or now - self._began < _FIRST_SECONDS:
-            speed = record["tokens_per_second"]
-            left = max(self._token_budget - tokens, 0) / speed if speed else None
+            speed = record[self._unit.speed]
+            left = max(self._budget - count, 0) / speed if speed else None
         return left
 
     def _position(self, record: dict[str, Any], label: str) -> list[Part]:
-        tokens = f"{short_number(record['tokens'])}/{short_number(self._token_budget)}"
-        share = f"({100 * record['tokens'] / self._token_budget:.1f}%)"
-        return [Part(f"step {record['step']:,}", 0, "cyan"), Part(f"{label}{tokens} {share}", 6)]
+        count = record[self._unit.name]
+        done = f"{short_number(count)}/{short_number(self._budget)}"
+        share = f"({100 * count / self._budget:.1f}%)"
+        return [Part(f"step {record['step']:,}", 0, "cyan"), Part(f"{label}{done} {share}", 6)]
 
     def _noise_text(self) -> str:
         scales = list(self._noise_scales.items())
@@ -220,13 +229,18 @@ def closing_table(summary: dict[str, Any], run_directory: Path) -> list[str]:
             f"{summary['validation_loss']:.4f} (lowest {summary['minimum_validation_loss']:.4f} "
             f"at step {summary['minimum_validation_loss_step']:,})"
         )
-    if summary["tokens_per_second"] is not None:
-        speed = f"{short_number(summary['tokens_per_second'])} tok/s (median step)"
+    unit = unit_of(summary)
+    if summary.get(unit.speed) is not None:
+        speed = f"{short_number(summary[unit.speed])} {unit.short} (median step)"
+    accuracy = []
+    if "maximum_accuracy" in summary:
+        accuracy = [f"  accuracy         highest {summary['maximum_accuracy']:.2%}"]
     return [
         f"{summary['state']}: {counted(summary['steps'], 'step')}, "
-        f"{short_number(summary['tokens'])} tokens, "
+        f"{short_number(summary[unit.name])} {unit.noun}, "
         f"{duration(summary['seconds'])} of training",
         f"  validation loss  {validation}",
+        *accuracy,
         f"  speed            {speed}",
         f"  run record       {run_directory / METRICS}",
         f"  summary          {run_directory / SUMMARY}",

@@ -23,6 +23,7 @@ from gns_pretrain.system.files import (
     shortened,
     write_bytes,
 )
+from gns_pretrain.tracking.unit import unit_of
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
 TAIL_BYTES = 2**16  # hold many lines; what is rarer is looked for in ever more
@@ -36,12 +37,17 @@ class Line:
 
     kind: ClassVar[str]
     written_as: ClassVar[dict[str, str]] = {}  # names in the file that are no Python names
+    left_out: ClassVar[tuple[str, ...]] = ()  # fields that are not written where they are None
     step: int  # from 1; 0 before the first
     more: dict[str, Any] = field(default_factory=dict)  # further fields, written after the others
 
     def as_record(self) -> dict[str, Any]:
         """Return the object that is written."""
-        values = {self.written_as.get(name, name): value for name, value in vars(self).items()}
+        values = {
+            self.written_as.get(name, name): value
+            for name, value in vars(self).items()
+            if value is not None or name not in self.left_out
+        }
         more = values.pop("more")
         return {"kind": self.kind, **values, **more}
 
@@ -56,25 +62,34 @@ class TrainLine(Line):
     """
 
     kind = "train"
-    samples: int  # sequences consumed so far
-    tokens: int  # consumed so far
-    loss: float  # mean negative log-likelihood of the step's batch, nats per token
+    left_out = ("tokens", "tokens_per_second", "samples_per_second")
+    samples: int  # sequences or images consumed so far
+    tokens: int | None = None  # consumed so far; of text
+    # mean negative log-likelihood of the step's batch, nats per token or image
+    loss: float
     lr: float
     grad_norm: float  # Euclidean, of the whole gradient, before clipping
-    batch_size: int  # sequences over all ranks
-    micro_batch_size: int  # sequences of one micro-batch on one rank
+    batch_size: int  # samples over all ranks
+    micro_batch_size: int  # samples of one micro-batch on one rank
     accumulation: int  # micro-batches on each rank
     step_seconds: float  # wall time
-    tokens_per_second: float  # of all ranks
+    tokens_per_second: float | None = None  # of all ranks; of text
+    samples_per_second: float | None = None  # of all ranks; of images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationLine(Line):
-    """An evaluation after `step` steps; `loss/NAME` among the further fields is a source's own."""
+    """An evaluation after `step` steps.
+
+    Among the further fields, `loss/NAME` is the loss of a source of a mixture, and `accuracy` the
+    share of images that are classified right.
+    """
 
     kind = "validation"
-    tokens: int  # consumed so far
-    loss: float  # nats per token
+    left_out = ("tokens", "samples")
+    tokens: int | None = None  # consumed so far; of text
+    samples: int | None = None  # consumed so far; of images
+    loss: float  # nats per token or image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,27 +327,30 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         records: the lines of metrics.jsonl, in order.
 
     Returns:
-        steps, samples (sequences) and tokens consumed; validation_loss (the last) and
-        minimum_validation_loss (nats per token) with the step and tokens of the first line that
-        has it; tokens_per_second (median over steps: compilation and evaluation do not count);
-        seconds (sum over training steps); batch_size (sequences, the last). None without such a
-        line.
+        steps, samples (sequences, images) and tokens consumed; validation_loss (the last) and
+        minimum_validation_loss (nats) with the step and tokens of the first line that has it;
+        tokens_per_second (median over steps: compilation and evaluation do not count); seconds
+        (sum over training steps); batch_size (samples, the last). None without such a line. Of a
+        run on images `samples` stands for tokens in these names, and there is maximum_accuracy.
     """
     train = [record for record in records if record.get("kind") == "train"]
     validation = [record for record in records if record.get("kind") == "validation"]
     last_step = train[-1] if train else {}
     finite = [record for record in validation if record.get("loss") is not None]
     lowest = min(finite, key=lambda record: record["loss"], default={})
-    speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second") is not None]
+    unit = unit_of(last_step)
+    speeds = [r[unit.speed] for r in train if r.get(unit.speed) is not None]
+    accuracies = [r["accuracy"] for r in finite if "accuracy" in r]
     return {
         "steps": last_step.get("step", 0),
         "samples": last_step.get("samples", 0),
-        "tokens": last_step.get("tokens", 0),
+        unit.name: last_step.get(unit.name, 0),
         "validation_loss": validation[-1].get("loss") if validation else None,
         "minimum_validation_loss": lowest.get("loss"),
         "minimum_validation_loss_step": lowest.get("step"),
-        "minimum_validation_loss_tokens": lowest.get("tokens"),
-        "tokens_per_second": median(speeds) if speeds else None,
+        f"minimum_validation_loss_{unit.name}": lowest.get(unit.name),
+        **({"maximum_accuracy": max(accuracies)} if accuracies else {}),
+        unit.speed: median(speeds) if speeds else None,
         "seconds": sum(record.get("step_seconds") or 0.0 for record in train),
         "batch_size": last_step.get("batch_size"),
     }

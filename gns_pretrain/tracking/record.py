@@ -24,6 +24,7 @@ from gns_pretrain.tracking.jsonl import (
     write_summary,
 )
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.tracking.unit import TOKENS, Unit
 from gns_pretrain.tracking.views import (
     WAIT_SECONDS,
     MayFail,
@@ -45,7 +46,8 @@ class Record:
             steps are cut from metrics.jsonl: they will be written again.
         config: the whole configuration, for W&B.
         hparams: settings by dotted name, for TensorBoard's table of runs.
-        token_budget: tokens at which the run ends.
+        budget: at which the run ends.
+        unit: of the budget and of the views' axes.
         run_id: W&B's name of the run, from its run.json; read on the main process alone.
     """
 
@@ -57,7 +59,8 @@ class Record:
         is_main: bool,
         resume_step: int,
         config: dict[str, Any],
-        token_budget: int,
+        budget: int,
+        unit: Unit = TOKENS,
         run_id: str,
         hparams: Mapping[str, Any] | None = None,
     ) -> None:
@@ -72,9 +75,7 @@ class Record:
         # Without a checkpoint even a validation before the first step comes again.
         truncate_after_step(self._path, resume_step if resume_step > 0 else -1)
         self._lines = JsonLines(self._path)
-        self._console = ConsoleView(
-            settings, token_budget=token_budget, run_directory=run_directory
-        )
+        self._console = ConsoleView(settings, budget=budget, unit=unit, run_directory=run_directory)
         self._views = [self._console]
         if settings.wandb.enabled:
             wandb = partial(

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.llama import Llama
+from gns_pretrain.model.settings import KIND, MODELS, ModelSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import named_file, parse, read_json, sha256_of
 from gns_pretrain.system.remote import is_remote, listed_anew, store_errors
@@ -165,18 +166,33 @@ def load_model(checkpoint: Path) -> Llama:
 
 def read_model(checkpoint: Path) -> Llama:
     """Load the model of a checkpoint that is known to be whole, on the CPU in float32."""
-    model = Llama(stored_model(checkpoint))
+    model = Llama(stored_llama(checkpoint))
     tensors = {"model": model.state_dict()}
     load_tensors(tensors, checkpoint)
     model.load_state_dict(tensors["model"])
     return model
 
 
-def stored_model(checkpoint: Path) -> LlamaConfig:
-    """Read model.json; InputError if it is damaged, or describes more weights than are stored."""
+def stored_model(checkpoint: Path) -> ModelSettings:
+    """Read model.json; InputError if it is damaged."""
     path = checkpoint / MODEL
     values = read_json(path, hint="restore it")
-    config = parse(LlamaConfig, values, source=path, hint="restore it")
+    kind = values.pop(KIND, LlamaConfig.kind)
+    if kind not in MODELS:
+        raise InputError(f"{path} describes a model of the unknown kind {kind}; restore it")
+    return parse(MODELS[kind], values, source=path, hint="restore it")
+
+
+def stored_llama(checkpoint: Path) -> LlamaConfig:
+    """Read model.json of a Llama; InputError for any other model, or if it is damaged, or describes
+    more weights than are stored.
+    """
+    path, config = checkpoint / MODEL, stored_model(checkpoint)
+    if not isinstance(config, LlamaConfig):
+        raise InputError(
+            f"{checkpoint} holds {config.name}, a model of images, and this reads a Llama; name a "
+            "checkpoint of one"
+        )
     num_bytes = 4 * count_parameters(config).total  # weights are stored in float32
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
     if num_bytes > stored:

@@ -10,7 +10,6 @@ import itertools
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
-from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import unwrapped
+from gns_pretrain.model.settings import OurModel, described
 from gns_pretrain.system.files import as_json, flush_to_disk, sha256_of, write_bytes
 from gns_pretrain.system.remote import is_remote, listed_anew, remove_folder, store_errors
 
@@ -126,8 +125,8 @@ def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
 
     By the names of their files, as they are now.
     """
-    llama = unwrapped(model)
-    assert isinstance(llama, Llama)
+    inner = unwrapped(model)
+    assert isinstance(inner, OurModel)
     # All ranks are seeded alike, so one set of generators serves all.
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -136,6 +135,6 @@ def small_files(model: nn.Module, state: dict[str, Any]) -> dict[str, bytes]:
     torch.save(generators, stored)
     return {
         TRAIN_STATE: as_json(state),
-        MODEL: as_json(asdict(llama.config)),
+        MODEL: as_json(described(inner.config)),
         GENERATORS: stored.getvalue(),
     }

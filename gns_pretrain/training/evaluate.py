@@ -1,14 +1,16 @@
-"""Validation loss on a fixed set of sequences, the same whatever the layout."""
+"""Means over a validation split, the same whatever the layout."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gns_pretrain.fields import Settings, at_least
+from gns_pretrain.fields import Settings, at_least, positive
 from gns_pretrain.parallel.collectives import sum_over_ranks
 from gns_pretrain.parallel.mesh import World
+from gns_pretrain.training.workload import MicroBatch
 
 
 @dataclass
@@ -17,37 +19,35 @@ class EvaluationSettings(Settings):
 
     section: ClassVar[str] = "evaluation"
 
-    every_tokens: Annotated[int, at_least(1)] = 400_000  # tokens between evaluations
-    # the first so many of the validation split, of a mixture by its weights
+    every_tokens: Annotated[int, at_least(1)] = 400_000  # tokens between evaluations, of text
+    # the first so many of the validation split, of a mixture by its weights; of text
     num_sequences: Annotated[int, at_least(1)] = 64
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """The sequences of one source; the validation loss is the weighted mean over the sources."""
-
-    name: str
-    weight: float  # of all sources together 1
-    sequences: Tensor  # int64 [n, L + 1] on the device, the same on every rank
+    every_epochs: Annotated[float, positive()] = 1.0  # between evaluations, of images
+    # the first so many of the validation split; null: all; of images
+    num_images: Annotated[int | None, at_least(1)] = None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, sequences: Tensor, *, chunk: int, world: World) -> float:
-    """Mean negative log-likelihood per token, in nats; data-parallel ranks take chunks in turn.
+def mean_over(
+    chunks: Iterable[MicroBatch], measure: Callable[[MicroBatch], Tensor], *, world: World
+) -> list[float]:
+    """Means over the samples of all chunks, which data-parallel ranks take in turn.
 
     Args:
-        sequences: int64 [n, L + 1] on the device, the same on every rank.
-        chunk: sequences in a forward pass.
+        chunks: on the device, the same on every rank.
+        measure: means over the samples of a chunk, [k].
+
+    Returns:
+        The k means, on every rank.
     """
-    chunks = list(sequences.split(chunk))
-    total = torch.zeros(2, dtype=torch.float64, device=sequences.device)
+    chunks = list(chunks)
+    total = torch.zeros(1, dtype=torch.float64, device=world.device)
     for start in range(0, len(chunks), world.num_data_ranks):
         index = start + world.data_rank
         # A rank without a chunk of its own repeats another: sharded weights need all ranks.
         local = chunks[index] if index < len(chunks) else chunks[start]
-        loss = model(local[:, :-1], local[:, 1:])
-        if index < len(chunks):
-            total[0] += loss.double() * len(local)
-            total[1] += len(local)
-    loss_sum, count = sum_over_ranks(total, world).tolist()
-    return loss_sum / count
+        means = measure(local).double()
+        count = len(local[0]) if index < len(chunks) else 0
+        total = total + torch.cat([means * count, means.new_tensor([count])])
+    *sums, count = sum_over_ranks(total, world).tolist()
+    return [each / count for each in sums]

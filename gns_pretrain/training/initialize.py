@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, one_of, path_name
-from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.huggingface import CONFIG_FILE, HINT, config_from_hf, load_hf_folder
+from gns_pretrain.model.settings import ModelSettings
 from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import read_json, sha256_of, shortened
@@ -33,6 +33,7 @@ from gns_pretrain.training.checkpoint_reader import (
 )
 from gns_pretrain.training.checkpoint_writer import MANIFEST, TRAIN_STATE
 from gns_pretrain.training.trained_model import find_checkpoint
+from gns_pretrain.training.workload import Workload
 
 # Of a model's settings, what does not change what its weights compute.
 NOT_OF_THE_WEIGHTS = ("name", "activation_checkpointing")
@@ -57,7 +58,7 @@ class Source:
 
     folder: Path  # absolute; of a run, the checkpoint that was chosen
     is_hf: bool
-    model: LlamaConfig
+    model: ModelSettings
     state: dict[str, Any]  # of a checkpoint: position and averages
     sha256: str  # of its manifest, which has those of its files; of a Hugging Face config.json
 
@@ -107,19 +108,19 @@ def find_source(settings: InitSettings) -> Source | None:
 def check_source(
     settings: InitSettings,
     source: Source,
-    *,
-    model: LlamaConfig,
-    sequence_length: int,
-    token_budget: int,
+    workload: Workload,
 ) -> None:
     """Raise InputError if a run cannot begin from what was found.
 
     Args:
-        model: of the run, with its vocabulary size.
-        sequence_length: tokens of its sequences.
-        token_budget: its tokens, those of the source included where it goes on.
+        workload: of the run; its budget includes the source's samples where it goes on.
     """
-    theirs, ours = asdict(source.model), asdict(model)
+    if source.model.kind != workload.model.kind:
+        raise InputError(
+            f"init.from={settings.source} is another model: {source.model.name} (here "
+            f"{workload.model.name}); use its model"
+        )
+    theirs, ours = asdict(source.model), asdict(workload.model)
     differing = [
         name for name in ours if name not in NOT_OF_THE_WEIGHTS and ours[name] != theirs[name]
     ]
@@ -129,21 +130,22 @@ def check_source(
             f"model.{name}={theirs[name]}" for name in differing if name != "rope_scaling"
         )
         hint = f"use {settings_}" if settings_ else "use its rotary scaling"
-        if ours["vocab_size"] != theirs["vocab_size"]:  # that of the data, where none is set
+        if "vocab_size" in differing:  # that of the data, where none is set
             hint += ", or data= of its tokenizer"
         raise InputError(f"init.from={settings.source} is another model: {shown}; {hint}")
     if settings.what != "all":
         return
-    samples, tokens = source.state["samples"], source.state["tokens"]
-    if samples * sequence_length != tokens:
+    samples, count, unit = source.state["samples"], source.state["tokens"], workload.unit
+    if unit.of(samples) != count:
         raise InputError(
-            f"init.from={settings.source} was trained on sequences of {tokens // samples} tokens, "
-            f"data.sequence_length={sequence_length}, and with init.what=all its count of "
+            f"init.from={settings.source} was trained on sequences of {count // samples} tokens, "
+            f"data.sequence_length={unit.per_sample}, and with init.what=all its count of "
             "sequences goes on; use its length, or init.what=weights"
         )
-    if token_budget <= tokens:
+    if workload.budget <= count:
+        name = "token_budget" if unit.name == "tokens" else "epochs: the budget"
         raise InputError(
-            f"token_budget={token_budget:,} includes the {tokens:,} tokens of init.from="
+            f"{name}={workload.budget:,} includes the {count:,} {unit.noun} of init.from="
             f"{settings.source}, with init.what=all, and leaves none to train on; use a larger one"
         )
 

@@ -8,7 +8,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
-from gns_pretrain.data.batches import Batches
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.optim.base import set_learning_rate, update_half_life
 from gns_pretrain.optim.combined import rules_of
@@ -19,7 +18,6 @@ from gns_pretrain.tracking.record import Record
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.bad_steps import BadSteps
 from gns_pretrain.training.checkpoint import Checkpoints, CheckpointSettings
-from gns_pretrain.training.evaluate import EvaluationSettings, ValidationSet, evaluate
 from gns_pretrain.training.schedule import Schedule
 from gns_pretrain.training.step import train_step
 from gns_pretrain.training.step_log import (
@@ -28,6 +26,7 @@ from gns_pretrain.training.step_log import (
     raise_unless_finite,
     record_noise,
 )
+from gns_pretrain.training.workload import Workload
 
 
 @dataclass
@@ -38,8 +37,7 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     schedule: Schedule
-    batches: Batches
-    validation_sets: list[ValidationSet]  # one, or one for each source of a mixture
+    workload: Workload
     adaptive: AdaptiveBatchSize  # counts steps and samples, which are the data cursor
     checkpoints: Checkpoints
     record: Record
@@ -47,13 +45,10 @@ class Run:
     bad_steps: BadSteps | None  # None where no step is skipped
     # Settings that the loop itself reads, under their names in the configuration.
     seed: int
-    token_budget: int  # the run ends with the first whole step that reaches it
-    sequence_length: int
     gradient_clip: float | None
-    evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     metrics: MetricsSettings
-    peak_tokens_per_second: float | None = None  # at the peak FLOP/s of all GPUs, if known
+    peak_speed: float | None = None  # in the workload's unit, at the peak FLOP/s of all GPUs
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes beside weights and optimizer state, fit for JSON."""
@@ -70,7 +65,7 @@ def train(
     *,
     step: Callable[[Run, StepLog], list[Reading]] | None = None,
 ) -> bool:
-    """Train until the token budget is reached or a rank is asked to stop; then all is saved.
+    """Train until the budget is reached or a rank is asked to stop; then all is saved.
 
     Args:
         should_stop: asked once after every step, on each rank; one True stops all of them.
@@ -80,19 +75,22 @@ def train(
         Whether the run is finished; False after a stop, when it is saved and can be resumed.
     """
     adaptive = run.adaptive
+    unit, budget = run.workload.unit, run.workload.total_samples
     log = log_of(run)
     take_step = step or one_step
     stopping = save_due = False
-    while adaptive.tokens < run.token_budget and not stopping:
-        tokens_before = adaptive.tokens
+    while adaptive.samples < budget and not stopping:
+        position = unit.of(adaptive.samples)
         choose_batch_size(run, log)
         readings = take_step(run, log)
-        done = adaptive.tokens >= run.token_budget
+        done = adaptive.samples >= budget
         stopping = any_rank(should_stop() or run.checkpoints.has_failed, run.world)
         evaluating = (
             adaptive.steps == 1
             or done
-            or crossed(run.evaluation.every_tokens, before=tokens_before, after=adaptive.tokens)
+            or crossed(
+                run.workload.evaluate_every, before=position, after=unit.of(adaptive.samples)
+            )
         )
         save_due |= adaptive.steps % run.checkpoint.every_steps == 0
         # A save would wait for the host threads of a pending reading, and so comes with it.
@@ -109,7 +107,7 @@ def train(
         if evaluating or saving:
             log.restart_clock()
     run.checkpoints.wait()
-    return adaptive.tokens >= run.token_budget
+    return adaptive.samples >= budget
 
 
 def rehearse(run: Run, num_steps: int) -> None:
@@ -127,8 +125,8 @@ def rehearse(run: Run, num_steps: int) -> None:
 
 def log_of(run: Run) -> StepLog:
     """Return what collects a run's steps for its record."""
-    peak = run.peak_tokens_per_second
-    return StepLog(run.record, run.world, run.adaptive, peak_tokens_per_second=peak)
+    unit, peak = run.workload.unit, run.peak_speed
+    return StepLog(run.record, run.world, run.adaptive, unit, peak_speed=peak)
 
 
 def choose_batch_size(run: Run, log: StepLog) -> None:
@@ -152,14 +150,14 @@ def apply_decision(decision: Decision, step: int, optimizer: Optimizer, record: 
 
 
 def one_step(run: Run, log: StepLog) -> list[Reading]:
-    """Take the next sequences, update the weights, count and average; return the readings."""
+    """Take the next samples, update the weights, count and average; return the readings."""
     adaptive = run.adaptive
     factor = run.schedule.factor(adaptive.samples) * adaptive.lr_multiplier
     lr = set_learning_rate(run.optimizer, factor)
     result = train_step(
         run.model,
         run.optimizer,
-        run.batches.micro_batches(
+        run.workload.micro_batches(
             adaptive.samples,
             batch_size=adaptive.batch_size,
             micro_batch_size=adaptive.micro_batch_size,
@@ -174,28 +172,26 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
     readings = result.readings
     if run.meter and is_last_step(run):
         readings = [*readings, *run.meter.read_pending()]
-    samples_before, tokens_before = adaptive.samples, adaptive.tokens
+    samples_before = adaptive.samples
     adaptive.observe(reading.total for reading in readings)
-    log.add(result, lr=lr, tokens_before=tokens_before)
+    log.add(result, lr=lr, samples_before=samples_before)
     if run.bad_steps and result.skipped:
         log.flush()
         run.record.message(f"step {adaptive.steps:,} is skipped: {result.skipped}")
         run.bad_steps.raise_beyond_limit(adaptive.steps, result.skipped)
-    used_before = run.batches.used_up(samples_before)
-    for name in run.batches.used_up(adaptive.samples):
+    used_before = run.workload.used_up(samples_before)
+    for name in run.workload.used_up(adaptive.samples):
         if name not in used_before:
-            of = "the training data" if len(run.validation_sets) == 1 else name
             run.record.message(
-                f"step {adaptive.steps:,}: every sequence of {of} has been used; "
-                "from here on they repeat, in another order each epoch"
+                f"step {adaptive.steps:,}: every {run.workload.unit.sample} of {name} has been "
+                "used; from here on they repeat, in another order each epoch"
             )
     return readings
 
 
 def is_last_step(run: Run) -> bool:
-    """Whether the coming step reaches the token budget."""
-    adaptive = run.adaptive
-    return adaptive.tokens + adaptive.batch_size * run.sequence_length >= run.token_budget
+    """Whether the coming step reaches the budget."""
+    return run.adaptive.samples + run.adaptive.batch_size >= run.workload.total_samples
 
 
 def meter_of_step(run: Run) -> NoiseMeter | None:
@@ -214,26 +210,13 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 
 
 def validate(run: Run) -> None:
-    """Take the validation loss and record it; DivergedError if it is not finite."""
-    adaptive = run.adaptive
-    chunk = adaptive.micro_batch_size
-    losses = [
-        evaluate(run.model, part.sequences, chunk=chunk, world=run.world)
-        for part in run.validation_sets
-    ]
-    loss = sum(part.weight * x for part, x in zip(run.validation_sets, losses, strict=True))
-    raise_unless_finite(adaptive.steps, "validation loss", loss)
-    of_sources = {
-        f"loss/{part.name}": x for part, x in zip(run.validation_sets, losses, strict=True)
-    }
-    run.record.write(
-        ValidationLine(
-            step=adaptive.steps,
-            tokens=adaptive.tokens,
-            loss=loss,
-            more=of_sources if len(losses) > 1 else {},
-        )
-    )
+    """Evaluate and record what is found; DivergedError if the loss is not finite."""
+    adaptive, unit = run.adaptive, run.workload.unit
+    found = run.workload.evaluate(run.model, chunk=adaptive.micro_batch_size, world=run.world)
+    raise_unless_finite(adaptive.steps, "validation loss", found.loss)
+    counts: dict[str, Any] = {unit.name: unit.of(adaptive.samples)}
+    more = dict(found.more)
+    run.record.write(ValidationLine(step=adaptive.steps, **counts, loss=found.loss, more=more))
 
 
 def crossed(every: int, *, before: int, after: int) -> bool:

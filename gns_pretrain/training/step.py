@@ -14,15 +14,17 @@ from torch.profiler import record_function
 
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.parallel.collectives import clip_gradient_norm
+from gns_pretrain.parallel.running_statistics import update_running_statistics
 from gns_pretrain.parallel.sharding import gradient_synchronisation
 from gns_pretrain.training.bad_steps import BadSteps
+from gns_pretrain.training.workload import MicroBatch
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step measured; tensors stay on the device until they are read."""
 
-    loss: Tensor  # 0-dim float32, nats per token, mean over this rank's micro-batches
+    loss: Tensor  # 0-dim float32, nats, mean over this rank's micro-batches
     gradient_norm: Tensor  # 0-dim float32, before clipping, over all ranks
     readings: list[Reading] = field(default_factory=list)  # of the noise scale, read in this step
     skipped: str | None = None  # why the weights were left as they were
@@ -31,7 +33,7 @@ class StepResult:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[Tensor],
+    micro_batches: Iterable[MicroBatch],
     *,
     accumulation: int,
     gradient_clip: float | None,
@@ -43,9 +45,9 @@ def train_step(
     """Forward and backward over this rank's micro-batches, then one update.
 
     Args:
-        micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
+        micro_batches: `accumulation` of them.
         gradient_clip: largest global gradient norm; None clips nothing.
-        batch_size: sequences of the step over all ranks.
+        batch_size: samples of the step over all ranks.
         meter: of the noise scale.
         bad_steps: leaves the update out, and what was measured, if it finds the step bad.
         step: its number, from 1, by which the meter measures and reads; None measures this step.
@@ -62,12 +64,13 @@ def train_step(
         elif meter:
             readings = meter.without_this_step(readings)
         optimizer.zero_grad(set_to_none=True)
+    update_running_statistics(model, keep=skipped is None)
     return StepResult(loss, norm, readings, skipped)
 
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: Iterable[Tensor],
+    micro_batches: Iterable[MicroBatch],
     *,
     accumulation: int,
     meter: NoiseMeter | None = None,
@@ -76,20 +79,20 @@ def accumulate_gradients(
 
     Args:
         model: without gradients.
-        micro_batches: `accumulation` tensors, int64 [micro_batch_size, L + 1] each.
+        micro_batches: `accumulation` of them.
         meter: takes each micro-batch as a sample, if given.
 
     Returns:
-        The loss of each micro-batch, 0-dim, nats per token.
+        The loss of each micro-batch, 0-dim, nats.
     """
     losses = []
-    for index, sequences in enumerate(micro_batches):
+    for index, micro_batch in enumerate(micro_batches):
         is_last = index == accumulation - 1
         sample = meter.sample() if meter else nullcontext()
         # Ranks communicate once a step: the last micro-batch's backward reduces the whole sum.
         with sample, gradient_synchronisation(model, is_last):
             with record_function("forward"):
-                loss = model(sequences[:, :-1], sequences[:, 1:])
+                loss: Tensor = model(*micro_batch)
             with record_function("backward"):
                 (loss / accumulation).backward()
         losses.append(loss.detach())

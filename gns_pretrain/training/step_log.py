@@ -18,6 +18,7 @@ from gns_pretrain.parallel.collectives import from_main, sum_over_ranks
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import READ_AT, NoiseLine, TrainLine
 from gns_pretrain.tracking.record import Record
+from gns_pretrain.tracking.unit import Unit
 from gns_pretrain.training.step import StepResult
 
 
@@ -72,8 +73,9 @@ class StepLog:
         record: takes the lines.
         world: of training.
         adaptive: takes the seconds of each step where it weighs them.
-        peak_tokens_per_second: of all ranks, at which their GPUs do nothing but matmuls; None
-            leaves out how near a step comes to it.
+        unit: in which the run counts its way.
+        peak_speed: of all ranks, in that unit a second, at which their GPUs do nothing but
+            matmuls; None leaves out how near a step comes to it.
     """
 
     def __init__(
@@ -81,36 +83,38 @@ class StepLog:
         record: Record,
         world: World,
         adaptive: AdaptiveBatchSize,
+        unit: Unit,
         *,
-        peak_tokens_per_second: float | None = None,
+        peak_speed: float | None = None,
     ) -> None:
         self._record = record
         self._world = world
         self._adaptive = adaptive
-        self._peak_tokens_per_second = peak_tokens_per_second
+        self._unit = unit
+        self._peak_speed = peak_speed
         self._pending: list[tuple[dict[str, Any], StepResult]] = []  # each step's counters, result
-        self._tokens_at_last_flush: int | None = None
+        self._samples_at_last_flush: int | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Exclude what was done since the last flush from the steps' time."""
         self._since = time.perf_counter()
 
-    def add(self, result: StepResult, *, lr: float, tokens_before: int) -> None:
-        """Keep one step, counted already, but not in `tokens_before`, for the next flush."""
+    def add(self, result: StepResult, *, lr: float, samples_before: int) -> None:
+        """Keep one step, counted already, but not in `samples_before`, for the next flush."""
         adaptive = self._adaptive
         counters = {
             "step": adaptive.steps,
             "samples": adaptive.samples,
-            "tokens": adaptive.tokens,
+            self._unit.name: self._unit.of(adaptive.samples),
             "batch_size": adaptive.batch_size,
             "micro_batch_size": adaptive.micro_batch_size,
             "accumulation": adaptive.accumulation,
             "lr": lr,
         }
         self._pending.append((counters, result))
-        if self._tokens_at_last_flush is None:
-            self._tokens_at_last_flush = tokens_before
+        if self._samples_at_last_flush is None:
+            self._samples_at_last_flush = samples_before
 
     def flush(self) -> None:
         """Record the pending steps, on all ranks; DivergedError at the first that is not finite."""
@@ -125,12 +129,13 @@ class StepLog:
             seconds = from_main(seconds, self._world)
             for counters in steps:
                 self._adaptive.include_seconds(counters["batch_size"], seconds / len(steps))
-        tokens = steps[-1]["tokens"] - self._tokens_at_last_flush
+        count = self._unit.of(steps[-1]["samples"] - self._samples_at_last_flush)
         on_gpu: dict[str, float] = {}
         if self._world.device.type == "cuda":
             on_gpu["peak_memory_gib"] = round(peak_memory(self._world.device) / 2**30, 2)
-        if self._peak_tokens_per_second:
-            on_gpu["mfu"] = tokens / seconds / self._peak_tokens_per_second
+        if self._peak_speed:
+            on_gpu["mfu"] = count / seconds / self._peak_speed
+        speed: dict[str, Any] = {self._unit.speed: count / seconds}
         for counters, result, loss, norm in zip(steps, results, *values, strict=True):
             if result.skipped is None:
                 raise_unless_finite(counters["step"], "loss", loss)
@@ -140,11 +145,11 @@ class StepLog:
                 loss=loss,
                 grad_norm=norm,
                 step_seconds=seconds / len(steps),
-                tokens_per_second=tokens / seconds,
+                **speed,
                 more=on_gpu | ({} if result.skipped is None else {"skipped": result.skipped}),
             )
             self._record.write(line)
-        self._tokens_at_last_flush = steps[-1]["tokens"]
+        self._samples_at_last_flush = steps[-1]["samples"]
         self._pending.clear()
         self.restart_clock()
 

@@ -26,7 +26,7 @@ from gns_pretrain.training.checkpoint_reader import (
     pick_whole,
     reachable,
     read_model,
-    stored_model,
+    stored_llama,
 )
 from gns_pretrain.training.checkpoint_writer import MANIFEST, TRAIN_STATE
 
@@ -195,7 +195,7 @@ class TrainedModel:
                 "--run name that"
             )
         if max_positions is None:
-            scaling = stored_model(self.folder).rope_scaling
+            scaling = stored_llama(self.folder).rope_scaling
             scaled = int(scaling.factor * scaling.original_sequence_length)
             max_positions = max(settings.sequence_length, scaled if scaling.enabled else 0)
         origin, folder = self._origin(), self.data_folder()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
@@ -72,7 +73,7 @@ class Case:
             result = train_step(
                 model,
                 torch.optim.SGD(model.parameters(), lr=1.0),
-                self.samples.tensors()[place.rank :: place.num_ranks],
+                map(inputs_and_targets, self.samples.tensors()[place.rank :: place.num_ranks]),
                 accumulation=self.samples.count // place.num_ranks,
                 gradient_clip=1.0,
                 batch_size=self.samples.count,
@@ -258,7 +259,7 @@ def collectives_of_a_measurement(place: RankInfo) -> list[tuple[str, list[torch.
     with joined(place, ParallelSettings(kind="hsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.bfloat16)
         meter = NoiseMeter(model, ALL)
-        samples = FEW.tensors()[place.rank :: place.num_ranks]
+        samples = [*map(inputs_and_targets, FEW.tensors()[place.rank :: place.num_ranks])]
         with Collectives() as collectives, meter.measure():
             accumulate_gradients(model, samples, accumulation=len(samples), meter=meter)
         return collectives.issued
@@ -277,7 +278,7 @@ def memory_of_a_measurement(place: RankInfo) -> tuple[list[int], list[int], int]
     with joined(place, ParallelSettings(kind="fsdp"), torch.device("cpu")) as world:
         model = parallelize(model_of(), world, compute_dtype=torch.float32)
         meter = NoiseMeter(model, ALL)
-        samples = FEW.tensors()[place.rank : place.rank + 1]
+        samples = [inputs_and_targets(FEW.tensors()[place.rank])]
         with meter.measure():
             accumulate_gradients(model, samples, accumulation=1, meter=meter)
         sums = meter.sums()

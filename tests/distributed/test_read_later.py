@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.training.step import train_step
@@ -28,7 +29,7 @@ def steps(place: RankInfo, kind: str, later: int) -> tuple[list[list[tuple]], di
             result = train_step(
                 model,
                 torch.optim.SGD(model.parameters(), lr=0.1),
-                FEW.tensors()[place.rank :: place.num_ranks],
+                map(inputs_and_targets, FEW.tensors()[place.rank :: place.num_ranks]),
                 accumulation=FEW.count // place.num_ranks,
                 gradient_clip=1.0,
                 batch_size=FEW.count,

@@ -494,7 +494,7 @@ def test_message_of_the_log_is_shown_as_it_is(tmp_path):
     text = io.StringIO()
     console = RichConsole(file=text, force_terminal=True, color_system=None)
     settings = MetricsSettings(progress="never")
-    view = ConsoleView(settings, token_budget=1, run_directory=tmp_path, console=console)
+    view = ConsoleView(settings, budget=1, run_directory=tmp_path, console=console)
     view.message(HOSTILE)
     assert text.getvalue() == f"{SHOWN}\n"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gns_pretrain.config.schema import LaunchSettings
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.geometry.square_root import TOLERANCE
 from gns_pretrain.launch.build import build_run
 from gns_pretrain.noise_scale.meter import NoiseMeter
@@ -59,7 +60,7 @@ def step_on(
         result = train_step(
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
-            [sample.to(gpu) for sample in FEW.tensors()],
+            [inputs_and_targets(sample.to(gpu)) for sample in FEW.tensors()],
             accumulation=FEW.count,
             gradient_clip=1.0,
             batch_size=FEW.count,
@@ -105,7 +106,7 @@ def measured_steps(
         model = parallelize(model_of().to(gpu), world, compute_dtype=torch.bfloat16)
         meter = NoiseMeter(model, **settings)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        samples = [sample.to(gpu) for sample in FEW.tensors()]
+        samples = [inputs_and_targets(sample.to(gpu)) for sample in FEW.tensors()]
 
         def step() -> StepResult:
             return train_step(
@@ -156,7 +157,8 @@ def measured_on_its_gpu(place: RankInfo, kind: str) -> Values:
     with joined(place, ParallelSettings(kind=kind), gpu) as world:
         model = parallelize(model_of().to(gpu), world, compute_dtype=torch.float32)
         meter = NoiseMeter(model, ALL)
-        samples = [sample.to(gpu) for sample in FEW.tensors()[place.rank :: place.num_ranks]]
+        ours = FEW.tensors()[place.rank :: place.num_ranks]
+        samples = [inputs_and_targets(sample.to(gpu)) for sample in ours]
         for _ in range(2):
             result = train_step(
                 model,
@@ -191,7 +193,7 @@ def run_on(
             yield run
         finally:
             run.checkpoints.close()
-            run.batches.close()
+            run.workload.close()
             run.record.close()
 
 

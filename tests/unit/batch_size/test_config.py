@@ -21,7 +21,7 @@ from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.tracking.console import ConsoleView
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.tracking.views import axes, series
-from tests.settings import small_run
+from tests.settings import planned, small_run
 
 CONF = Path(__file__).parents[3] / "gns_pretrain" / "conf"
 MEASURED = NoiseScaleSettings(geometries=["manhattan"], min_samples=4)
@@ -79,7 +79,7 @@ def test_more_ranks_have_more_samples():
 def test_constant_batch_needs_no_samples_and_keeps_its_micro_batch():
     run = config(policy="constant", initial=4, micro_batch_max=4)
     check_batch_size(run, num_ranks=1)
-    adaptive = build_adaptive_batch_size(run, num_ranks=1)
+    adaptive = build_adaptive_batch_size(run, planned(run), num_ranks=1)
     assert adaptive.followed.sizes.at_least(4).micro_batch_size == 2
 
 
@@ -112,7 +112,7 @@ def test_every_policy_composes_into_a_run_that_may_start(policy):
     check_layout(run, num_ranks=1, ranks_per_node=1)
     check_batch_size(run, num_ranks=1)
     assert run.batch_size.policy == policy
-    assert build_adaptive_batch_size(run, num_ranks=1).followed.policy.name == policy
+    assert build_adaptive_batch_size(run, planned(run), num_ranks=1).followed.policy.name == policy
 
 
 def test_initial_size_of_the_default_run_stands_whatever_the_policy():
@@ -209,7 +209,7 @@ def test_shadow_is_a_series_of_its_own_and_not_on_the_console():
     text = io.StringIO()
     view = ConsoleView(
         MetricsSettings(progress="never"),
-        token_budget=1,
+        budget=1,
         run_directory=Path(),
         console=Console(file=text),
     )

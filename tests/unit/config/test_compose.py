@@ -25,7 +25,7 @@ from gns_pretrain.optim import OPTIMIZERS
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.runs.identity import flatten
 from gns_pretrain.tracking.jsonl import summarize
-from tests.settings import odd_model
+from tests.settings import odd_model, planned
 
 ROOT = Path(__file__).parents[3]
 CONF = ROOT / "gns_pretrain" / "conf"
@@ -148,7 +148,7 @@ def test_a_batch_grows_in_the_published_steps_at_the_papers_scale(cell, sizes):
 
 def batch_sizes(config: Config, later: int) -> list[int]:
     """Of each step, as a growing noise scale has them that is read some steps late."""
-    adaptive = build_adaptive_batch_size(config, num_ranks=8)
+    adaptive = build_adaptive_batch_size(config, planned(config), num_ranks=8)
     taken = []
     for step in range(1, 1001):
         adaptive.decide()

@@ -22,6 +22,7 @@ from gns_pretrain.config.hydra_errors import as_input_error
 from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
 from gns_pretrain.config.schema import Config
 from gns_pretrain.config.typed import as_typed
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Bound, Settings
 from gns_pretrain.launch.train import check_run
@@ -281,7 +282,7 @@ def test_memory_that_is_counted_is_held_in_a_measured_step(base, monkeypatch):
     batch = list(torch.randint(VOCABULARY, (2, 1, 9)))
     for _ in range(2):
         with meter.measure():
-            accumulate_gradients(model, batch, accumulation=2, meter=meter)
+            accumulate_gradients(model, map(inputs_and_targets, batch), accumulation=2, meter=meter)
         optimizer.step()
     tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     tensors += [*meter.tap.squares, *meter.tap.signed_sums, *meter.tap.grams.values()]

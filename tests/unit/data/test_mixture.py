@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gns_pretrain.config.checks import check_data
 from gns_pretrain.data.batches import Batches
 from gns_pretrain.data.mixture import Mixture, Source, interleaved, shares_of
 from gns_pretrain.data.order import SequenceOrder
@@ -20,6 +19,7 @@ from gns_pretrain.data.shards import TokenShards
 from gns_pretrain.data.staging import staged
 from gns_pretrain.errors import InputError
 from gns_pretrain.training.evaluate import EvaluationSettings
+from gns_pretrain.workloads import open_workload
 from tests.conftest import write_shards
 from tests.settings import odd_model, small_run
 
@@ -234,7 +234,7 @@ def test_each_source_has_validation_sequences(folders, tmp_path, num_sequences, 
     changes = {"data": settings_of(folders), "model": odd_model(vocab_size=1000)}
     config = replace(small_run(tmp_path, tmp_path), evaluation=evaluation, **changes)
     with pytest.raises(InputError, match=message):
-        check_data(config, open_splits(config.data)[1])
+        open_workload(config).check()
 
 
 def test_each_source_is_staged(folders, tmp_path):

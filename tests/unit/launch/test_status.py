@@ -52,7 +52,7 @@ def test_running_run_tells_its_numbers_and_when_it_will_end(tmp_path):
     run = make_run(tmp_path / "a")
     hold(run, beat=3)
     status = only(tmp_path)
-    assert (status.state, status.step, status.tokens, status.loss) == ("running", 3, 300, 2.0)
+    assert (status.state, status.step, status.done, status.loss) == ("running", 3, 0.3, 2.0)
     assert (status.validation_loss, status.ended) == (9.0, None)
     assert status.heartbeat == NOW - 3
     assert status.end == NOW + 70  # 700 tokens at 10 per second

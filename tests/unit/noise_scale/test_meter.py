@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.model.llama import Llama, parameter_kind
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
@@ -32,7 +33,7 @@ def one_step(model: Llama, settings: NoiseScaleSettings | None, count: int = 4) 
     return train_step(
         model,
         AdamWSettings().build(model),
-        micro_batches(count),
+        map(inputs_and_targets, micro_batches(count)),
         accumulation=count,
         gradient_clip=1.0,
         batch_size=2 * count,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale import geometries as module
 from gns_pretrain.noise_scale.meter import NoiseMeter
@@ -72,7 +73,7 @@ def operations_of_a_step(model: nn.Module, meter: NoiseMeter | None) -> Counter[
         train_step(
             model,
             optimizer,
-            [batch],
+            [inputs_and_targets(batch)],
             accumulation=1,
             gradient_clip=1.0,
             batch_size=RANKS,

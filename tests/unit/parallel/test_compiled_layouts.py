@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.model import loss
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
@@ -47,7 +48,7 @@ def test_micro_batches_of_any_size_and_measurements_share_one_graph(kind, monkey
             train_step(
                 parallel,
                 optimizer,
-                [torch.randint(31, (size, 13))] * 2,
+                [inputs_and_targets(torch.randint(31, (size, 13)))] * 2,
                 accumulation=2,
                 gradient_clip=1.0,
                 batch_size=2 * size * ranks,

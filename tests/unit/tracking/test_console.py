@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 def open_view(file, *, width=200, color_system="auto", **settings):
     return ConsoleView(
         MetricsSettings(**settings),
-        token_budget=3_200_000_000,
+        budget=3_200_000_000,
         run_directory=Path("outputs/demo"),
         console=Console(file=file, width=width, color_system=color_system),
     )
@@ -118,7 +118,7 @@ def test_a_terminal_of_80_columns_shows_the_whole_bar(monkeypatch, progress):
     file = Terminal()
     view = ConsoleView(
         MetricsSettings(progress=progress),
-        token_budget=3_200_000_000,
+        budget=3_200_000_000,
         run_directory=Path("outputs/demo"),
         console=Console(file=file, width=80, color_system=None),
     )
@@ -214,7 +214,7 @@ def test_time_left_goes_by_the_tokens_of_this_process():
     )
     view = ConsoleView(
         MetricsSettings(progress="always"),
-        token_budget=3_200_000_000,
+        budget=3_200_000_000,
         run_directory=Path("outputs/demo"),
         console=console,
     )

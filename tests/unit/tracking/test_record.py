@@ -38,7 +38,7 @@ def open_record(directory, *, is_main=True, resume_step=0, settings=None):
         is_main=is_main,
         resume_step=resume_step,
         config={"model": {"dim": 64}},
-        token_budget=1_000_000,
+        budget=1_000_000,
         run_id="0123abcd",
     )
 

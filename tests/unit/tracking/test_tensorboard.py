@@ -14,7 +14,7 @@ def open_record(directory, *, resume_step, hparams=None):
         is_main=True,
         resume_step=resume_step,
         config={},
-        token_budget=1000,
+        budget=1000,
         run_id="tensorboard",
         hparams=hparams,
     )

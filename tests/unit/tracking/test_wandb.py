@@ -36,7 +36,7 @@ config = {"model": {"dim": 64}, "seed": 3, "metrics": {"wandb": asdict(wandb)}}
 facts = {"run": {"num_ranks": None, "parameters": 1000}}
 record = Record(
     directory, MetricsSettings(wandb=wandb), is_main=True, resume_step=0,
-    config=config | facts, token_budget=300, run_id="0123abcd",
+    config=config | facts, budget=300, run_id="0123abcd",
 )
 for step in (1, 2, 3):
     if step == 2:

@@ -12,6 +12,7 @@ from gns_pretrain.batch_size.settings import ShadowSettings
 from gns_pretrain.config.checks import check_batch_size
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.register import register_configs
+from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.launch.train import launch
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry, Needs
@@ -79,7 +80,7 @@ def test_new_geometry_measures_what_its_equations_say(rows):
     tokens = torch.randint(VOCABULARY, (4, 1, 9), generator=torch.Generator().manual_seed(3))
     meter = NoiseMeter(model, geometries=["rows", "euclidean"])
     with meter.measure():
-        accumulate_gradients(model, list(tokens), accumulation=4, meter=meter)
+        accumulate_gradients(model, map(inputs_and_targets, tokens), accumulation=4, meter=meter)
     found = meter.read(batch_size=4)[0].total
 
     noise = signal = 0.0

@@ -15,7 +15,7 @@ from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.loop import apply_decision, one_step, train
-from tests.settings import SEQUENCE_LENGTH, small_run
+from tests.settings import SEQUENCE_LENGTH, planned, small_run
 
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 EVERY = 4
@@ -40,7 +40,7 @@ def finished(config, folder: Path, step) -> bool:
     try:
         return train(run, lambda: False, step=step)
     finally:
-        run.batches.close()
+        run.workload.close()
         run.record.close()
 
 
@@ -103,7 +103,7 @@ def moved(
     record = Recorded()
     optimizer = torch.optim.SGD([torch.zeros(1)], momentum=0.9)
     keep_token_half_life(optimizer, 8)
-    adaptive = build_adaptive_batch_size(config, num_ranks=num_ranks)
+    adaptive = build_adaptive_batch_size(config, planned(config), num_ranks=num_ranks)
     state = {
         "batch_size": batch_size,
         "micro_batch_size": 99,

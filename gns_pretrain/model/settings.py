@@ -1,0 +1,57 @@
+"""What our models and their settings have in common."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from gns_pretrain.fields import Settings
+
+KIND = "kind"  # of model.json
+MODELS: dict[str, type["ModelSettings"]] = {}  # by kind; filled by defining a subclass
+
+
+@dataclass
+class ModelSettings(Settings):
+    """Base of each model's settings; a subclass with a kind of its own is registered."""
+
+    section: ClassVar[str] = "model"
+    kind: ClassVar[str] = ""  # names the schema in conf/model and in a checkpoint's model.json
+
+    name: str  # appears in records and tables
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in vars(cls):
+            MODELS[cls.kind] = cls
+
+    @property
+    def tensor_parallel_widths(self) -> Mapping[str, int]:
+        """Settings that tensor parallelism divides over ranks; empty where it splits nothing."""
+        return {}
+
+
+def described(settings: ModelSettings) -> dict[str, Any]:
+    """Settings as a checkpoint holds them; without a kind they are a Llama's."""
+    kind = {} if settings.kind == "llama" else {KIND: settings.kind}
+    return kind | asdict(settings)
+
+
+class OurModel(nn.Module):
+    """Base of the models that runs train: called with inputs alone they return logits.
+
+    Called with a micro-batch, inputs and targets, they return its mean loss ([], float32, nats).
+    """
+
+    config: ModelSettings
+    compute_dtype: torch.dtype = torch.float32  # of the copies of the weights in a forward pass
+    layers: nn.ModuleList  # blocks, which are sharded and compiled one by one
+    blocks_compiled: bool = False
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks, one by one; before sharding."""
+        for block in self.layers:
+            block.compile(backend=backend)
+        self.blocks_compiled = True
