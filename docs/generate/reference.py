@@ -21,9 +21,8 @@ from omegaconf import MISSING, OmegaConf
 
 from gns_pretrain.commands import COMMANDS
 from gns_pretrain.config.register import CONFIG_FOLDER
-from gns_pretrain.config.schema import Config, TunedSettings
+from gns_pretrain.config.schema import VARIANTS, Config, TunedSettings
 from gns_pretrain.fields import About, Bound
-from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.tracking.jsonl import (
     BatchSizeLine,
     NoiseLine,
@@ -132,13 +131,16 @@ def settings_page() -> str:
         schema = typing.get_type_hints(Config)[field.name]
         if field.name == "init":
             parts += section("init", InitSettings, values)
-        elif field.name == "optimizer":
-            parts += [*section("optimizer", OptimizerSettings, values), *choices("optimizer")]
-            shared = set(rows(OptimizerSettings, "optimizer.", {}))
-            for name, optimizer in OPTIMIZERS.items():
-                own = [row for row in rows(optimizer, "optimizer.", {}) if row not in shared]
-                title = f"\n### Further settings of `{name}`\n\n{summary(optimizer)}\n\n"
-                parts += [title, HEADER, *own[1:]]  # without its name
+        elif field.name in VARIANTS:
+            parts += [*section(field.name, schema, values), *choices(field.name)]
+            prefix = f"{field.name}."
+            shared = set(rows(schema, prefix, {}))
+            for name, variant in VARIANTS[field.name].items():
+                used = values if name in ("llama", "data") else {}
+                own = [row for row in rows(variant, prefix, used) if row not in shared]
+                own = [row for row in own if not row.startswith(f"| `{prefix}name`")]
+                title = f"\n### Further settings of `{name}`\n\n{summary(variant)}\n\n"
+                parts += [title, HEADER, *own]
         elif dataclasses.is_dataclass(schema):
             parts += [*section(field.name, schema, values), *choices(field.name)]
     return "".join(parts)
@@ -163,7 +165,7 @@ def rows(
         if dataclasses.is_dataclass(hint):
             if hint is not TunedSettings and not plain_only:
                 yield from rows(hint, f"{prefix}{field.name}.", values)
-            elif hint is TunedSettings and field.name == "muon":  # once: all five are alike
+            elif hint is TunedSettings and field.name == "muon":  # once: all are alike
                 yield from rows(hint, f"{prefix}OPTIMIZER.", {})
             continue
         if plain_only and field.name == "init":

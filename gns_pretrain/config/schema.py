@@ -5,6 +5,7 @@ the rules between groups, ranks and data.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -12,10 +13,13 @@ from omegaconf import II, MISSING
 
 from gns_pretrain.batch_size.feasible import FeasibleSizes
 from gns_pretrain.batch_size.settings import BatchSizeSettings, PolicySettings, sizes_for
-from gns_pretrain.data.dataset import DATASETS, DatasetSettings
+from gns_pretrain.data.dataset import DatasetSettings
+from gns_pretrain.data.image_settings import ImageDataSettings
+from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, at_most, one_of, path_name, positive
-from gns_pretrain.model.settings import MODELS, ModelSettings
+from gns_pretrain.model.kinds import MODELS
+from gns_pretrain.model.settings import ModelSettings
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
@@ -27,7 +31,11 @@ from gns_pretrain.training.initialize import InitSettings
 from gns_pretrain.training.schedule import ScheduleSettings
 
 # Of the groups whose files have different classes, these by the names of their schemas.
-VARIANTS: dict[str, dict[str, Any]] = {"model": MODELS, "data": DATASETS, "optimizer": OPTIMIZERS}
+VARIANTS: dict[str, Mapping[str, type]] = {
+    "model": MODELS,
+    "data": {"data": DataSettings, "images": ImageDataSettings},
+    "optimizer": OPTIMIZERS,
+}
 MAX_CORES = 4096  # more than any node has
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
 MAX_RUN_NAME = 200  # letters; file systems take 255, and temporary names are longer
@@ -43,6 +51,7 @@ class TunedSettings:
     beta2: float | None = MISSING
     adamw_lr: float | None = MISSING  # peak of what is no block matrix
     micro_batch_max: int | None = II("scale.micro_batch_max")  # where the published run differs
+    epochs: float | None = II("scale.epochs")  # of images, where the paper's run differs
 
 
 @dataclass
@@ -51,7 +60,7 @@ class ScaleSettings:
 
     Cells set roles ("from the small batch", "at Signum's tuned learning rate") and read the numbers
     from here: `${scale.small_batch}`, `${scale.signum.lr}`. A number that nobody has found yet is
-    missing (???), and only a run that needs it asks for it. Batch sizes are in sequences over all
+    missing (???), and only a run that needs it asks for it. Batch sizes are in samples over all
     ranks.
     """
 
@@ -66,7 +75,10 @@ class ScaleSettings:
     theta_low: float = 0.5  # of its theta sensitivity
     theta_high: float = 0.7
     euclidean_theta: float = 0.3  # of the Euclidean scale; its Table 9's
+    epochs: float | None = None  # of a run on images
     table3: str | None = None  # scale of Table 3's larger model; null: this one
+    sgd: TunedSettings = field(default_factory=TunedSettings)
+    sgd_momentum: TunedSettings = field(default_factory=TunedSettings)
     signsgd: TunedSettings = field(default_factory=TunedSettings)
     signum: TunedSettings = field(default_factory=TunedSettings)
     adamw: TunedSettings = field(default_factory=TunedSettings)

@@ -27,7 +27,8 @@ class AugmentationSettings(Settings):
 
     # none | pad (with black, then cut out the image's size) | resized (a part, resized)
     crop: Annotated[str, one_of("none", "pad", "resized")] = "pad"
-    padding: Annotated[int, at_least(0)] = 4  # pixels on each side, of crop=pad
+    # pixels on each side, of crop=pad; null: an eighth of the rows, 4 of 32
+    padding: Annotated[int | None, at_least(0)] = None
     # least part of the image's area, of crop=resized; SimpleViT's paper has 0.05
     min_area: Annotated[float, within(0, 1, exclusive=True)] = 0.05
     flip: bool = True  # every second image, left to right
@@ -47,7 +48,8 @@ def augmented(images: np.ndarray, draws: np.ndarray, settings: AugmentationSetti
     if settings.crop == "resized":
         boxes = resized_boxes(draws[1:], settings.min_area)
         return cut_resized(images, boxes, flips)
-    reach = settings.padding if settings.crop == "pad" else 0
+    padding = images.shape[1] // 8 if settings.padding is None else settings.padding
+    reach = padding if settings.crop == "pad" else 0
     down, right = np.floor(draws[1:3] * (2 * reach + 1)).astype(np.int64) - reach
     return as_tensor(shifted(images, down, right, flips))
 

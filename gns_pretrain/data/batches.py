@@ -10,8 +10,6 @@ scale compares with the odd ones.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +17,14 @@ from torch import Tensor
 
 from gns_pretrain.data.mixture import Mixture
 from gns_pretrain.data.order import SequenceOrder
+from gns_pretrain.data.read_ahead import ReadAhead, Step
 from gns_pretrain.data.shards import TokenShards
-
-
-class _Request(NamedTuple):
-    """One step; sizes in sequences over all ranks."""
-
-    cursor: int
-    batch_size: int
-    micro_batch_size: int
 
 
 class Batches:
     """One rank's part of the training sequences, each source in a seeded order, epoch after epoch.
 
-    Holds no position of its own: the caller passes the cursor, so that a checkpoint is one integer.
-    While a step is computed, a thread reads the next one, guessing that the sizes stay the same; a
-    wrong guess is thrown away.
+    While a step is computed, a thread reads the next one (`ReadAhead`).
     """
 
     def __init__(
@@ -55,10 +44,9 @@ class Batches:
             SequenceOrder(source.tokens.num_sequences(sequence_length), seed)
             for source in mixture.sources
         ]
-        self._device = device
+        self._on_gpu = device.type == "cuda"
         self._rank, self._num_ranks = rank, num_ranks
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: tuple[_Request, Future[Tensor]] | None = None
+        self._ahead = ReadAhead(self._read, device)
 
     def micro_batches(
         self, cursor: int, *, batch_size: int, micro_batch_size: int
@@ -71,13 +59,8 @@ class Batches:
             cursor: sequences consumed before this step, over all ranks.
             batch_size: sequences of the step over all ranks, a multiple of micro_batch_size.
         """
-        assert batch_size % micro_batch_size == 0, (batch_size, micro_batch_size)
-        request = _Request(cursor, batch_size, micro_batch_size)
-        guess = self._ahead
-        step = guess[1].result() if guess and guess[0] == request else self._read(request)
-        following = request._replace(cursor=cursor + batch_size)
-        self._ahead = (following, self._reader.submit(self._read, following))
-        return (micro_batch.to(self._device, non_blocking=True) for micro_batch in step)
+        step = Step(cursor, batch_size, micro_batch_size)
+        return (sequences for (sequences,) in self._ahead.micro_batches(step))
 
     def used_up(self, cursor: int) -> list[str]:
         """Name the sources of which every sequence was consumed before cursor: they repeat."""
@@ -92,21 +75,19 @@ class Batches:
 
     def close(self) -> None:
         """Stop reading ahead; the object cannot be used afterwards."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
-        self._ahead = None
+        self._ahead.close()
 
-    def _read(self, request: _Request) -> Tensor:
+    def _read(self, request: Step) -> tuple[Tensor]:
         """Read int64 [micro-batches, micro_batch_size, L + 1] to the CPU, pinned for a GPU."""
         places = np.arange(request.batch_size, dtype=np.int64)
         if len(self._orders) > 1:
             shuffled = SequenceOrder(request.batch_size, self._seed)
             places = shuffled(request.cursor * request.batch_size + places)
-        positions = request.cursor + places
-        positions = positions.reshape(-1, request.micro_batch_size)[self._rank :: self._num_ranks]
+        positions = request.of_rank(request.cursor + places, self._rank, self._num_ranks)
         step = torch.empty(
             (*positions.shape, self._sequence_length + 1),
             dtype=torch.int64,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._on_gpu,
         )
         sources, indices = self._mixture.locate(positions)
         for number, order in enumerate(self._orders):
@@ -114,7 +95,7 @@ class Batches:
         # One micro-batch at a time, so that the check of its ids finds it in the cache.
         for of_micro_batch in zip(sources, indices, step.numpy(), strict=True):
             self._mixture.read_sequences(*of_micro_batch, self._sequence_length)
-        return step
+        return (step,)
 
 
 def inputs_and_targets(sequences: Tensor) -> tuple[Tensor, Tensor]:

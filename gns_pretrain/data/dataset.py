@@ -6,27 +6,19 @@ from typing import Annotated, Any, ClassVar
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, path_name
 
-DATASETS: dict[str, type["DatasetSettings"]] = {}  # by kind; filled by defining a subclass
-
 
 @dataclass
 class DatasetSettings(Settings):
-    """Base of the settings of text and of images; a subclass with its own kind is registered."""
+    """Base of the settings of text and of images."""
 
     section: ClassVar[str] = "data"
-    kind: ClassVar[str] = ""  # names the schema in conf/data
 
-    path: Annotated[str, path_name()] = "???"
+    path: Annotated[str, path_name()] = "???"  # a folder, or what stands for one; given
     train_split: str = "train"  # split in meta.json
     validation_split: str = "validation"  # split in meta.json
     verify: bool | None = None  # check the files' sha256 first; null: if they are below 256 MiB
     # folder on a node's own disk to copy the data to; null: none
     stage_to: Annotated[str | None, path_name()] = None
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "kind" in vars(cls):
-            DATASETS[cls.kind] = cls
 
     def origin(self) -> Any:
         """What a run notes about its data, a dataclass; InputError if its meta.json is damaged."""

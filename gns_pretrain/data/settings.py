@@ -50,8 +50,6 @@ class SourceSettings(Settings):
 class DataSettings(DatasetSettings):
     """The text of a run."""
 
-    kind: ClassVar[str] = "data"
-
     # embedded (docstrings of installed packages), mixture (of data.sources), or a token-shard
     # folder; given
     path: Annotated[str, path_name()] = "???"

@@ -124,7 +124,7 @@ def build_run(
     workload.begin(world)
     meter = None
     if config.noise_scale.geometries:
-        meter = NoiseMeter(model, config.noise_scale, kinds=workload.parameter_kind)
+        meter = NoiseMeter(model, config.noise_scale, kinds=workload.parameter_kinds)
     if meter and saved:
         meter.load_state_dict(saved)
     return Run(
@@ -181,8 +181,12 @@ def check_state(saved: dict[str, Any], origin: Path, *, seed: int | None) -> Non
 
 def build_schedule(config: Config, workload: Workload) -> Schedule:
     """Build what the learning rate follows."""
+    settings, final_lr = config.schedule, config.schedule.final_lr
+    if final_lr is not None:
+        final_fraction = min(final_lr / config.optimizer.lr, 1.0)
+        settings = dataclasses.replace(settings, final_fraction=final_fraction)
     return Schedule(
-        config.schedule,
+        settings,
         initial_batch_size=config.batch_size.initial,
         total_steps=workload.steps_at(config.batch_size.initial),
     )

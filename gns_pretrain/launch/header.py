@@ -43,7 +43,9 @@ def header(
     batch = config.batch_size
     measured = ", ".join(config.noise_scale.geometries) or "not measured"
     if config.noise_scale.geometries:
-        measured += f", every {counted(config.noise_scale.every_steps, 'step')}"
+        epochs = config.noise_scale.every_epochs
+        steps = counted(config.noise_scale.every_steps, "step")
+        measured += f", every {steps if epochs is None else f'{epochs:g} epochs'}"
     at_first = "" if batch.policy == "constant" else " at the first batch size"
     lines = {
         "model": plan.model,

@@ -10,22 +10,16 @@ from torch import nn
 from gns_pretrain.fields import Settings
 
 KIND = "kind"  # of model.json
-MODELS: dict[str, type["ModelSettings"]] = {}  # by kind; filled by defining a subclass
 
 
 @dataclass
 class ModelSettings(Settings):
-    """Base of each model's settings; a subclass with a kind of its own is registered."""
+    """Base of each model's settings."""
 
     section: ClassVar[str] = "model"
     kind: ClassVar[str] = ""  # names the schema in conf/model and in a checkpoint's model.json
 
     name: str  # appears in records and tables
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "kind" in vars(cls):
-            MODELS[cls.kind] = cls
 
     @property
     def tensor_parallel_widths(self) -> Mapping[str, int]:

@@ -4,7 +4,7 @@ Legend: n images; C, H, W their channels, rows and columns; P the side of a patc
 patches; D model width; h heads; F feed-forward width; K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -27,7 +27,8 @@ class SimpleViTConfig(ModelSettings):
 
     kind: ClassVar[str] = "simple_vit"
 
-    patch_size: Count  # pixels; side of a patch
+    # pixels; side of a patch; null: a quarter of the image's rows
+    patch_size: Annotated[int | None, at_least(1)]
     dim: Count  # width of the residual stream
     num_layers: Count  # transformer blocks
     num_heads: Count
@@ -53,12 +54,13 @@ class SimpleViTConfig(ModelSettings):
             InputError: patches do not divide the image.
         """
         _, rows, columns = image_shape
-        if rows % self.patch_size or columns % self.patch_size:
+        patch = self.patch_size or max(rows // 4, 1)
+        if rows % patch or columns % patch:
             raise InputError(
-                f"model.patch_size={self.patch_size} does not divide images of {rows} x {columns} "
+                f"model.patch_size={patch} does not divide images of {rows} x {columns} "
                 "pixels; use a divisor of both sides"
             )
-        return SimpleViT(self, image_shape, num_classes)
+        return SimpleViT(replace(self, patch_size=patch), image_shape, num_classes)
 
 
 def positions_2d(rows: int, columns: int, dim: int) -> Tensor:
@@ -118,6 +120,7 @@ class SimpleViT(ImageClassifier):
         self.config = config
         channels, rows, columns = image_shape
         patch = config.patch_size
+        assert patch is not None  # `build` fills it in
         self.patches = nn.Conv2d(channels, config.dim, patch, stride=patch)
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)

@@ -127,16 +127,17 @@ class NoiseMeter:
         self._pending: list[Pending] = []  # oldest first
         self._host = HostSpectra(self.tap.device)
 
-    def step(self, step: int) -> AbstractContextManager[None]:
+    def step(self, step: int, *, is_due: bool | None = None) -> AbstractContextManager[None]:
         """Measure the optimizer step within, if it is its turn.
 
         Args:
             step: its number, from 1.
+            is_due: whether it is, where the caller knows; None: as `every_steps` says.
         """
         if step < 1:
             raise InputError(f"meter.step({step}): steps count from 1")
         self._measured = False
-        if not self.settings.measures_at(step):
+        if not (self.settings.measures_at(step) if is_due is None else is_due):
             self._step = step
             return nullcontext()
         self._step = step - 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, TypedDict
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, key_of, one_of
+from gns_pretrain.fields import Settings, at_least, key_of, one_of, positive
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs, fewest_samples
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
@@ -40,6 +40,8 @@ class NoiseScaleSettings(Settings):
     estimates: list[str] = field(default_factory=lambda: ["plug_in"])  # the paper's comes first
     # F; at step 1 and every F steps; the paper's value
     every_steps: Annotated[int, at_least(1, "step", hint="the paper measures every 100")] = 100
+    # in place of every_steps, of a run on images: passes over them; null: every_steps holds
+    every_epochs: Annotated[float | None, positive()] = None
     # D; a step is read at the end of the D-th one after it: eigenvalues are taken meanwhile; ours
     read_after_steps: Annotated[int, at_least(0, "steps")] = 0
     # micro-batches that a step keeps where a policy changes the batch; ours

@@ -81,7 +81,9 @@ BEFORE_ADDED = {
     "schedule.decay_form": "linear",
     "batch_size.growth": 2.0,
     "batch_size.growth_tokens": None,
+    "schedule.final_lr": None,
     "epochs": None,
+    "noise_scale.every_epochs": None,
     "evaluation.every_epochs": 1.0,
     "evaluation.num_images": None,
 }

@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.model.config import LlamaConfig, count_parameters
+from gns_pretrain.model.kinds import MODELS
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.model.settings import KIND, MODELS, ModelSettings
+from gns_pretrain.model.settings import KIND, ModelSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import named_file, parse, read_json, sha256_of
 from gns_pretrain.system.remote import is_remote, listed_anew, store_errors

@@ -23,7 +23,7 @@ class EvaluationSettings(Settings):
     # the first so many of the validation split, of a mixture by its weights; of text
     num_sequences: Annotated[int, at_least(1)] = 64
     every_epochs: Annotated[float, positive()] = 1.0  # between evaluations, of images
-    # the first so many of the validation split; null: all; of images
+    # of the validation split, evenly spaced, at most; null: all; of images
     num_images: Annotated[int | None, at_least(1)] = None
 
 

@@ -168,6 +168,7 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
         meter=meter_of_step(run),
         bad_steps=run.bad_steps,
         step=adaptive.steps + 1,
+        is_due=measures(run),
     )
     readings = result.readings
     if run.meter and is_last_step(run):
@@ -194,10 +195,21 @@ def is_last_step(run: Run) -> bool:
     return run.adaptive.samples + run.adaptive.batch_size >= run.workload.total_samples
 
 
+def measures(run: Run) -> bool:
+    """Whether the noise scale is measured in the coming step."""
+    adaptive, every = run.adaptive, run.workload.measure_every
+    if run.meter is None:
+        return False
+    if every is None:
+        return run.meter.settings.measures_at(adaptive.steps + 1)
+    after = adaptive.samples + adaptive.batch_size
+    return adaptive.steps == 0 or crossed(every, before=adaptive.samples, after=after)
+
+
 def meter_of_step(run: Run) -> NoiseMeter | None:
     """Return the noise meter, unless it is to measure the coming step and cannot."""
     step = run.adaptive.steps + 1
-    if run.meter is None or not run.meter.settings.measures_at(step):
+    if run.meter is None or not measures(run):
         return run.meter
     fewest = run.meter.settings.fewest_samples
     if (samples := run.adaptive.accumulation * run.world.num_data_ranks) < fewest:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, at_most, key_of, one_of, within
+from gns_pretrain.fields import Settings, at_least, at_most, key_of, one_of, positive, within
 
 # What is left of the peak at a share p of the decay.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -30,6 +30,8 @@ class ScheduleSettings(Settings):
     final_fraction: Annotated[
         float, at_least(0, hint="0 lets the learning rate end at zero"), at_most(1)
     ] = 0.0
+    # in place of final_fraction: the learning rate at the end; null: the fraction holds
+    final_lr: Annotated[float | None, positive()] = None
     # of the token budget, for wsd
     decay_fraction: Annotated[float, within(0, 1, hint="0.1 to 0.2 is usual")] = 0.2
     decay_form: Annotated[str, key_of(DECAYS)] = "linear"  # of wsd

@@ -5,7 +5,7 @@ costs some 10 microseconds.
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ def train_step(
     meter: NoiseMeter | None = None,
     bad_steps: BadSteps | None = None,
     step: int | None = None,
+    is_due: bool | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
@@ -51,8 +52,12 @@ def train_step(
         meter: of the noise scale.
         bad_steps: leaves the update out, and what was measured, if it finds the step bad.
         step: its number, from 1, by which the meter measures and reads; None measures this step.
+        is_due: whether a numbered step is measured; None: as the meter's settings say.
     """
-    with nullcontext() if meter is None else meter.measure() if step is None else meter.step(step):
+    measured: AbstractContextManager[None] = nullcontext()
+    if meter is not None:
+        measured = meter.measure() if step is None else meter.step(step, is_due=is_due)
+    with measured:
         losses = accumulate_gradients(model, micro_batches, accumulation=accumulation, meter=meter)
     readings = meter.read(batch_size) if meter else []
     with record_function("optimizer"):

@@ -6,11 +6,14 @@ of them a run has.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from gns_pretrain.errors import InputError
+from gns_pretrain.model.roles import Labels
 from gns_pretrain.model.settings import ModelSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.unit import Unit
@@ -57,9 +60,12 @@ class Workload(ABC):
         unit: in what budget and axes count.
         budget: of the unit; the run ends with the first whole step that reaches it.
         evaluate_every: of the unit, between two evaluations.
-        measure_every: samples between two measurements; None: noise_scale.every_steps says.
+        measure_every: samples between two measurements; None: noise_scale.every_steps says it.
         fingerprint: of the data, whatever its folder is called.
         model: its settings, with what the data decides filled in.
+        parameter_kinds: labels of parameters for the noise scale by kind; None: their roles.
+        trains_on: text or images, for errors.
+        refused: settings of other workloads, by dotted names, which it does not read.
     """
 
     unit: Unit
@@ -68,10 +74,30 @@ class Workload(ABC):
     measure_every: int | None = None
     fingerprint: str
     model: ModelSettings
+    parameter_kinds: Labels | None = None
+    trains_on: ClassVar[str]
+    refused: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
+    def refuse_settings_of_others(self, config: Any) -> None:
+        """Raise InputError for a setting that only another workload reads.
+
+        Args:
+            config: the run's; a setting at its default was not given.
+        """
+        for name in self.refused:
+            *sections, last = name.split(".")
+            holder = reduce(getattr, sections, config)
+            (known,) = (each for each in fields(holder) if each.name == last)
+            default = None if known.default == "???" else known.default
+            if (value := getattr(holder, last)) != default:
+                shown = "null" if default is None else default
+                raise InputError(
+                    f"{name}={value} is not read by a run on {self.trains_on}; use {name}={shown}"
+                )
+
     def check(self) -> None:
         """Check settings against the data; InputError at the first rule that is broken."""
+        return
 
     @abstractmethod
     def size(self) -> Size:
@@ -84,10 +110,6 @@ class Workload(ABC):
     @abstractmethod
     def build_model(self, world: World) -> nn.Module:
         """The model with its first weights, compiled where asked, and parallelized."""
-
-    @abstractmethod
-    def parameter_kind(self, name: str) -> str:
-        """Label a parameter for the noise scale by kind (`per_kind`)."""
 
     def peak_speed(self, world: World) -> float | None:
         """Of the unit, a second, at the peak FLOP/s of all GPUs; None where that is not known."""

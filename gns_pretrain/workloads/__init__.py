@@ -1,10 +1,14 @@
 """What runs train on: one class for each kind of data, behind one interface."""
 
 from gns_pretrain.config.schema import Config
+from gns_pretrain.data.image_settings import ImageDataSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.config import LlamaConfig
+from gns_pretrain.model.resnet import ResNetConfig
+from gns_pretrain.model.simple_vit import SimpleViTConfig
 from gns_pretrain.training.workload import Workload
+from gns_pretrain.workloads.images import ImageWorkload
 from gns_pretrain.workloads.language import LanguageWorkload
 
 
@@ -16,6 +20,10 @@ def open_workload(config: Config) -> Workload:
     """
     if isinstance(config.data, DataSettings) and isinstance(config.model, LlamaConfig):
         return LanguageWorkload(config, config.data, config.model)
+    if isinstance(config.data, ImageDataSettings) and isinstance(
+        config.model, SimpleViTConfig | ResNetConfig
+    ):
+        return ImageWorkload(config, config.data, config.model)
     raise InputError(
         f"model.name={config.model.name} is not made for data.path={config.data.path}; choose both "
         "by one workload=..."

@@ -34,13 +34,19 @@ FAR_LARGER = 2  # times the data's vocabulary, which padding it does not reach
 class LanguageWorkload(Workload):
     """Next-token prediction; budget and axes count tokens."""
 
+    trains_on = "text"
+    refused = (
+        "epochs",
+        "noise_scale.every_epochs",
+        "evaluation.every_epochs",
+        "evaluation.num_images",
+    )
+
     def __init__(self, config: Config, data: DataSettings, model: LlamaConfig) -> None:
+        self.refuse_settings_of_others(config)
         step_tokens = config.batch_size.initial * data.sequence_length
-        if config.epochs is not None or config.token_budget is None:
-            raise InputError(
-                f"epochs={config.epochs} and token_budget={config.token_budget}, but a run on text "
-                "ends by token_budget alone; give it, and leave epochs out"
-            )
+        if config.token_budget is None:
+            raise InputError("token_budget has no value, by which a run on text ends; give it one")
         if config.token_budget < step_tokens:
             raise InputError(
                 f"token_budget={config.token_budget} is less than one step's {step_tokens} tokens "
@@ -53,6 +59,7 @@ class LanguageWorkload(Workload):
         self.unit = replace(TOKENS, per_sample=data.sequence_length)
         self.budget = config.token_budget
         self.evaluate_every = config.evaluation.every_tokens
+        self.parameter_kinds = llama.parameter_kind
         self.fingerprint = joint_fingerprint(
             split.fingerprint for split in (self.training, self.validation)
         )
@@ -143,10 +150,6 @@ class LanguageWorkload(Workload):
         """Build the Llama."""
         document_ids = self.training.document_ids if self.data.document_mask else None
         return build_llama(self.config, self.model, world, document_ids=document_ids)
-
-    def parameter_kind(self, name: str) -> str:
-        """Label it as attention, norm, ..."""
-        return llama.parameter_kind(name)
 
     def peak_speed(self, world: World) -> float | None:
         """Tokens/s at the bfloat16 peak of the GPUs."""

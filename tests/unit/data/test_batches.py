@@ -85,9 +85,9 @@ def test_wrong_guess_of_the_next_step_changes_nothing(batches):
 
 def test_step_that_was_read_ahead_is_not_read_again(batches, monkeypatch):
     cursors = []
-    read = batches._read
+    read = batches._ahead._read
     monkeypatch.setattr(
-        batches, "_read", lambda request: cursors.append(request.cursor) or read(request)
+        batches._ahead, "_read", lambda request: cursors.append(request.cursor) or read(request)
     )
     for cursor in (0, 4, 8):
         take(batches, cursor, 4, 2)
