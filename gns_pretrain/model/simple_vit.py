@@ -77,6 +77,17 @@ def positions_2d(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Of the last dimension, its weights cast to x's dtype: FSDP2's copies may be bfloat16."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Attention(nn.Module):
     """Attention of every patch to all patches, [n, T, D] to [n, T, D]."""
 
@@ -101,9 +112,9 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: SimpleViTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self.attention_norm = LayerNorm(config.dim)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self.feed_forward_norm = LayerNorm(config.dim)
         self.w1 = nn.Linear(config.dim, config.ffn_dim)
         self.w2 = nn.Linear(config.ffn_dim, config.dim)
 
@@ -123,7 +134,7 @@ class SimpleViT(ImageClassifier):
         assert patch is not None  # `build` fills it in
         self.patches = nn.Conv2d(channels, config.dim, patch, stride=patch)
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self.norm = LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, num_classes)
         grid = positions_2d(rows // patch, columns // patch, config.dim)
         self.register_buffer("positions", grid, persistent=False)
@@ -152,7 +163,7 @@ class SimpleViT(ImageClassifier):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, LayerNorm):
                 nn.init.ones_(module.weight)
         # A normal cut at two standard deviations has 0.88 of its own.
         std = self.patches.weight[0].numel() ** -0.5 / 0.87962566103423978

@@ -6,9 +6,11 @@ sharded alike on every layout, so that they meet the gradient's own shard withou
 Under tensor parallelism the same holds of each rank's part of the weight.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,13 @@ from gns_pretrain.model.roles import clean_name, matrix_shape, replicated, unwra
 from gns_pretrain.model.settings import OurModel
 from gns_pretrain.parallel.mesh import World, same_ranks
 from gns_pretrain.parallel.tensor import split_over_tensor_ranks
+
+# What DDP calls the broadcast of buffers before a forward pass; torch 2.13 has deprecated the last.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 @dataclass(frozen=True)
@@ -371,11 +380,12 @@ def parallelize(model: OurModel, world: World, *, compute_dtype: torch.dtype) ->
     if world.kind == "single":
         return model
     if world.kind == "ddp":
+        options: dict[str, Any] = {SYNC_BUFFERS: False}  # `running_statistics` keeps them the same
         return DistributedDataParallel(
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # `running_statistics` keeps them the same
+            **options,
         )
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,

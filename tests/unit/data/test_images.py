@@ -256,6 +256,10 @@ def test_settings_choose_what_is_done():
     same = (flipped == plain).flatten(1).all(1)
     assert 16 < same.sum() < 48  # 32, four standard deviations of 4
     assert torch.equal(flipped[~same], plain[~same].flip(3))
+    eighth = AugmentationSettings(padding=SHAPE[0] // 8)  # what null stands for
+    assert torch.equal(
+        augmented(images, draws, AugmentationSettings()), augmented(images, draws, eighth)
+    )
     for settings in VARIED:
         made = augmented(images, draws, settings)
         assert made.shape == plain.shape
