@@ -3,8 +3,8 @@
     gns-pretrain best-of-search outputs
     gns-pretrain best-of-search outputs --format markdown
 
-Under each search stand the best point's numbers as conf/scale/<scale>.yaml takes them, and which of
-them lie at an end of what was tried, where the search should go on.
+Under each search stand the best point's numbers as conf/scale/<scale>/<workload>.yaml takes them,
+and which of them lie at an end of what was tried, where the search should go on.
 """
 
 import sys

@@ -32,7 +32,9 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
     for key, value in values.items():
         source = re.fullmatch(r"\$\{(scale\.[\w.]+)\}", str(value))
         if source and source[1] in missing:
-            raise InputError(missing_of_scale(source[1], values["scale.name"]))
+            raise InputError(
+                missing_of_scale(source[1], values["scale.name"], values["scale.workload"])
+            )
         if key in missing and not key.startswith("scale."):
             raise InputError(f"{key} has no value; give it one, as in: {key}=...")
     for key in missing:  # of the scale: no role of this run reads it
@@ -54,16 +56,17 @@ def refuse_schemas(overrides: Iterable[str]) -> None:
             raise InputError(f"{word}: there is no such choice; use one of {known}")
 
 
-def missing_of_scale(number: str, scale: str) -> str:
+def missing_of_scale(number: str, scale: str, workload: str) -> str:
     """Describe a number that an experiment needs and its scale does not have."""
     optimizer = re.fullmatch(r"scale\.(\w+)\.\w+", number)
     if scale == "none":
         hint = "choose a scale that has it, as in: scale=demo"
     elif optimizer:
+        search = "tune" if workload == "language" else f"tune_{workload}"
         hint = (
-            f"+sweep=tune_{optimizer[1]} scale={scale} searches for it and "
+            f"+sweep={search}_{optimizer[1]} scale={scale} searches for it and "
             f"gns-pretrain best-of-search reports what it found; then give {number}=..., or write "
-            f"it into conf/scale/{scale}.yaml"
+            f"it into conf/scale/{scale}/{workload}.yaml"
         )
     else:
         hint = f"give it one, as in: {number}=..."

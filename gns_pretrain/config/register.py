@@ -20,6 +20,7 @@ CHOICES = {
     "start": "/start",
     "tuned": "/tuned",
     "optimizer": "override /optimizer",  # Hydra wants overrides last
+    "workload": "override /workload",
 }
 
 
@@ -55,20 +56,23 @@ def register_experiments() -> None:
     """Register `+experiment=TABLE/CELL`, `+sweep=TABLE` and, of a search, `+sweep=TABLE_CELL`."""
     file = OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / "tables.yaml"))
     for table, cells in cast(dict[str, dict[str, Any]], file).items():
-        swept = []
+        swept, workload = [], []
         for cell, values in cells.items():
             defaults = [{CHOICES[key]: values.pop(key)} for key in CHOICES if key in values]
             search = values.pop("search", None)
+            chosen = [entry for entry in defaults if min(entry).startswith("override")]
             experiment = {"defaults": ["/cell", *defaults, "_self_"], "table": table, "cell": cell}
             _register(f"experiment/{table}", cell, experiment | values)
             if search is None:
                 swept.append(f"{table}/{cell}")
+                workload = chosen
             else:
                 # With the search's optimizer, whose settings can then be typed beside `+sweep=`.
                 params = {"+experiment": f"{table}/{cell}", **search}
-                _register_sweep(f"{table}_{cell}", params, defaults[-1:])
+                _register_sweep(f"{table}_{cell}", params, chosen)
         if swept:
-            _register_sweep(table, {"seed": "${scale.seeds}", "+experiment": ",".join(swept)})
+            params = {"seed": "${scale.seeds}", "+experiment": ",".join(swept)}
+            _register_sweep(table, params, workload)
     # Which branches there are, its sweeper finds in the checkpoints of a run.
     _register_sweep("critical_batch", {}, [{"override /hydra/sweeper": "branches"}])
 

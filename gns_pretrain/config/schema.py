@@ -65,6 +65,7 @@ class ScaleSettings:
     """
 
     name: str | None = MISSING  # in run names: demo, h200, paper, ...
+    workload: str = "language"  # what the numbers are for, as conf/workload names it
     small_batch: int | None = MISSING  # the paper's 64
     middle_batch: int | None = MISSING  # its 128
     large_batch: int | None = MISSING  # its 256

@@ -7,7 +7,7 @@ A frame of runs has a row for each run:
     settings                    flat, by dotted name; cell and seed alone for a CSV
     finished                    whether it has spent its token budget
     steps                       all its optimizer steps
-    read                        returns its validation losses: a curve over steps
+    read                        returns its evaluations by a score: a curve over steps
 
 A curve is a float64 series of a quantity over ascending steps or tokens. A loss is in nats per
 token; a batch size and a noise scale are in sequences.
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from gns_pretrain.errors import DamagedFileError, InputError, needs
 from gns_pretrain.noise_scale.geometries import GAINS
 from gns_pretrain.results.labels import seed_in_name
+from gns_pretrain.results.layouts import Score
 from gns_pretrain.runs.directory import (
     METRICS,
     SUMMARY,
@@ -54,13 +55,20 @@ WhoseNoise = Noise | Literal["all"] | None  # None: the one that chose the batch
 
 RUN_COLUMNS = ["name", "table", "cell", "seed", "scale", "settings", "finished", "steps", "read"]
 NOISE_SCALE = "noise_scale"
-QUANTITIES = ("loss", "train_loss", "batch_size", "lr")  # that have a curve, beside noise scales
+QUANTITIES = (
+    "loss",
+    "accuracy",
+    "train_loss",
+    "batch_size",
+    "lr",
+)  # that have a curve, beside noise scales
 PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no file names
 # Columns of a record, and what a CSV may call them: as our runs log them, as the published ones do.
 COLUMNS = {
     "step": ("trainer/step", "_step", "Step"),
     "tokens": ("trainer/tokens", "n_tokens_seen"),
     "loss": ("val/loss", "validation_metrics/loss"),
+    "accuracy": ("val/accuracy",),
     "train_loss": ("train/loss", "loss_metrics/global_avg_loss"),
     "batch_size": ("train/batch_size", "batch_size/global_batch_size"),
     "lr": ("train/lr", "lr"),
@@ -90,7 +98,7 @@ def runs_of_folders(paths: Iterable[Path]) -> tuple[Runs, list[str]]:
         except DamagedFileError as error:
             damaged.append(error)
         else:
-            read = partial(losses_of, directory)
+            read = partial(scores_of, directory)
             rows.append(_run(str(directory), settings, finished, steps, read))
     return pd.DataFrame(rows, columns=RUN_COLUMNS), lines_beside(rows, damaged)
 
@@ -114,7 +122,7 @@ def runs_of_project(project: str, table: str) -> Runs:
     """Read the runs of a W&B project that carry a table's name; InputError if it fails."""
     rows = []
     for run in tracked_runs(project, filters={"config.table": table}):
-        read = lambda run=run: to_curve(run.validation())  # noqa: E731
+        read = lambda score, run=run: falling(score, to_curve(run.validation(score)))  # noqa: E731
         rows.append(_run(run.name, flatten(run.config), run.finished, run.steps, read))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
@@ -137,10 +145,10 @@ def runs_of_curves(cells: Mapping[str, Sequence[Path]]) -> Runs:
                 raise InputError(
                     f"{cell}={path}: the cell has a curve of seed {seed} already; give it once"
                 )
-            losses = losses_of(path)
+            losses = scores_of(path, "loss")
             steps = int(losses.index[-1]) if len(losses) else 0
             settings = {"cell": cell, "seed": seed}
-            rows[cell, seed] = _run(str(path), settings, True, steps, partial(losses_of, path))
+            rows[cell, seed] = _run(str(path), settings, True, steps, partial(scores_of, path))
     return pd.DataFrame(list(rows.values()), columns=RUN_COLUMNS)
 
 
@@ -157,13 +165,30 @@ def _run(name: str, settings: dict[str, Any], *results: Any) -> tuple[Any, ...]:
     )
 
 
-def losses_of(path: Path) -> Curve:
-    """Validation losses over steps of a run directory or a CSV; empty where there are none."""
-    return read_curves(path).get("loss", to_curve([]))
+def scores_of(path: Path, score: Score) -> Curve:
+    """Evaluations over steps of a run directory or a CSV, `falling`; empty where there are none."""
+    return falling(score, read_curves(path).get(score, to_curve([])))
 
 
-def with_losses(runs: Runs) -> tuple[Runs, list[str]]:
-    """Those runs that have validation losses, as `losses` over steps; a line for each other one.
+def falling(score: Score, curve: Curve) -> Curve:
+    """A score as a number that is lower where a run is better: the loss, or the errors in percent.
+
+    `shown_score` is its inverse.
+    """
+    return curve if score == "loss" else 100.0 - 100.0 * curve
+
+
+def shown_score(score: Score, value: float) -> float:
+    """A loss in nats, or an accuracy in percent, of what `falling` returned."""
+    return value if score == "loss" else 100.0 - value
+
+
+def with_losses(runs: Runs, score: Score = "loss") -> tuple[Runs, list[str]]:
+    """Those runs that have been evaluated, as `losses` over steps; a line for each other one.
+
+    Args:
+        runs: of any source.
+        score: what stands for a loss, see `falling`.
 
     Raises:
         DamagedFileError: no run has any.
@@ -171,9 +196,9 @@ def with_losses(runs: Runs) -> tuple[Runs, list[str]]:
     curves, damaged = {}, []
     for index, name, read in zip(runs.index, runs["name"], runs["read"], strict=True):
         try:
-            curves[index] = read()
+            curves[index] = read(score)
             if curves[index].empty:
-                raise DamagedFileError(f"{name} holds no validation loss; a table needs some")
+                raise DamagedFileError(f"{name} holds no validation {score}; a table needs some")
         except DamagedFileError as error:
             curves.pop(index, None)
             damaged.append(error)
@@ -331,10 +356,10 @@ def read_jsonl(path: Path) -> Record:
     columns: dict[Any, tuple[str, ...]] = {
         TrainLine.kind: (
             *("batch_size", "lr", "grad_norm", "micro_batch_size", "accumulation"),
-            *("step_seconds", "tokens_per_second"),
+            *("step_seconds", "tokens_per_second", "samples_per_second"),
         ),
         BatchSizeLine.kind: ("from", "to", "target", "lr_multiplier", "why"),
-        ValidationLine.kind: ("loss",),
+        ValidationLine.kind: ("loss", "accuracy"),
     }
     rows = []
     for number, line in enumerate(read_records(path), start=1):

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Quantity = Literal["loss", "steps", "first_reaching", "share", "total_steps"]
+Quantity = Literal["loss", "accuracy", "steps", "first_reaching", "share", "total_steps"]
+Score = Literal["loss", "accuracy"]  # by which runs are compared; one of their evaluations' curves
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TableLayout:
     rows: Sequence[Row]
     paper_scale: str = "paper"  # the scale at which the paper's values are comparable
     baseline: str = ""  # what the steps reduction compares with
+    score: Score = "loss"
 
     @property
     def entries(self) -> list[Entry]:
@@ -68,34 +70,38 @@ class TableLayout:
 
 
 INITIAL, THETA = "batch_size.initial", "batch_size.theta"
-LOSS, REDUCTION = "validation loss", "steps reduction (%)"
-LossAndSpread = tuple[float, float | None]  # mean and standard deviation, where the paper has one
+SCORES: dict[Score, str] = {"loss": "validation loss", "accuracy": "validation accuracy (%)"}
+LOSS, REDUCTION = SCORES["loss"], "steps reduction (%)"
+# Mean and standard deviation of a loss, or an accuracy in percent, where the paper has one.
+MeanAndSpread = tuple[float, float | None]
 
 
 def _against_baseline(
     roles: Mapping[str, Label],
-    rows: Mapping[str, tuple[str, float | None, tuple[LossAndSpread, ...]]],
+    rows: Mapping[str, tuple[str, float | None, tuple[MeanAndSpread, ...]]],
+    score: Score = "loss",
 ) -> tuple[list[Column], list[Row]]:
-    """A row for each optimizer: losses by role, then what the adaptive runs save.
+    """A row for each optimizer: scores by role, then what the adaptive runs save.
 
     Args:
-        roles: headers of the losses; a cell is <optimizer in lower case>_<role>.
+        roles: headers of the scores; a cell is <optimizer in lower case>_<role>.
         rows: by optimizer the baseline's role, the paper's steps reduction (one number; its
-            definition and its curves do not agree on which of ours it is), and losses by role.
+            definition and its curves do not agree on which of ours it is), and scores by role.
+        score: what runs are compared by.
     """
     saved: dict[Quantity, str] = {
         "first_reaching": "first reaching",
         "share": "seeds reaching",
         "total_steps": "total steps",
     }
-    columns = [(LOSS, label) for label in roles.values()]
+    columns = [(SCORES[score], label) for label in roles.values()]
     columns += [(REDUCTION, text) for text in saved.values()]
     filled: list[Row] = []
-    for name, (base, reduction, losses) in rows.items():
+    for name, (base, reduction, printed) in rows.items():
         cells = {role: f"{name.lower()}_{role}" for role in roles}
         entries = [
-            Entry("loss", cell, None, Statistic(*loss))
-            for cell, loss in zip(cells.values(), losses, strict=True)
+            Entry(score, cell, None, Statistic(*each))
+            for cell, each in zip(cells.values(), printed, strict=True)
         ]
         for quantity in saved:
             paper = None if quantity == "share" else Statistic(reduction)
@@ -105,7 +111,7 @@ def _against_baseline(
 
 
 def _loss_and_steps(
-    rows: Mapping[str, tuple[tuple[Label, ...], LossAndSpread, float]],
+    rows: Mapping[str, tuple[tuple[Label, ...], MeanAndSpread, float]],
 ) -> tuple[list[Column], list[Row]]:
     """A row for each cell: its labels, its loss and its median steps."""
     filled: list[Row] = []
@@ -163,6 +169,24 @@ TABLE3 = TableLayout(
     paper_scale="paper_1b",
     baseline="baseline: the constant batch of the same optimizer",
 )
+TABLE4 = TableLayout(
+    "table4",
+    "Table 4: SimpleViT on ImageWoof, constant and adaptive batches",
+    ("optimizer",),
+    *_against_baseline(
+        {"baseline": SettingLabel("B = {}", INITIAL, "128", "baseline"), "adaptive": "adaptive"},
+        {
+            "MSGD": ("baseline", 14.9, ((1.1990, 0.0006), (1.1975, 0.0000008))),
+            "SGD": ("baseline", 0.2, ((1.5910, 0.0097), (1.2850, 0.0007))),
+            "signSGD": ("baseline", 37.5, ((1.2007, 0.000006), (1.1643, 0.0006))),
+            "Signum": ("baseline", 55.2, ((1.3819, 0.0002), (1.1907, 0.0002))),
+            "AdamW": ("baseline", 13.6, ((0.9727, 0.0002), (0.9584, 0.0000008))),
+            "Muon": ("baseline", 13.0, ((0.6693, 0.0218), (0.6302, 0.0002))),
+        },
+    ),
+    baseline="baseline: the constant batch of the same optimizer; MSGD: SGD with momentum; "
+    "adaptive: by the noise scale of the optimizer's own geometry",
+)
 TABLE8 = TableLayout(
     "table8",
     "Table 8: signSGD, constant and adaptive batches",
@@ -208,7 +232,29 @@ THETA_SENSITIVITY = TableLayout(
         }
     ),
 )
-LAYOUTS = {layout.name: layout for layout in (TABLE2, TABLE3, TABLE8, TABLE9, THETA_SENSITIVITY)}
+TABLE10 = TableLayout(
+    "table10",
+    "Table 10: ResNet-18 on CIFAR-10, constant and adaptive batches",
+    ("optimizer",),
+    *_against_baseline(
+        {"baseline": SettingLabel("B = {}", INITIAL, "512", "baseline"), "adaptive": "adaptive"},
+        {
+            "MSGD": ("baseline", 20.43, ((93.43, None), (93.44, None))),
+            "SGD": ("baseline", 46.47, ((92.33, None), (92.74, None))),
+            "signSGD": ("baseline", 76.46, ((93.13, None), (93.22, None))),
+            "Signum": ("baseline", 73.40, ((93.59, None), (93.57, None))),
+            "AdamW": ("baseline", None, ((94.16, None), (93.89, None))),
+            "Muon": ("baseline", 85.19, ((94.69, None), (94.67, None))),
+        },
+        "accuracy",
+    ),
+    baseline=TABLE4.baseline,
+    score="accuracy",
+)
+LAYOUTS = {
+    layout.name: layout
+    for layout in (TABLE2, TABLE3, TABLE4, TABLE8, TABLE9, TABLE10, THETA_SENSITIVITY)
+}
 # Files of the paper's arXiv source that hold a cell's curve, by table and cell, as a pattern.
 PUBLISHED_CURVES = {
     ("table2", "signum_small"): "signum_64.csv",

@@ -11,12 +11,15 @@ from typing import Any
 from rich.table import Table as TextTable
 
 from gns_pretrain.results.frame import pd
-from gns_pretrain.results.layouts import Quantity, Statistic
+from gns_pretrain.results.layouts import Quantity, Score, Statistic
 from gns_pretrain.results.tables import FilledEntry, FilledTable
 from gns_pretrain.system.terminal import Console
 
 NO_RUN, NEVER, MARK, BEST = "no run", "-", "*", "↓"
-LOWEST = "the lowest loss of those that are compared"
+NAMES_OF_BEST: dict[Score, str] = {
+    "loss": "the lowest loss of those that are compared",
+    "accuracy": "the highest accuracy of those that are compared",
+}
 LATEX = {
     "\\": r"\textbackslash ",
     **{character: f"\\{character}" for character in "%_&#{}"},
@@ -43,16 +46,17 @@ def number(quantity: Quantity, statistic: Statistic) -> str:
         return f"{statistic.reached}/{len(statistic.seeds)}"
     if statistic.value is None:
         return NEVER
-    if quantity == "loss":
-        return loss_text(statistic.value, statistic.deviation)
+    if quantity == "loss" or quantity == "accuracy":
+        return score_text(statistic.value, statistic.deviation, quantity)
     if quantity == "steps":
         return f"{statistic.value:,.0f}" if statistic.value % 1 == 0 else f"{statistic.value:,.1f}"
     return f"{statistic.value:.2f}"
 
 
-def loss_text(mean: float, deviation: float | None) -> str:
-    """A loss (nats per token) with its standard deviation over seeds, if there is one."""
-    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+def score_text(mean: float, deviation: float | None, score: Score = "loss") -> str:
+    """A loss (nats) or accuracy (percent), with its standard deviation over seeds if it has one."""
+    digits = 4 if score == "loss" else 2
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def shown(
@@ -99,7 +103,7 @@ def as_text(table: FilledTable) -> str:
         for header in frame.columns
     ]
     grid = text_grid(headers, frame.to_numpy(), left=labels)
-    lowest = [f"{BEST} {LOWEST}"] if table.has_best else []
+    lowest = [f"{BEST} {NAMES_OF_BEST[table.layout.score]}"] if table.has_best else []
     return "\n".join([table.title, grid, *table.notes, *lowest, *table.explanations]) + "\n"
 
 
@@ -122,7 +126,7 @@ def as_markdown(table: FilledTable) -> str:
     frame = shown(table, best="**{}**".format, escape=_escape_markdown)
     lines = [[cell.strip() for cell in line] for line in frame.to_numpy()]
     notes = [_escape_markdown(note) for note in [*table.notes, *table.explanations]]
-    notes += [f"bold: {LOWEST}"] if table.has_best else []
+    notes += [f"bold: {NAMES_OF_BEST[table.layout.score]}"] if table.has_best else []
     headers = map(_flat, frame.columns)
     return markdown(table.title, headers, lines, notes, left=len(table.layout.label_titles))
 
@@ -157,8 +161,9 @@ def as_latex(table: FilledTable) -> str:
     labels = len(table.layout.label_titles)
     if not any(group for group, _ in frame.columns):
         frame.columns = frame.columns.get_level_values(1)
+    name_of_best = NAMES_OF_BEST[table.layout.score]
     title = re.sub(r"^Table \d+: ", "", table.title)  # LaTeX numbers it
-    sentences = [title, *table.explanations, *([f"bold: {LOWEST}"] if table.has_best else [])]
+    sentences = [title, *table.explanations, *([f"bold: {name_of_best}"] if table.has_best else [])]
     drawn = frame.to_latex(
         index=False,
         escape=False,
@@ -212,7 +217,7 @@ def _bare(name: str, filled: FilledEntry, with_paper: bool) -> list[tuple[str, A
     if quantity == "share":
         return [(name, ours and number(quantity, ours))]
     columns: list[tuple[str, Any]] = [(name, ours and _or_never(ours.value))]
-    if quantity == "loss":
+    if quantity in NAMES_OF_BEST:
         columns.append((f"{name}, standard deviation", ours and ours.deviation))
         columns.append((f"{name}, seeds", len(ours.seeds) if ours else 0))
     if with_paper and paper is not None:

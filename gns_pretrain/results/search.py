@@ -9,23 +9,29 @@ from rich import box
 
 from gns_pretrain.config.schema import TunedSettings
 from gns_pretrain.errors import InputError, counted
-from gns_pretrain.results.frame import Runs, pd, with_losses
-from gns_pretrain.results.render import loss_text, markdown, text_grid
+from gns_pretrain.results.frame import Runs, pd, shown_score, with_losses
+from gns_pretrain.results.layouts import Score
+from gns_pretrain.results.render import markdown, score_text, text_grid
 from gns_pretrain.runs.identity import Purpose, varying_settings
 
-SEARCH = "tune"  # the runs' setting `table`
-LOSS = "lowest validation loss"
+# What a search goes by, by the runs' setting `table`.
+SEARCHES: dict[str, Score] = {"tune": "loss", "tune_imagewoof": "loss", "tune_cifar10": "accuracy"}
+BEST_OF: dict[Score, str] = {
+    "loss": "lowest validation loss",
+    "accuracy": "highest validation accuracy (%)",
+}
 
 
 @dataclass(frozen=True)
 class Search:
     """One optimizer's search at one scale.
 
-    `points` has a row for each finished point, the lowest loss first: the settings that differ
-    between points, by dotted name; `loss` (nats per token, mean over seeds of the lowest) and its
-    `deviation` (None for one seed); all `settings` of one of its runs.
+    `points` has a row for each finished point, the best first: the settings that differ between
+    points, by dotted name; `score` (a loss in nats or an accuracy in percent, mean over seeds of
+    the best) and its `deviation` (None for one seed); all `settings` of one of its runs.
     """
 
+    name: str  # of SEARCHES
     optimizer: str  # name of its group in a scale
     scale: str
     points: pd.DataFrame
@@ -34,7 +40,7 @@ class Search:
 
     @property
     def searched(self) -> list[str]:
-        return [name for name in self.points if name not in ("loss", "deviation", "settings")]
+        return [name for name in self.points if name not in ("score", "deviation", "settings")]
 
     @property
     def at_an_end(self) -> list[str]:
@@ -63,7 +69,9 @@ class Search:
     def notes(self) -> list[str]:
         """What to do with it."""
         best = ", ".join(f"{name}: {_shown(value)}" for name, value in self.for_the_scale.items())
-        notes = [f"for conf/scale/{self.scale}.yaml: scale.{self.optimizer}: {{{best}}}"]
+        workload = self.name.removeprefix("tune").removeprefix("_") or "language"
+        file = f"conf/scale/{self.scale}/{workload}.yaml"
+        notes = [f"for {file}: scale.{self.optimizer}: {{{best}}}"]
         notes += [f"{end}: search on beyond it" for end in self.at_an_end]
         if self.unfinished:
             notes.append(f"not counted, unfinished: {counted(self.unfinished, 'run')}")
@@ -72,12 +80,13 @@ class Search:
     @property
     def table(self) -> tuple[str, list[str], list[list[str]]]:
         """Title, headers, and the cells of each point as texts."""
+        score = SEARCHES[self.name]
         title = f"{self.optimizer} at scale={self.scale}: {counted(len(self.points), 'point')}"
         lines = [
-            [*map(_shown, point[self.searched]), loss_text(point.loss, point.deviation)]
+            [*map(_shown, point[self.searched]), score_text(point.score, point.deviation, score)]
             for _, point in self.points.iterrows()
         ]
-        return title, [*self.searched, LOSS], lines
+        return title, [*self.searched, BEST_OF[score]], lines
 
 
 def searches(runs: Runs) -> list[Search]:
@@ -86,23 +95,27 @@ def searches(runs: Runs) -> list[Search]:
     Raises:
         InputError: none of them is a search's, or no run of one is finished.
     """
-    own = runs[runs["table"] == SEARCH]
+    own = runs[runs["table"].isin(SEARCHES)]
     if own.empty:
         raise InputError(
             f"none of {counted(len(runs), 'run')} belongs to a search; "
             "start one with gns-pretrain train +sweep=tune_signum scale=..."
         )
-    groups = own.groupby(["scale", "cell"])
-    return [_search(scale, optimizer, of_search) for (scale, optimizer), of_search in groups]
+    groups = own.groupby(["table", "scale", "cell"])
+    return [
+        _search(table, scale, optimizer, of_search)
+        for (table, scale, optimizer), of_search in groups
+    ]
 
 
-def _search(scale: str, optimizer: str, runs: Runs) -> Search:
+def _search(table: str, scale: str, optimizer: str, runs: Runs) -> Search:
     finished = runs[runs["finished"]]
     if finished.empty:
         raise InputError(
             f"no run of {optimizer}'s search at scale={scale} is finished; start its command again"
         )
-    finished, damaged = with_losses(finished)
+    score = SEARCHES[table]
+    finished, damaged = with_losses(finished, score)
     searched = varying_settings(list(finished["settings"]), Purpose.CURVE)
     points = []
     key = finished["settings"].map(lambda each: repr([each.get(name) for name in searched]))
@@ -110,10 +123,13 @@ def _search(scale: str, optimizer: str, runs: Runs) -> Search:
         lowest = [losses.min() for losses in seeds["losses"]]
         spread = stdev(lowest) if len(lowest) > 1 else None
         first = seeds["settings"].iloc[0]
-        results = {"loss": fmean(lowest), "deviation": spread, "settings": first}
+        mean = shown_score(score, fmean(lowest))
+        results = {"score": mean, "deviation": spread, "settings": first}
         points.append({name: first.get(name) for name in searched} | results)
-    table = pd.DataFrame(points, dtype=object).sort_values("loss", kind="stable")
-    return Search(optimizer, scale, table, int((~runs["finished"]).sum()), damaged)
+    in_order = pd.DataFrame(points, dtype=object).sort_values(
+        "score", kind="stable", ascending=score == "loss"
+    )
+    return Search(table, optimizer, scale, in_order, int((~runs["finished"]).sum()), damaged)
 
 
 def as_text(search: Search) -> str:

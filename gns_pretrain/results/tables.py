@@ -23,10 +23,20 @@ from gns_pretrain.results.frame import (
     runs_of_curves,
     runs_of_folders,
     runs_of_project,
+    shown_score,
     with_losses,
 )
 from gns_pretrain.results.labels import curve_files, natural_order
-from gns_pretrain.results.layouts import LAYOUTS, Entry, Label, Quantity, Statistic, TableLayout
+from gns_pretrain.results.layouts import (
+    LAYOUTS,
+    SCORES,
+    Entry,
+    Label,
+    Quantity,
+    Score,
+    Statistic,
+    TableLayout,
+)
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     Purpose,
@@ -42,6 +52,10 @@ MEANING: dict[Quantity, str] = {
     "loss": (
         "validation loss: the lowest of a run's evaluations, nats per token; mean ± sample "
         "standard deviation over seeds"
+    ),
+    "accuracy": (
+        "validation accuracy: the highest of a run's evaluations, percent; mean ± sample standard "
+        "deviation over seeds"
     ),
     "steps": "median steps: median over seeds of all optimizer steps of a run",
     "first_reaching": (
@@ -65,6 +79,7 @@ COMMON = (
     "model",
     "data.sequence_length",
     "evaluation.num_sequences",
+    "evaluation.num_images",
 )
 SHOWN = 4  # settings, of all that differ, in an error
 
@@ -76,7 +91,7 @@ class FilledEntry:
     entry: Entry
     statistic: Statistic | None
     marked: bool  # seeds are missing; the notes say which
-    best: bool = False  # the lowest loss of those that it stands beside
+    best: bool = False  # the best score of those that it stands beside
 
 
 @dataclass
@@ -104,6 +119,8 @@ class FilledTable:
         """What its numbers are."""
         quantities = {entry.quantity for entry in self.layout.entries}
         meanings = [text for quantity, text in MEANING.items() if quantity in quantities]
+        if self.layout.score == "accuracy":
+            meanings = [text.replace("lowest loss", "highest accuracy") for text in meanings]
         baseline = [self.layout.baseline] if self.layout.baseline else []
         return [*meanings, *baseline, *([PAPER_MEANING] if self.with_paper else [])]
 
@@ -166,7 +183,7 @@ def make_table(
                 found, damaged = runs_of_folders(folders)
                 _refuse_bare_curves(layout, found, folders)
             runs, notes = select(layout, found, scale=scale, where=where)
-        table = fill(layout, runs, with_losses(runs_of_curves(curves))[0])
+        table = fill(layout, runs, with_losses(runs_of_curves(curves), layout.score)[0])
     except InputError as error:
         raise InputError("; ".join([str(error), *damaged])) from error
     table.notes += notes + damaged
@@ -227,7 +244,7 @@ def select(
     for condition in where:
         own = _where(own, condition)
     finished = own[own["finished"]].sort_values("name", key=lambda names: names.map(natural_order))
-    finished, notes = with_losses(finished)
+    finished, notes = with_losses(finished, layout.score)
     for cell, runs_of_cell in finished.groupby("cell"):
         _refuse_differences(runs_of_cell, f"of {layout.name}'s cell {cell}")
         for _, repeated in runs_of_cell.groupby("seed"):
@@ -321,12 +338,11 @@ def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
     return {cell: of_cell.set_index("seed").sort_index() for cell, of_cell in read.groupby("cell")}
 
 
-def minimum_loss(runs: pd.DataFrame) -> Statistic:
-    """Mean and sample standard deviation over seeds of the lowest validation loss."""
-    lowest = list(runs["lowest"])
-    return Statistic(
-        fmean(lowest), stdev(lowest) if len(runs) > 1 else None, tuple(runs.index.tolist())
-    )
+def best_score(runs: pd.DataFrame, score: Score) -> Statistic:
+    """Mean and sample standard deviation over seeds of the lowest loss or highest accuracy."""
+    best = [shown_score(score, value) for value in runs["lowest"]]
+    deviation = stdev(best) if len(runs) > 1 else None
+    return Statistic(fmean(best), deviation, tuple(runs.index.tolist()))
 
 
 def median_steps(runs: pd.DataFrame) -> Statistic:
@@ -437,19 +453,20 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
 
 
 def with_best(rows: Sequence[Sequence[FilledEntry]]) -> list[list[FilledEntry]]:
-    """Mark the lowest mean loss of each row; of the column, where a row has a single loss."""
+    """Mark the best mean score of each row; of the column, where a row has a single score."""
 
-    def losses(entries: Iterable[FilledEntry]) -> list[float]:
-        found = [e.statistic for e in entries if e.entry.quantity == "loss" and e.statistic]
+    def scores(entries: Iterable[FilledEntry]) -> list[float]:
+        found = [e.statistic for e in entries if e.entry.quantity in SCORES and e.statistic]
         return [statistic.value for statistic in found if statistic.value is not None]
 
     column = [entry for row in rows for entry in row]
-    one_a_row = max(sum(e.entry.quantity == "loss" for e in row) for row in rows) == 1
+    one_a_row = max(sum(e.entry.quantity in SCORES for e in row) for row in rows) == 1
+    is_accuracy = any(entry.entry.quantity == "accuracy" for entry in column)
     marked = []
     for row in rows:
-        compared = losses(column if one_a_row else row)
-        best = min(compared) if len(compared) > 1 else None
-        marked.append([replace(e, best=best is not None and losses([e]) == [best]) for e in row])
+        compared = scores(column if one_a_row else row)
+        best = (max if is_accuracy else min)(compared) if len(compared) > 1 else None
+        marked.append([replace(e, best=best is not None and scores([e]) == [best]) for e in row])
     return marked
 
 
@@ -459,7 +476,9 @@ def statistic_of(entry: Entry, cells: Cells) -> Statistic | None:
     if runs is None:
         return None
     if entry.baseline is None:
-        return minimum_loss(runs) if entry.quantity == "loss" else median_steps(runs)
+        if entry.quantity == "loss" or entry.quantity == "accuracy":
+            return best_score(runs, entry.quantity)
+        return median_steps(runs)
     if baseline is None or paired(runs, baseline).empty:
         return None
     if entry.quantity == "total_steps":

@@ -227,18 +227,18 @@ class TrackedRun:
     steps: int  # optimizer steps; 0 unless finished
     remote: Any  # the run of wandb's public API
 
-    def validation(self) -> list[tuple[int, float]]:
-        """Read steps and validation losses (nats per token) of its complete history."""
+    def validation(self, score: str = "loss") -> list[tuple[int, float]]:
+        """Read steps and validation losses (nats), or accuracies, of its complete history."""
         import wandb
 
-        keys = ["trainer/step", "val/loss"]
+        keys = ["trainer/step", f"val/{score}"]
         points: list[tuple[int, float]] = []
         try:
             for row in self.remote.scan_history(keys=keys):
                 # What a resumed run repeated replaces what it did before.
                 while points and points[-1][0] >= row["trainer/step"]:
                     points.pop()
-                points.append((row["trainer/step"], row["val/loss"]))
+                points.append((row["trainer/step"], row[f"val/{score}"]))
         except (wandb.Error, ValueError, OSError) as error:
             raise _unreadable(f"the history of {self.name}", error) from error
         return points

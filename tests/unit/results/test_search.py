@@ -50,7 +50,7 @@ def test_points_are_sorted_by_their_lowest_loss(signum):
     assert (search.optimizer, search.scale) == ("signum", "demo")
     assert search.searched == ["optimizer.lr"]
     assert list(search.points["optimizer.lr"]) == [2e-3, 4e-3, 1e-3]
-    assert list(search.points["loss"]) == [4.0, 4.1, 4.5]
+    assert list(search.points["score"]) == [4.0, 4.1, 4.5]
     assert search.for_the_scale == {"lr": 2e-3, "momentum": 0.9}
     assert search.at_an_end == []
 
@@ -65,7 +65,7 @@ def test_a_best_value_at_an_end_of_what_was_tried_is_reported(signum):
 def test_seeds_of_a_point_are_averaged(signum):
     point(signum, "signum", [4.6], seed=1, lr=2e-3, momentum=0.9)
     (search,) = found(signum)
-    assert list(search.points["loss"]) == [4.1, 4.3, 4.5]
+    assert list(search.points["score"]) == [4.1, 4.3, 4.5]
     assert "| 0.002 | 4.3000 ± 0.4243 |" in FORMATS["markdown"](search)
 
 
@@ -80,7 +80,7 @@ def test_optimizers_and_their_own_numbers_are_kept_apart(signum):
 def test_a_run_that_is_not_finished_does_not_count_and_is_reported(signum):
     point(signum, "signum", [1.0], lr=9e-3, momentum=0.9, finished=False)
     (search,) = found(signum)
-    assert search.points["loss"].iloc[0] == 4.0
+    assert search.points["score"].iloc[0] == 4.0
     assert "not counted, unfinished: 1 run" in FORMATS["text"](search)
 
 
@@ -103,4 +103,4 @@ def test_script_prints_the_best_point_first(signum, monkeypatch, capsys):
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert printed.index("0.002") < printed.index("0.004") < printed.index("0.001")
-    assert "for conf/scale/demo.yaml: scale.signum: {lr: 0.002, momentum: 0.9}" in printed
+    assert "for conf/scale/demo/language.yaml: scale.signum: {lr: 0.002, momentum: 0.9}" in printed

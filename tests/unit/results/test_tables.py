@@ -18,10 +18,10 @@ from gns_pretrain.results.frame import to_curve, with_losses
 from gns_pretrain.results.layouts import LAYOUTS
 from gns_pretrain.results.render import FORMATS, _escape_latex
 from gns_pretrain.results.tables import (
+    best_score,
     by_cell,
     make_table,
     median_steps,
-    minimum_loss,
     reduction_by_first_reaching,
     reduction_by_total_steps,
 )
@@ -33,7 +33,7 @@ REFERENCE = Path(os.environ.get("GNS_REFERENCE", ROOT.parent / "shared" / "refer
 
 def run(points, total):
     """A run with evaluations [(step, loss), ...] and so many steps."""
-    return {"steps": total, "read": lambda: to_curve(points)}
+    return {"steps": total, "read": lambda score: to_curve(points)}
 
 
 # A baseline whose lowest loss, 4.0, is at step 80 of 100.
@@ -57,14 +57,14 @@ def seeds(runs):
 def test_a_loss_is_the_mean_of_minima_with_the_sample_deviation():
     # Minima 3 and 5, which are not the last losses: mean 4, deviation sqrt((1 + 1) / 1).
     runs = {0: adaptive(9.0, 3.0, 3.5), 7: adaptive(5.0, 8.0)}
-    statistic = minimum_loss(seeds(runs))
+    statistic = best_score(seeds(runs), "loss")
     assert statistic.value == 4.0
     assert statistic.deviation == pytest.approx(2**0.5)
     assert statistic.seeds == (0, 7)
 
 
 def test_one_seed_has_no_deviation():
-    assert minimum_loss(seeds({0: BASELINE})).deviation is None
+    assert best_score(seeds({0: BASELINE}), "loss").deviation is None
 
 
 def test_first_reaching_counts_from_the_first_evaluation_at_or_below_the_baselines_minimum():
