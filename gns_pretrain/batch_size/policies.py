@@ -373,11 +373,17 @@ class Goodput(Adaptive):
 
     @classmethod
     def note(cls, settings: PolicySettings) -> str | None:
-        """That such a run does not repeat."""
-        return (
+        """That such a run does not repeat, and where its noise scale follows the batch."""
+        text = (
             f"policy={cls.name} decides by measured seconds: a resumed run goes on from those that "
             "it has saved, but two runs of one command may choose different batches"
         )
+        if settings.estimate not in GEOMETRIES[settings.geometry].noise_alone_estimates:
+            return text
+        scale = f"the {settings.estimate} {settings.geometry} scale"
+        if settings.geometry == "euclidean":
+            return f"{text}; {scale} reads no more than its own batch: use estimate=debiased"
+        return f"{text}; by {scale} the batch can grow from noise alone"
 
 
 class Progress(Adaptive):

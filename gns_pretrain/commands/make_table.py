@@ -38,6 +38,7 @@ def main() -> None:
         help="only runs with this setting of their config.yaml, as batch_size.theta=0.6; "
         "repeatable. Runs that do not use it (a constant batch) stay",
     )
+    option("--hours", action="store_true", help="add columns of wall time; of run directories")
     option("--wandb", metavar="ENTITY/PROJECT", help="read W&B instead of folders")
     option("--format", choices=FORMATS, default="text", help="default: text")
     option(
@@ -45,7 +46,12 @@ def main() -> None:
     )
     given = parser.parse_intermixed_args()
     table = make_table(
-        given.table, given.sources, scale=given.scale, where=given.where, project=given.wandb
+        given.table,
+        given.sources,
+        scale=given.scale,
+        where=given.where,
+        project=given.wandb,
+        hours=given.hours,
     )
     write(FORMATS[given.format](table).removesuffix("\n"))
     if given.format == "csv" and table.notes:  # has no place for them

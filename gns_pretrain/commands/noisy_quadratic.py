@@ -74,7 +74,7 @@ def main() -> None:
     if ranked and not options.json:
         title = f"SGD after {settings.samples:,} samples, {settings.schedule} learning rate"
         headers = (
-            "policy|peak lr|steps|last batch|loss|standard error|constant, same steps"
+            "policy|peak lr|steps|time|last batch|loss|standard error|constant, same steps"
             "|best, same steps|loss / best"
         )
         print_table(title, headers, [row_of_policy(*named) for named in ranked.items()])
@@ -89,7 +89,7 @@ def row_of_steps(curve: Scaling) -> list[str]:
 
 def row_of_policy(name: str, result: Result) -> list[str]:
     error = "exact" if result.error is None else f"{result.error:.2g}"
-    counts = [f"{count:,.0f}" for count in (result.steps, result.last_batch)]
+    counts = [f"{count:,.0f}" for count in (result.steps, result.time, result.last_batch)]
     losses = [f"{loss:.3g}" for loss in (result.loss, result.constant, result.best)]
     losses.insert(1, error)
     return [name, f"{result.lr:.3g}", *counts, *losses, f"{result.excess:.3g}"]

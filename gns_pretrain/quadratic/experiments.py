@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -76,6 +77,11 @@ class RankingSettings(Settings):
     samples: Annotated[int, About("sequences of a run"), at_least(1)] = 16384
     seeds: Annotated[int, About("runs of a policy that measures"), at_least(2)] = 32
     measure_every: Annotated[int, About("steps between measurements"), at_least(1)] = 10
+    overhead: Annotated[
+        float,
+        About("fixed time of a step, in that of a sequence, as goodput finds it"),
+        at_least(0),
+    ] = 16.0
     schedule: Annotated[str, About("of the learning rate"), one_of("cosine", "constant", "wsd")] = (
         "cosine"
     )
@@ -116,6 +122,10 @@ class RankingSettings(Settings):
                 found[f"adaptive {estimate}, theta {theta}"] = PolicySettings(
                     "adaptive", geometry="euclidean", estimate=estimate, theta=theta
                 )
+        for estimate in ("debiased", "cross_fitted"):
+            found[f"goodput {estimate}"] = PolicySettings(
+                "goodput", geometry="euclidean", estimate=estimate
+            )
         for theta in (0.3, 0.9):
             found[f"norm test, theta {theta}"] = PolicySettings("norm_test", theta=theta)
         constant = {f"constant {size}": size for size in (first, 4 * first, 16 * first)}
@@ -133,6 +143,7 @@ class Result:
     last_batch: float  # likewise
     loss: float  # expected, or the mean over seeds
     error: float | None = None  # standard error of that mean; None: exact
+    time: float = math.nan  # of all steps, in that of one sequence
     constant: float = math.nan  # expected loss of a constant batch of samples / steps
     best: float = math.nan  # of the best schedule
 
@@ -150,7 +161,12 @@ def ranking(
     steps = torch.tensor([result.steps for result in found], dtype=torch.float64)
     bounds = zip(*frontier(problem, settings, steps), strict=True)
     results = [
-        replace(result, constant=constant, best=best)
+        replace(
+            result,
+            time=settings.samples + settings.overhead * result.steps,
+            constant=constant,
+            best=best,
+        )
         for result, (constant, best) in zip(found, bounds, strict=True)
     ]
     named = zip(policies, results, strict=True)
@@ -179,11 +195,18 @@ def tuned_result(
         of_steps = list(plan(policy, *budget))
         lr, loss = tuned(problem, of_steps)
         return Result(lr, len(of_steps), of_steps[-1][1], loss)
-    tried, every = learning_rates(problem)[-12:], settings.measure_every
-    lrs = tried.repeat(TRIALS).tolist()
-    trials = simulate(problem, policy, *budget, lrs=lrs, measure_every=every, seed=1)
+    tried = learning_rates(problem)[-12:]
+    run = partial(
+        simulate,
+        problem,
+        policy,
+        *budget,
+        measure_every=settings.measure_every,
+        overhead=settings.overhead,
+    )
+    trials = run(lrs=tried.repeat(TRIALS).tolist(), seed=1)
     lr = tried[trials.losses.nan_to_num(math.inf).view(TRIALS, -1).mean(0).argmin()].item()
-    runs = simulate(problem, policy, *budget, lrs=[lr] * settings.seeds, measure_every=every)
+    runs = run(lrs=[lr] * settings.seeds)
     losses = runs.losses.nan_to_num(math.inf)
     return Result(
         lr,

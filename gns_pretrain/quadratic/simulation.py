@@ -73,6 +73,7 @@ def simulate(
     optimizer: Callable[..., torch.optim.Optimizer] = SGD,
     shape: tuple[int, int] | None = None,
     measure_every: int = 1,
+    overhead: float = 0.0,
     seed: int = 0,
 ) -> Runs:
     """Train one row for each learning rate until it has taken its samples.
@@ -84,6 +85,7 @@ def simulate(
         optimizer: made of parameter groups, such as `Muon` or `partial(Signum, momentum=0.9)`.
         shape: of theta as one matrix; None: a vector.
         measure_every: steps from one measurement to the next; step 1 is measured too.
+        overhead: fixed seconds of a step, where a sample takes one.
 
     Raises:
         InputError: the policy reads a noise scale of matrices, and there is no shape.
@@ -125,7 +127,7 @@ def simulate(
             torch.add(curvature * theta, noise, out=gradients)
         rule.step()
         for row in running:
-            adaptives[row].step(readings[row])
+            adaptives[row].step(readings[row], seconds=overhead + sizes[row][-1])
             if adaptives[row].samples >= total_samples:
                 parameters[row].grad = None  # the optimizer leaves it as it is
         running = [row for row in running if parameters[row].grad is not None]

@@ -170,6 +170,18 @@ def scores_of(path: Path, score: Score) -> Curve:
     return falling(score, read_curves(path).get(score, to_curve([])))
 
 
+def hours_of(run: str) -> Curve:
+    """Hours of training steps since the first, by the end of each step, of a run's directory.
+
+    Wall time as the record has it, without evaluations, checkpoints and the time between starts;
+    empty where the record holds none: a CSV, a run of W&B.
+    """
+    if not Path(run).is_dir():
+        return to_curve([])
+    lines = open_record(Path(run)).lines
+    return to_curve(lines.reindex(columns=["step", "step_seconds"]).dropna()).cumsum() / 3600
+
+
 def falling(score: Score, curve: Curve) -> Curve:
     """A score as a number that is lower where a run is better: the loss, or the errors in percent.
 

@@ -5,10 +5,19 @@ sensitivity to theta from the revised version.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-Quantity = Literal["loss", "accuracy", "steps", "first_reaching", "share", "total_steps"]
+Quantity = Literal[
+    "loss",
+    "accuracy",
+    "steps",
+    "first_reaching",
+    "share",
+    "total_steps",
+    "hours",
+    "hours_to_best",
+]
 Score = Literal["loss", "accuracy"]  # by which runs are compared; one of their evaluations' curves
 
 
@@ -119,6 +128,24 @@ def _loss_and_steps(
         lowest = Entry("loss", cell, None, Statistic(*loss))
         filled.append((labels, [lowest, Entry("steps", cell, None, Statistic(steps))]))
     return [("", LOSS), ("", "median steps")], filled
+
+
+def with_hours(layout: TableLayout) -> TableLayout:
+    """The table with the hours of its runs, and those until the baseline's best score."""
+    rows: list[Row] = []
+    for labels, entries in layout.rows:
+        more = [Entry("hours", entry.cell) for entry in entries if entry.quantity == "steps"]
+        for entry in entries:
+            if entry.quantity == "first_reaching" and entry.baseline:
+                both = (entry.baseline, entry.cell)
+                more += [Entry("hours", cell) for cell in both]
+                more += [Entry("hours_to_best", cell, entry.baseline) for cell in both]
+        rows.append((labels, [*entries, *more]))
+    columns: list[Column] = [("", "hours")]
+    if layout.baseline:
+        groups = ("hours", "hours to the baseline's best")
+        columns = [(group, role) for group in groups for role in ("baseline", "adaptive")]
+    return replace(layout, columns=[*layout.columns, *columns], rows=rows)
 
 
 SMALL = SettingLabel("{}", INITIAL, "64", "small")

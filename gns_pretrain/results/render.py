@@ -50,6 +50,8 @@ def number(quantity: Quantity, statistic: Statistic) -> str:
         return score_text(statistic.value, statistic.deviation, quantity)
     if quantity == "steps":
         return f"{statistic.value:,.0f}" if statistic.value % 1 == 0 else f"{statistic.value:,.1f}"
+    if quantity in ("hours", "hours_to_best"):
+        return f"{statistic.value:.3g}"
     return f"{statistic.value:.2f}"
 
 

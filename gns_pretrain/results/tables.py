@@ -19,6 +19,7 @@ from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import at_home
 from gns_pretrain.results.frame import (
     Runs,
+    hours_of,
     pd,
     runs_of_curves,
     runs_of_folders,
@@ -36,6 +37,7 @@ from gns_pretrain.results.layouts import (
     Score,
     Statistic,
     TableLayout,
+    with_hours,
 )
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
@@ -66,6 +68,14 @@ MEANING: dict[Quantity, str] = {
     "total_steps": (
         "steps reduction by total steps: 1 - a/b, a and b all steps of the two runs; median over "
         "seeds"
+    ),
+    "hours": (
+        "hours: median over seeds of the wall time of a run's training steps, without evaluations "
+        "and checkpoints; comparable where runs had the same machine to themselves"
+    ),
+    "hours_to_best": (
+        "hours to the baseline's best: until the run first has the best score of the baseline of "
+        "the same seed; median over the seeds that reach it, - if none does"
     ),
 }
 PAPER_MEANING = (
@@ -136,6 +146,7 @@ def make_table(
     scale: str | None = None,
     where: Sequence[str] = (),
     project: str | None = None,
+    hours: bool = False,
 ) -> FilledTable:
     """Read runs, choose those of a table and compute its numbers.
 
@@ -145,11 +156,12 @@ def make_table(
         scale: the scale to take, where the runs have several.
         where: conditions on the settings of runs, each key=value.
         project: of W&B, in place of folders.
+        hours: add columns of wall time.
 
     Raises:
         InputError: whatever keeps the table from being made, in one line.
     """
-    layout = LAYOUTS[name]
+    layout = with_hours(LAYOUTS[name]) if hours else LAYOUTS[name]
     curves: dict[str, list[Path]] = {}
     folders = []
     for source in map(at_home, sources):
@@ -373,6 +385,24 @@ def reduction_by_total_steps(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> 
     return Statistic(float(reductions.median()), seeds=tuple(pairs.index.tolist()))
 
 
+def median_hours(runs: pd.DataFrame) -> Statistic:
+    """Median over seeds of the hours of all steps; None where no record holds any."""
+    totals = [hours.iloc[-1] for hours in map(hours_of, runs["name"]) if len(hours)]
+    return Statistic(median(totals) if totals else None, seeds=tuple(runs.index.tolist()))
+
+
+def hours_to_best(runs: pd.DataFrame, baseline: pd.DataFrame) -> Statistic:
+    """Median of the hours until a run first has the baseline's best score, where it does."""
+    pairs = paired(runs, baseline)
+    found: list[float] = []
+    for pair in pairs.itertuples():
+        reached = pair.losses.index[pair.losses <= pair.lowest_baseline]
+        if len(reached):
+            found += list(hours_of(pair.name).loc[: reached[0]].iloc[-1:])
+    value = float(median(found)) if found else None
+    return Statistic(value, seeds=tuple(pairs.index.tolist()), reached=len(found))
+
+
 def paired(adaptive: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     """Runs of the same seed side by side; the baseline's columns end in _baseline."""
     return adaptive.join(baseline.add_suffix("_baseline"), how="inner").sort_index()
@@ -475,12 +505,16 @@ def statistic_of(entry: Entry, cells: Cells) -> Statistic | None:
     runs, baseline = cells.get(entry.cell), cells.get(entry.baseline or "")
     if runs is None:
         return None
+    if entry.quantity == "hours":
+        return median_hours(runs)
     if entry.baseline is None:
         if entry.quantity == "loss" or entry.quantity == "accuracy":
             return best_score(runs, entry.quantity)
         return median_steps(runs)
     if baseline is None or paired(runs, baseline).empty:
         return None
+    if entry.quantity == "hours_to_best":
+        return hours_to_best(runs, baseline)
     if entry.quantity == "total_steps":
         return reduction_by_total_steps(runs, baseline)
     return reduction_by_first_reaching(runs, baseline)

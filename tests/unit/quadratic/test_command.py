@@ -25,7 +25,7 @@ def test_every_policy_is_ranked_and_none_beats_the_best_schedule(
     found = json.loads(capsys.readouterr().out)
     assert figure.stat().st_size > 10_000
     results = found["policies"]
-    assert len(results) == 14
+    assert len(results) == 16
     for result in results:
         slack = 4 * (result["error"] or 0.0) + 1e-6
         assert result["loss"] >= result["best"] - slack
@@ -33,6 +33,8 @@ def test_every_policy_is_ranked_and_none_beats_the_best_schedule(
     excess = [result["loss"] / result["best"] for result in results]
     assert excess == sorted(excess)
     assert len(found["steps"]) == 3
+    for result in results:  # a step takes that of 16 sequences besides its own
+        assert result["time"] == pytest.approx(1024 + 16 * result["steps"])
 
 
 def test_a_policy_of_ones_own_stands_beside_constant_batches(

@@ -98,3 +98,24 @@ def test_a_row_is_a_run_of_the_library(
         assert runs.losses[row].item() == pytest.approx(loss, rel=1e-3)
     assert runs.batch_sizes[0] != runs.batch_sizes[1]
     assert all(sizes[-1] > 16 for sizes in runs.batch_sizes)
+
+
+def test_goodput_takes_larger_batches_the_more_a_step_costs_besides_its_sequences() -> None:
+    policy = PolicySettings(
+        "goodput", geometry="euclidean", estimate="cross_fitted", warmup_fraction=0.0
+    )
+    steps = []
+    for overhead in (0.0, 64.0):
+        runs = simulate(
+            QuadraticSettings(dimension=20).build(),
+            policy,
+            16,
+            4096,
+            lambda samples: 1 - samples / 4096,
+            lrs=[0.7] * 4,
+            measure_every=10,
+            overhead=overhead,
+        )
+        steps.append(sum(map(len, runs.batch_sizes)))
+        assert max(map(max, runs.batch_sizes)) > 16
+    assert steps[1] < 0.8 * steps[0]

@@ -536,6 +536,41 @@ def test_json_has_numbers_seeds_and_notes(outputs):
     assert content["notes"][0].startswith("no run")
 
 
+def with_seconds(outputs, seconds_of):
+    """Append training steps to the records of Signum's runs: 100 steps each, of so many seconds."""
+    for cell, seconds in seconds_of.items():
+        for seed in (0, 1):
+            path = outputs / f"table2-signum_{cell}-demo-seed{seed}" / "metrics.jsonl"
+            steps = [
+                {"kind": "train", "step": step, "loss": 1.0, "step_seconds": seconds}
+                for step in range(1, 101)
+            ]
+            path.write_text(path.read_text() + "".join(json.dumps(s) + "\n" for s in steps))
+
+
+def test_hours_stand_beside_the_steps_where_they_are_asked_for(outputs):
+    with_seconds(outputs, {"small": 36.0, "adaptive": 108.0})
+    plain, timed = made(outputs), made(outputs, hours=True)
+    assert plain.headers == timed.headers[: len(plain.headers)]
+    assert line(timed, "Signum") == line(plain, "Signum") | {
+        "hours: baseline": "1.0",  # 100 steps of 0.01 hours
+        "hours: adaptive": "3.0",
+        "hours to the baseline's best: baseline": "0.8",  # at step 80
+        "hours to the baseline's best: adaptive": "0.6",  # at step 20, of three times as long
+    }
+    muon = line(timed, "Muon")  # without a record of seconds, and one that never reaches
+    assert muon["hours: adaptive"] == muon["hours to the baseline's best: adaptive"] == "-"
+    assert any(
+        text.startswith("hours to the baseline's best: until") for text in timed.explanations
+    )
+
+
+def test_a_table_of_loss_and_steps_has_hours_of_its_runs(tmp_path):
+    write_run(tmp_path, "table8", "constant_small", [(10, 4.0)])
+    table = made(tmp_path, table="table8", hours=True)
+    assert line(table, "constant 16")["hours"] == "-"
+
+
 def test_the_command_prints_a_table_or_one_line(outputs, monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["make_table.py", *map(str, arguments)])
