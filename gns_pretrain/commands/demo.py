@@ -15,7 +15,7 @@ from rich.table import Table
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_home
 from gns_pretrain.results.figures import draw
-from gns_pretrain.results.frame import read_curves
+from gns_pretrain.results.frame import hours_of, read_curves
 from gns_pretrain.runs.directory import read_summary
 from gns_pretrain.system.processes import python_command, python_environment
 from gns_pretrain.system.terminal import Console
@@ -53,14 +53,20 @@ def main() -> None:
 
 
 def closing_table(runs: dict[str, Path]) -> Table:
-    """Compare steps, tokens, loss and time of the runs."""
+    """Compare steps, tokens, loss and time of the runs, whole and to a loss that both reach."""
+    losses = {label: read_curves(run)["loss"] for label, run in runs.items()}
+    target = max(curve.min() for curve in losses.values())
     table = Table(title="the same tokens, taken in batches of different size")
     table.add_column("", no_wrap=True)
-    for column in ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training"):
+    headers = ("steps", "tokens", "last batch", "val. loss", "tokens/s", "training\n(s)")
+    for column in (*headers, f"to a loss of\n{target:.4f} (s)"):
         table.add_column(column, justify="right")
     for label, run in runs.items():
+        reached = losses[label].index[losses[label] <= target][0]
+        seconds = 3600 * hours_of(str(run)).loc[:reached].iloc[-1]
         summary = read_summary(run)
         formats = {"steps": ",", "tokens": ",", "batch_size": ",", "validation_loss": ".4f"}
         formats |= {"tokens_per_second": ",.0f", "seconds": ".0f"}
-        table.add_row(label, *(format(summary[name], how) for name, how in formats.items()))
+        numbers = [format(summary[name], how) for name, how in formats.items()]
+        table.add_row(label, *numbers, f"{seconds:.0f}")
     return table
