@@ -126,6 +126,10 @@ class RankingSettings(Settings):
             found[f"goodput {estimate}"] = PolicySettings(
                 "goodput", geometry="euclidean", estimate=estimate
             )
+        for price in (0.1, 0.2):
+            found[f"progress, price {price}"] = PolicySettings(
+                "progress", geometry="euclidean", price=price
+            )
         for theta in (0.3, 0.9):
             found[f"norm test, theta {theta}"] = PolicySettings("norm_test", theta=theta)
         constant = {f"constant {size}": size for size in (first, 4 * first, 16 * first)}

@@ -198,9 +198,11 @@ def _measured(point: pd.DataFrame, tolerance: float) -> CriticalBatch:
         for line in records:
             if line["kind"] == "train" and line["step"] == at:
                 own_sizes.add(line["batch_size"])
-            if line["kind"] == "noise" and line["step"] <= at and line["noise_scale_ema"]:
-                name = f"{line['geometry']}/{line['estimate']}"
-                noise.setdefault(name, {})[source] = line["noise_scale_ema"]
+            if line["kind"] == "noise" and line["step"] <= at:
+                of_sources = noise.setdefault(f"{line['geometry']}/{line['estimate']}", {})
+                of_sources.pop(source, None)  # where there is none at the point, an older is none
+                if line["noise_scale_ema"]:
+                    of_sources[source] = line["noise_scale_ema"]
     frame = pd.DataFrame(rows, columns=["source", "batch_size", "lr", "curve"])
     branches = tuple(_best_rate(of_size) for _, of_size in frame.groupby("batch_size"))
     counted_ones = [branch for branch in branches if branch.steps >= MIN_STEPS]
@@ -220,7 +222,9 @@ def _measured(point: pd.DataFrame, tolerance: float) -> CriticalBatch:
         batch_size=min(own_sizes, default=None),
         window=window,
         branches=branches,
-        noise_scales={name: fmean(values.values()) for name, values in sorted(noise.items())},
+        noise_scales={
+            name: fmean(of_sources.values()) for name, of_sources in sorted(noise.items()) if of_sources
+        },
         by_tolerance=by_tolerance,
         by_overhead=by_overhead,
         by_fit=by_fit,
