@@ -223,7 +223,7 @@ def _measured(point: pd.DataFrame, tolerance: float) -> CriticalBatch:
         window=window,
         branches=branches,
         noise_scales={
-            name: fmean(of_sources.values()) for name, of_sources in sorted(noise.items()) if of_sources
+            name: fmean(values.values()) for name, values in sorted(noise.items()) if values
         },
         by_tolerance=by_tolerance,
         by_overhead=by_overhead,
