@@ -1,14 +1,17 @@
 """Any other optimizer, by its class path: torch.optim.*, or one of an installed library."""
 
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.fields import one_of
+from gns_pretrain.model.roles import named_trainable
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
 from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay
 from gns_pretrain.optim.combined import split_parameters
@@ -49,7 +52,12 @@ class CustomSettings(OptimizerSettings):
             )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the named optimizer over all trainable parameters or over the block matrices."""
+        """Build the named optimizer over all trainable parameters or over the block matrices.
+
+        Raises:
+            InputError: it cannot step along weights that are sharded as the model's are.
+        """
+        self._try_sharded(model)
         if self.parameters == "all":
             return self._instantiate(self.parameter_groups(model))
         groups, others = split_parameters(model)
@@ -61,9 +69,31 @@ class CustomSettings(OptimizerSettings):
             decay_matrices_only=self.decay_matrices_only,
         )
 
-    def _trial_step(self) -> torch.optim.Optimizer:
+    def _try_sharded(self, model: nn.Module) -> None:
+        """Try the class on small weights that are sharded as a model's are, if any are."""
+        weights = [weight for _, weight in named_trainable(model) if isinstance(weight, DTensor)]
+        like = {weight.ndim: weight for weight in weights}
+        if not {1, 2} <= like.keys():
+            return
+
+        def sharded(*shape: int) -> DTensor:
+            weight = like[len(shape)]
+            local = torch.zeros(shape, device=weight.device)
+            return DTensor.from_local(local, weight.device_mesh, weight.placements, run_check=False)
+
+        try:
+            self._trial_step(sharded)
+        except InputError as problem:
+            raise InputError(
+                f"optimizer.class_path={self.class_path} cannot step along sharded weights: "
+                f"{one_line(problem.__cause__ or problem)}; use parallel=ddp, or a class that "
+                "takes DTensors",
+                on_all_ranks=True,
+            ) from problem
+
+    def _trial_step(self, zeros: Callable[..., Tensor] = torch.zeros) -> torch.optim.Optimizer:
         """Step once over small weights, grouped as a model's; InputError if that fails."""
-        matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+        matrix, vector = nn.Parameter(zeros(2, 2)), nn.Parameter(zeros(2))
         matrices: Group = {"params": [matrix], "weight_decay": self.weight_decay}
         if self.parameters == "block_matrices":
             return self._after_a_step([matrices])

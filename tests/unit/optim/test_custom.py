@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.model.llama import Llama
@@ -135,3 +138,32 @@ def test_class_without_a_momentum_that_may_be_a_sum_can_be_tied_to_tokens(class_
 def test_class_for_matrices_alone_is_refused_for_all_parameters_without_a_vector_group_too():
     with pytest.raises(InputError, match=r"use optimizer\.parameters=block_matrices"):
         CustomSettings(class_path="torch.optim.Muon", decay_matrices_only=False)
+
+
+class WholeMatrices(torch.optim.Optimizer):
+    """Mixes its own plain tensors with gradients, as rules of whole matrices do."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            weight -= self.param_groups[0]["lr"] * (torch.eye(len(weight)) @ weight.grad)
+
+
+def test_class_that_cannot_step_along_sharded_weights_is_refused_when_it_is_built(tmp_path):
+    path = f"{__name__}.WholeMatrices"
+    settings = CustomSettings(class_path=path, parameters="block_matrices")
+    model = llama()
+    settings.build(model)  # whole weights
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            InputError, match=r"cannot step along sharded weights: .*; use parallel"
+        ):
+            settings.build(model)
+        CustomSettings(class_path="torch.optim.NAdam").build(model)
+    finally:
+        dist.destroy_process_group()
