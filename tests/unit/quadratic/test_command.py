@@ -25,7 +25,7 @@ def test_every_policy_is_ranked_and_none_beats_the_best_schedule(
     found = json.loads(capsys.readouterr().out)
     assert figure.stat().st_size > 10_000
     results = found["policies"]
-    assert len(results) == 16
+    assert len(results) == 18
     for result in results:
         slack = 4 * (result["error"] or 0.0) + 1e-6
         assert result["loss"] >= result["best"] - slack
