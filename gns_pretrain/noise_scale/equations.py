@@ -46,6 +46,7 @@ size of largest gain per sequence; the first has neither. Batch sizes are in seq
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -324,16 +325,24 @@ def progress_curve(sizes: Sequence[float], gains: Sequence[float]) -> tuple[floa
         a, not below 0, and b in sequences; b is inf where the gains rise as sqrt(n) or faster, or
         have no positive mean, and 0 where they do not rise.
     """
-    n, s = np.asarray(sizes), np.asarray(gains)
-    low, high = n.min() / 1000.0, n.max() * 1000.0
-    bends = np.geomspace(low, high, 1 + math.ceil(math.log(high / low) / math.log(1.05)))
-    shapes = np.sqrt(n / (n + bends[:, None]))
-    heights = (shapes @ s / np.square(shapes).sum(1)).clip(min=0.0)
+    largest = max(sizes)
+    bends, shapes, squares = _curves(tuple(n / largest for n in sizes))
+    s = np.asarray(gains)
+    heights = (shapes @ s / squares).clip(min=0.0)
     best = np.square(s - heights[:, None] * shapes).sum(1).argmin()
     a = float(heights[best])
     if a == 0.0 or best == len(bends) - 1:
         return a, math.inf
-    return a, float(bends[best]) if best else 0.0
+    return a, float(bends[best]) * largest if best else 0.0
+
+
+@lru_cache
+def _curves(sizes: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The grid of bends; sqrt(n / (n + b)) of each, [bends, sizes]; and its squares' sums."""
+    low, high = min(sizes) / 1000.0, max(sizes) * 1000.0
+    bends = np.geomspace(low, high, 1 + math.ceil(math.log(high / low) / math.log(1.05)))
+    shapes = np.sqrt(np.asarray(sizes) / (np.asarray(sizes) + bends[:, None]))
+    return bends, shapes, np.square(shapes).sum(1)
 
 
 def share_given_up(batch_size: float, bend: float) -> float:
