@@ -67,7 +67,8 @@ def planned(config: Config) -> Any:
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl less what the clock and the memory of a GPU put into it."""
-    timed = ("step_seconds", "tokens_per_second", "seconds", "mfu", "peak_memory_gib")
+    timed = ("step_seconds", "tokens_per_second", "samples_per_second")
+    timed += ("seconds", "mfu", "peak_memory_gib")
     return {key: value for key, value in record.items() if key not in timed}
 
 

@@ -43,9 +43,10 @@ def header(
     batch = config.batch_size
     measured = ", ".join(config.noise_scale.geometries) or "not measured"
     if config.noise_scale.geometries:
-        epochs = config.noise_scale.every_epochs
-        steps = counted(config.noise_scale.every_steps, "step")
-        measured += f", every {steps if epochs is None else f'{epochs:g} epochs'}"
+        period = counted(config.noise_scale.every_steps, "step")
+        if (epochs := config.noise_scale.every_epochs) is not None:
+            period = "epoch" if epochs == 1 else f"{epochs:g} epochs"
+        measured += f", every {period}"
     at_first = "" if batch.policy == "constant" else " at the first batch size"
     lines = {
         "model": plan.model,
