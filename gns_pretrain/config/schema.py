@@ -76,7 +76,8 @@ class ScaleSettings:
     theta_low: float = 0.5  # of its theta sensitivity
     theta_high: float = 0.7
     euclidean_theta: float = 0.3  # of the Euclidean scale; its Table 9's
-    epochs: float | None = None  # of a run on images
+    epochs: float | None = None  # of a run on images, or
+    sample_budget: int | None = None  # its images
     table3: str | None = None  # scale of Table 3's larger model; null: this one
     sgd: TunedSettings = field(default_factory=TunedSettings)
     sgd_momentum: TunedSettings = field(default_factory=TunedSettings)
@@ -122,6 +123,8 @@ class Config(Settings):
     token_budget: Annotated[int | None, at_least(1)] = MISSING
     # passes over the images; a run on images ends with the first whole step that reaches them
     epochs: Annotated[float | None, positive()] = None
+    # in place of epochs, images
+    sample_budget: Annotated[int | None, at_least(1)] = None
     # samples that a rank takes through the model at once
     micro_batch_size: Annotated[int, at_least(1)] = MISSING
     # largest global gradient norm; the paper's value; null clips nothing

@@ -40,6 +40,7 @@ class KnownSettings:
     seed: int = 0
     token_budget: int | None = None
     epochs: float | None = None
+    sample_budget: int | None = None
     micro_batch_size: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)

@@ -83,6 +83,7 @@ BEFORE_ADDED = {
     "batch_size.growth_tokens": None,
     "schedule.final_lr": None,
     "epochs": None,
+    "sample_budget": None,
     "noise_scale.every_epochs": None,
     "evaluation.every_epochs": 1.0,
     "evaluation.num_images": None,

@@ -18,8 +18,9 @@ def images_in(epochs: float, num_images: int) -> int:
 def budget_of(directory: Path) -> int | None:
     """A run's budget in its own unit, tokens or images; None where nothing says so yet."""
     settings = read_settings(directory)
-    if (tokens := settings.get("token_budget")) is not None:
-        return int(tokens)
+    for name in ("token_budget", "sample_budget"):
+        if (given := settings.get(name)) is not None:
+            return int(given)
     epochs = settings.get("epochs")
     try:
         num_images = read_provenance(directory).get("data", {}).get("num_images")

@@ -143,7 +143,7 @@ def check_source(
             "sequences goes on; use its length, or init.what=weights"
         )
     if workload.budget <= count:
-        name = "token_budget" if unit.name == "tokens" else "epochs: the budget"
+        name = "token_budget" if unit.name == "tokens" else "the budget of images"
         raise InputError(
             f"{name}={workload.budget:,} includes the {count:,} {unit.noun} of init.from="
             f"{settings.source}, with init.what=all, and leaves none to train on; use a larger one"

@@ -20,6 +20,7 @@ from gns_pretrain.model.simple_vit import SimpleViTConfig
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.parallel.sharding import parallelize
 from gns_pretrain.runs.progress import images_in
+from gns_pretrain.tracking.console import short_number
 from gns_pretrain.tracking.unit import IMAGES
 from gns_pretrain.training.evaluate import mean_over
 from gns_pretrain.training.workload import Description, Evaluation, MicroBatch, Size, Workload
@@ -43,17 +44,20 @@ class ImageWorkload(Workload):
         self, config: Config, data: ImageDataSettings, model: SimpleViTConfig | ResNetConfig
     ) -> None:
         self.refuse_settings_of_others(config)
-        if config.epochs is None:
-            raise InputError("epochs has no value, by which a run on images ends; give it one")
+        if (config.epochs is None) == (config.sample_budget is None):
+            raise InputError(
+                f"epochs={config.epochs} and sample_budget={config.sample_budget}, but a run on "
+                "images ends by one of them; give that, and null for the other"
+            )
         self.config, self.data = config, data
         self.model: SimpleViTConfig | ResNetConfig = model
         self.training, self.validation = data.open_splits()
         num_images, initial = self.training.num_images, config.batch_size.initial
-        self.budget = images_in(config.epochs, num_images)
+        self.budget = config.sample_budget or images_in(config.epochs or 0.0, num_images)
         if self.budget < initial:
             raise InputError(
-                f"epochs={config.epochs:g} of {num_images:,} images is less than one step's "
-                f"batch_size.initial={initial}; raise it, or make the batch smaller"
+                f"the budget of {self.budget:,} images is less than one step's batch_size.initial="
+                f"{initial} ({num_images:,} are an epoch); raise it, or make the batch smaller"
             )
         self.evaluate_every = max(images_in(config.evaluation.every_epochs, num_images), 1)
         if config.noise_scale.every_epochs is not None:
@@ -92,7 +96,8 @@ class ImageWorkload(Workload):
             model=f"{self.model.name}, {size.parameters:,} parameters ({size.matrices:,} in "
             f"matrices), {self.config.dtype_on(device)}",
             data=f"{found}, {training.num_images:,} images of {rows} x {columns} x {channels} in "
-            f"{training.num_classes} classes; the budget is {self.config.epochs:g} epochs",
+            f"{training.num_classes} classes; the budget of "
+            f"{short_number(self.budget)} is {self.budget / training.num_images:.3g} epochs",
             batch=counted(self.config.batch_size.initial, "image"),
             notes=[],
         )

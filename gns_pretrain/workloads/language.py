@@ -37,6 +37,7 @@ class LanguageWorkload(Workload):
     trains_on = "text"
     refused = (
         "epochs",
+        "sample_budget",
         "noise_scale.every_epochs",
         "evaluation.every_epochs",
         "evaluation.num_images",
