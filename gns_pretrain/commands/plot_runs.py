@@ -48,7 +48,8 @@ def main() -> None:
     option(
         "--x",
         choices=AXIS_LABELS,
-        help="x-axis (default: tokens where the runs have different numbers of steps, else step)",
+        help="x-axis (default: tokens, or images, where the runs have different numbers of steps, "
+        "else step)",
     )
     option(
         "--panels", help=f"of {','.join(PANELS)} (default: the paper's four, where runs have them)"
@@ -149,11 +150,11 @@ def read_records(groups: Mapping[str, Sequence[Path]]) -> tuple[Records, list[Da
 
 
 def common_axis(records: Records) -> str:
-    """Tokens where the runs' numbers of steps differ and all have tokens; else step."""
+    """Tokens or images where the runs' numbers of steps differ and all have these; else step."""
     every = [record for of_label in records.values() for record in of_label.values()]
     steps = {record.lines["step"].max() for record in every if "step" in record.lines}
-    by_tokens = len(steps) > 1 and all(record.has_tokens for record in every)
-    return "tokens" if by_tokens else "step"
+    shared = (unit for unit in ("tokens", "samples") if all(record.has(unit) for record in every))
+    return next(shared, "step") if len(steps) > 1 else "step"
 
 
 def published_beside(records: Records, folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from gns_pretrain.results.frame import NOISE_SCALE, Curve, pd
 from gns_pretrain.system.files import must_write, write_whole
 from gns_pretrain.tracking.console import short_number
 
-AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens"}
+AXIS_LABELS = {"step": "optimizer step", "tokens": "tokens", "samples": "images"}
 # Distinct also to the colour-blind (Okabe and Ito), and in grey by their dashes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1)))
@@ -77,23 +77,24 @@ SIZES = {
 }
 PANELS = {
     "perplexity": Panel("validation perplexity", "loss", transform=np.exp, log=True, falls=True),
-    "loss": Panel("validation loss (nats per token)", "loss", falls=True),
+    "loss": Panel("validation loss (nats)", "loss", falls=True),
+    "accuracy": Panel("validation accuracy", "accuracy"),
     "losses": Panel(
-        "loss (nats per token)",
+        "loss (nats)",
         "loss",
         behind="train_loss",
         names=("validation", "training, each step"),
     ),
     "train_loss": Panel(
-        "training loss (nats per token)",
+        "training loss (nats)",
         "train_loss",
         falls=True,
         smooth=True,
         behind="train_loss",
         names=("mean over {share} % of the run", "each step"),
     ),
-    "batch_size": Panel("batch size (sequences)", "batch_size", stepwise=True, from_zero=True),
-    "noise_scale": Panel("noise scale (sequences)", NOISE_SCALE),
+    "batch_size": Panel("batch size (samples)", "batch_size", stepwise=True, from_zero=True),
+    "noise_scale": Panel("noise scale (samples)", NOISE_SCALE),
     "lr": Panel("learning rate", "lr", log=True),
 }
 
@@ -103,7 +104,8 @@ def _chosen_panels(
 ) -> Sequence[str]:
     known = [run for runs in groups.values() for run in runs]
     if panels is None:
-        paper = ("perplexity", "batch_size", "noise_scale", "lr")
+        first = ("loss", "accuracy") if PANELS["accuracy"].variants(known) else ("perplexity",)
+        paper = (*first, "batch_size", "noise_scale", "lr")
         names = [name for name in paper if PANELS[name].variants(known)]
         if not names:
             raise InputError("the runs hold nothing to draw; name finished or running runs")
@@ -191,7 +193,7 @@ def draw(
         groups: by the label that the legend shows, the runs of its seeds.
         paths: to write; each ending decides: .png, .pdf, ...
         panels: names of PANELS; None takes the paper's, as far as the runs have them.
-        axis: step or tokens, as the curves were read.
+        axis: step, tokens or samples, as the curves were read.
         each_seed: a thin line for every seed, instead of mean and band; a mean has a tick where a
             seed ends before the others.
         title: over all panels.

@@ -9,8 +9,8 @@ A frame of runs has a row for each run:
     steps                       all its optimizer steps
     read                        returns its evaluations by a score: a curve over steps
 
-A curve is a float64 series of a quantity over ascending steps or tokens. A loss is in nats per
-token; a batch size and a noise scale are in sequences.
+A curve is a float64 series of a quantity over ascending steps, tokens or images. A loss is in nats
+per token or image; a batch size and a noise scale are in sequences or images.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -43,6 +43,7 @@ from gns_pretrain.tracking.jsonl import (
     read_records,
     written_at,
 )
+from gns_pretrain.tracking.unit import unit_of
 from gns_pretrain.tracking.wandb import tracked_runs
 
 with needs("results", "results are read with pandas"):
@@ -67,6 +68,7 @@ PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no
 COLUMNS = {
     "step": ("trainer/step", "_step", "Step"),
     "tokens": ("trainer/tokens", "n_tokens_seen"),
+    "samples": ("trainer/samples",),  # of a record without tokens: images
     "loss": ("val/loss", "validation_metrics/loss"),
     "accuracy": ("val/accuracy",),
     "train_loss": ("train/loss", "loss_metrics/global_avg_loss"),
@@ -255,9 +257,9 @@ class Record:
             if column.startswith(ends[0]) and column.endswith(ends[1])
         ]
 
-    @property
-    def has_tokens(self) -> bool:
-        return "tokens" in self.lines and bool(self.lines["tokens"].notna().any())
+    def has(self, column: str) -> bool:
+        """Whether the record holds any number of a column."""
+        return column in self.lines and bool(self.lines[column].notna().any())
 
     def require(self, *columns: str) -> str:
         """The first of these columns that is there; InputError names what CSVs call them."""
@@ -387,13 +389,14 @@ def read_jsonl(path: Path) -> Record:
                 row["train_loss"] = line.get("loss")
         else:
             continue
-        place = {"where": f"line {number}", "step": line.get("step"), "tokens": line.get("tokens")}
+        unit = unit_of(line).name
+        place = {"where": f"line {number}", "step": line.get("step"), unit: line.get(unit)}
         rows.append(row | place | {"kind": kind})
     lines = pd.DataFrame(rows)
     lines = lines.reindex(columns=list(dict.fromkeys(["where", "kind", *COLUMNS, *lines])))
-    # The lines of one step have its tokens in common.
-    tokens = lines[["step", "tokens"]].dropna().drop_duplicates("step", keep="last")
-    lines["tokens"] = lines["step"].map(tokens.set_index("step")["tokens"])
+    for unit in ("tokens", "samples"):  # which the lines of one step have in common
+        counts = lines[["step", unit]].dropna().drop_duplicates("step", keep="last")
+        lines[unit] = lines["step"].map(counts.set_index("step")[unit])
     return Record(path, lines)
 
 

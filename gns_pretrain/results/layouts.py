@@ -68,6 +68,7 @@ class TableLayout:
     paper_scale: str = "paper"  # the scale at which the paper's values are comparable
     baseline: str = ""  # what the steps reduction compares with
     score: Score = "loss"
+    loss_of: str = "token"  # nats per token, or per image
 
     @property
     def entries(self) -> list[Entry]:
@@ -213,6 +214,7 @@ TABLE4 = TableLayout(
     ),
     baseline="baseline: the constant batch of the same optimizer; MSGD: SGD with momentum; "
     "adaptive: by the noise scale of the optimizer's own geometry",
+    loss_of="image",
 )
 TABLE8 = TableLayout(
     "table8",

@@ -5,15 +5,16 @@
   const report = JSON.parse(document.getElementById("report").textContent);
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
-  const AXES = { step: "optimizer steps", tokens: "tokens", seconds: "training time" };
+  const AXES = { step: "optimizer steps", tokens: "tokens", samples: "images", seconds: "training time" };
   const WARM_UP = 0.1; // the y-axis of a loss fits what comes after this share of the x-axis
   const groups = [...new Set(report.runs.map((run) => run.group))];
   // Over about a fiftieth of the longest record.
   const longest = Math.max(...report.runs.map((run) => run.train.step?.length ?? 0));
   const smoothing = Math.round(100 * Math.min(0.95, Math.max(0, 1 - 50 / longest))) / 100;
-  const shown = { axis: "tokens", smoothing, log: false, single: false, all: false };
   const axes = Object.keys(AXES).filter((axis) =>
     report.runs.some((run) => run.train[axis] || run.validation[axis]));
+  const axis = !axes.includes("tokens") && axes.includes("samples") ? "samples" : "tokens";
+  const shown = { axis, smoothing, log: false, single: false, all: false };
   const lacks = (run, axis) => [run.train, run.validation].some((points) => points.step && !points[axis]);
   const hidden = new Set();
   let sorting = { column: "lowest validation loss", descending: false };
@@ -49,13 +50,14 @@
   // ---- the table of runs
 
   const RESULTS = [
-    ["lowest validation loss", "nats per token", (value) => value.toFixed(4)],
-    ["final validation loss", "nats per token", (value) => value.toFixed(4)],
+    ["lowest validation loss", "nats", (value) => value.toFixed(4)],
+    ["final validation loss", "nats", (value) => value.toFixed(4)],
     ["steps", "", (value) => value.toLocaleString("en-US")],
     ["tokens", "", (value) => value.toLocaleString("en-US")],
-    ["final batch", "sequences", (value) => value.toLocaleString("en-US")],
+    ["samples", "images", (value) => value.toLocaleString("en-US")],
+    ["final batch", "samples", (value) => value.toLocaleString("en-US")],
     ["time", "s of training", (value) => value.toLocaleString("en-US", { maximumFractionDigits: 1 })],
-    ["speed", "tokens/s, median", (value) => Math.round(value).toLocaleString("en-US")],
+    ["speed", "tokens or images/s, median", (value) => Math.round(value).toLocaleString("en-US")],
   ];
 
   function valueIn(run, column) {
@@ -158,9 +160,9 @@
     const name = escaped(run.short);
     return {
       x: along(points), y: values, name, mode: "lines", showlegend: false, connectgaps: true,
-      customdata: points.step.map((step, i) => [step, points.tokens?.[i] ?? null, points.seconds?.[i] ?? null]),
+      customdata: points.step.map((step, i) => [step, (points.tokens ?? points.samples)?.[i] ?? null, points.seconds?.[i] ?? null]),
       hovertemplate: `${label} <b>%{y:.6~g}</b><br>step %{customdata[0]:,}` +
-        (points.tokens ? "<br>%{customdata[1]:,} tokens" : "") +
+        (points.tokens || points.samples ? `<br>%{customdata[1]:,} ${points.tokens ? "tokens" : "images"}` : "") +
         (points.seconds ? "<br>%{customdata[2]:,.1f} s" : "") + "<extra>%{fullData.name}</extra>",
       ...more,
       line: { color: colorOf(run), dash: dashOf(run), width: 1.8, ...more?.line },
@@ -226,13 +228,14 @@
   }
 
   const PANELS = [
-    { title: "Validation loss", unit: "nats per token", loss: true,
+    { title: "Validation loss", unit: "nats", loss: true,
       traces: plain("validation", "loss", "validation loss") },
-    { title: "Training loss", unit: "nats per token", loss: true, traces: withRaw("train_loss", "training loss"),
+    { title: "Validation accuracy", unit: "", traces: plain("validation", "accuracy", "validation accuracy") },
+    { title: "Training loss", unit: "nats", loss: true, traces: withRaw("train_loss", "training loss"),
       note: () => (shown.smoothing ? `smoothed (${shown.smoothing}); faint: as recorded` : "as recorded") },
-    { title: "Batch size", unit: "sequences", traces: batchTraces, fromZero: true,
+    { title: "Batch size", unit: "samples", traces: batchTraces, fromZero: true,
       note: () => "points: decisions of the batch-size policy; hover for target and reason" },
-    { title: "Noise scale", unit: "sequences", log: true, ticks: "~g", traces: noiseTraces, legend: noiseLegend,
+    { title: "Noise scale", unit: "samples", log: true, ticks: "~g", traces: noiseTraces, legend: noiseLegend,
       note: () => `${shown.single ? "each measurement" : "running average"}; thick: the one that decides on the batch` },
     { title: "Learning rate", unit: "", log: true, ticks: ".0e", traces: plain("train", "lr", "learning rate") },
     { title: "Gradient norm", unit: "Euclidean, before clipping", log: true, ticks: "~g",

@@ -28,8 +28,9 @@ from gns_pretrain.results.frame import (
 from gns_pretrain.results.labels import distinct_names, seed_in_name
 from gns_pretrain.runs.identity import Purpose, settings_of_run, varying_settings
 
-AXES = ["step", "tokens", "seconds"]
-TRAIN = ["train_loss", "lr", "grad_norm", "batch_size", "step_seconds", "tokens_per_second"]
+AXES = ["step", "tokens", "samples", "seconds"]
+SPEEDS = ["tokens_per_second", "samples_per_second"]
+TRAIN = ["train_loss", "lr", "grad_norm", "batch_size", "step_seconds", *SPEEDS]
 NOISE_SCALES = ["noise_scale", "noise_scale_ema"]
 DECISION = ["from", "to", "target", "lr_multiplier", "why"]
 DIGITS = 7  # of a number
@@ -101,7 +102,7 @@ def _content(path: Path, outcome: Callable[[Path], Outcome]) -> dict[str, Any]:
     decisions = record.lines[record.lines["kind"] == "batch_size"]
     others = record.lines[record.lines["kind"] != "batch_size"]
     train = _rows(others, *TRAIN)
-    validation = _rows(others, "loss")
+    validation = _rows(others, "loss", "accuracy")
     batches = _rows(others, "batch_size")
     changes = batches["batch_size"].ne(batches["batch_size"].shift())
     changes.iloc[-1:] = True  # the last size is drawn to the run's end
@@ -118,13 +119,17 @@ def _content(path: Path, outcome: Callable[[Path], Outcome]) -> dict[str, Any]:
             "lowest validation loss": validation["loss"].min(),
             "final validation loss": _last(validation["loss"]),
             "steps": _last(train["step"] if len(train) else validation["step"]),
-            "tokens": _last((train if len(train) else validation)["tokens"]),
+            **{
+                name: count
+                for name in ("tokens", "samples")
+                if (count := _last((train if len(train) else validation)[name])) is not None
+            },
             "final batch": _last(batches["batch_size"]),
             "time": _last(times),
-            "speed": train["tokens_per_second"].median(),
+            "speed": train[SPEEDS].median().max(),  # it has one of them
         },
         "train": _curves(train, TRAIN, times),
-        "validation": _curves(validation, ["loss"], times),
+        "validation": _curves(validation, ["loss", "accuracy"], times),
         "batch": _curves(batches[changes], ["batch_size"], times),
         "noise": {
             name: _curves(_rows(others, *columns), columns, times)
@@ -136,7 +141,7 @@ def _content(path: Path, outcome: Callable[[Path], Outcome]) -> dict[str, Any]:
 
 def _rows(lines: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Rows of a record that hold any of these columns, one for each step."""
-    rows = lines.reindex(columns=["step", "tokens", *columns]).dropna(subset=["step"])
+    rows = lines.reindex(columns=["step", "tokens", "samples", *columns]).dropna(subset=["step"])
     rows = rows.dropna(subset=columns, how="all")
     return rows[unrepeated(rows["step"])]
 

@@ -129,6 +129,7 @@ class FilledTable:
         """What its numbers are."""
         quantities = {entry.quantity for entry in self.layout.entries}
         meanings = [text for quantity, text in MEANING.items() if quantity in quantities]
+        meanings = [text.replace("per token", f"per {self.layout.loss_of}") for text in meanings]
         if self.layout.score == "accuracy":
             meanings = [text.replace("lowest loss", "highest accuracy") for text in meanings]
         baseline = [self.layout.baseline] if self.layout.baseline else []
@@ -339,7 +340,8 @@ def _refuse_differences(runs: Runs, what: str, groups: Sequence[str] | None = No
 def by_cell(runs: Runs) -> dict[str, pd.DataFrame]:
     """Runs of each cell by seed, with their `losses` (a curve over steps).
 
-    `lowest` is the lowest of them (nats per token), `lowest_step` the first step that has it.
+    `lowest` is the lowest of them (nats; of an accuracy the errors in percent), `lowest_step` the
+    first step that has it.
     """
     if runs.empty:
         return {}

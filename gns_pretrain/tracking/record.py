@@ -90,14 +90,14 @@ class Record:
             upload = lambda summary: upload_in_process(run_directory, WAIT_SECONDS)  # noqa: E731
             self._views.append(MayFail("W&B", wandb, self.message, fill_in=upload))
         if settings.tensorboard:
-            tokens = last_record(self._path, kind="train").get("tokens", 0)
-            tensorboard = partial(TensorboardView, run_directory, hparams=hparams or {})
+            position = last_record(self._path, kind="train").get(unit.name, 0)
+            tensorboard = partial(TensorboardView, run_directory, hparams=hparams or {}, unit=unit)
             self._views.append(
                 MayFail(
                     "TensorBoard",
-                    partial(tensorboard, resume_tokens=tokens),
+                    partial(tensorboard, resume_from=position),
                     self.message,
-                    fill_in=lambda summary: self._plot_all(tensorboard(resume_tokens=0), summary),
+                    fill_in=lambda summary: self._plot_all(tensorboard(resume_from=0), summary),
                 )
             )
 

@@ -1,5 +1,6 @@
 """In what a run counts its way: the budget, the axis of its curves and its speed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,11 @@ class Unit:
 
 TOKENS = Unit("tokens", "tokens", "tok/s", "sequence")
 IMAGES = Unit("samples", "images", "img/s", "image")
+
+
+def unit_of_settings(settings: Mapping[str, Any]) -> Unit:
+    """The unit of a run with these settings: runs on images have no tokens."""
+    return IMAGES if settings.get("token_budget", 0) is None else TOKENS
 
 
 def unit_of(record: dict[str, Any]) -> Unit:

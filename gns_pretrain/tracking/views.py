@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from gns_pretrain.errors import OneLineError, one_line
 from gns_pretrain.system.processes import Worker
 from gns_pretrain.tracking.jsonl import READ_AT, written_at
+from gns_pretrain.tracking.unit import TOKENS, Unit
 
 T = TypeVar("T")
 
@@ -178,21 +179,27 @@ _TENSORBOARD_RESULTS = ("loss/validation", "perplexity/validation", "loss/train"
 class TensorboardView:
     """Every series over tokens, in an event file of the run directory, whose name is the run's.
 
-    What TensorBoard calls the step is the number of tokens, since the batch size changes and two
-    runs compare at equal tokens; train/step has the optimizer steps. A line without a number of
-    tokens stands where the one before does.
+    What TensorBoard calls the step is the number of tokens, or of images, since the batch size
+    changes and two runs compare at equal numbers; train/step has the optimizer steps. A line
+    without such a number stands where the one before does.
 
     Records are written in the calling thread: torch's SummaryWriter has one of its own, which
     prints the traceback of a full disk and may not tell its caller.
 
     Args:
-        resume_tokens: the tokens the run resumes from; 0 is a run that starts. Points beyond, left
-            by a killed process, are hidden from TensorBoard.
+        unit: of the axis.
+        resume_from: as many of it; 0 is a run that starts. Points beyond, left by a killed process,
+            are hidden from TensorBoard.
         hparams: settings for its table of runs, beside the last values of the results.
     """
 
     def __init__(
-        self, run_directory: Path, *, resume_tokens: int, hparams: Mapping[str, Any]
+        self,
+        run_directory: Path,
+        *,
+        resume_from: int,
+        hparams: Mapping[str, Any],
+        unit: Unit = TOKENS,
     ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from torch.utils.tensorboard import RecordWriter
@@ -201,12 +208,12 @@ class TensorboardView:
         self._event, self._scalar = Event, summaries.scalar
         self._pending = io.BytesIO()
         self._records = RecordWriter(self._pending)
-        self._tokens = resume_tokens
+        self._unit, self._position = unit, resume_from
         # TensorBoard reads a folder's files in the order of their names.
         self._path = run_directory / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         self._path.touch(exist_ok=False)
         self._add(file_version="brain.Event:2")
-        hidden_from = resume_tokens + 1 if resume_tokens > 0 else 0
+        hidden_from = resume_from + 1 if resume_from > 0 else 0
         self._add(step=hidden_from, session_log=SessionLog(status=SessionLog.START))
         shown = {
             name: value if isinstance(value, int | float) else str(value)
@@ -218,14 +225,14 @@ class TensorboardView:
         self._flush()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Plot a record's numbers at its tokens."""
-        self._tokens = record.get("tokens", self._tokens)
+        """Plot a record's numbers at its tokens or images."""
+        self._position = record.get(self._unit.name, self._position)
         numbers = series(record)
         if record["kind"] == "train":
             numbers["train/step"] = record["step"]
         for name, value in numbers.items():
             tag = _TENSORBOARD_GROUPS.get(name, name).replace("batch_size/", "policy/", 1)
-            self._add(step=self._tokens, summary=self._scalar(tag, value))
+            self._add(step=self._position, summary=self._scalar(tag, value))
         if time.monotonic() > self._flushed + _FLUSH_SECONDS:
             self._flush()
 

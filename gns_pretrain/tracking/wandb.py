@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from gns_pretrain.errors import InputError, TrainingError, needs
 from gns_pretrain.system.processes import python_command, python_environment
 from gns_pretrain.tracking.settings import WandbSettings
+from gns_pretrain.tracking.unit import unit_of_settings
 from gns_pretrain.tracking.views import as_shown, axes, series
 
 # The longest wait for an answer to the login question, for the server at the start, and for the
@@ -29,8 +30,8 @@ ABOUT = "run"  # of W&B's configuration: what a run is beside its settings
 class WandbView:
     """One row per step, which carries trainer/step, trainer/tokens and trainer/samples as axes.
 
-    Tokens are the x-axis of every chart until another one is chosen: at one step, runs of
-    different batch sizes have seen different amounts of data.
+    Tokens, or images, are the x-axis of every chart until another one is chosen: at one step, runs
+    of different batch sizes have seen different amounts of data.
 
     Records of one step (training, noise scale, validation) are gathered into one row, which is
     logged when the next step begins: whatever was measured has all three axes. W&B's own step is
@@ -110,10 +111,12 @@ class WandbView:
                 finish_timeout_raises=True,
             ),
         )
-        run.define_metric("trainer/tokens")
-        run.define_metric("*", step_metric="trainer/tokens")
-        for lowest in ("val/loss", "val/perplexity"):
-            run.define_metric(lowest, step_metric="trainer/tokens", summary="min")
+        axis = f"trainer/{unit_of_settings(config).name}"
+        run.define_metric(axis)
+        run.define_metric("*", step_metric=axis)
+        best = {"val/loss": "min", "val/perplexity": "min", "val/accuracy": "max"}
+        for name, extreme in best.items():
+            run.define_metric(name, step_metric=axis, summary=extreme)
         return run
 
     def write(self, record: dict[str, Any]) -> None:

@@ -602,3 +602,36 @@ def test_training_needs_no_pandas_and_a_table_names_the_extra_that_has_it():
     assert done.stderr.startswith("error: ")
     assert "pip install 'gns-pretrain[results]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_table_of_accuracies_takes_the_highest_and_the_first_step_that_reaches_it(tmp_path):
+    def write(cell, evaluations):
+        run = write_run(tmp_path, "table10", cell, [(step, 1.0) for step, _ in evaluations])
+        lines = [
+            {
+                "kind": "validation",
+                "step": step,
+                "samples": 8 * step,
+                "loss": 1.0,
+                "accuracy": share,
+            }
+            for step, share in evaluations
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write("sgd_baseline", [(10, 0.30), (20, 0.50), (30, 0.45)])
+    write("sgd_adaptive", [(5, 0.20), (10, 0.55), (15, 0.40)])
+    table = make_table("table10", [str(tmp_path)])
+    (entries,) = [entries for labels, entries in table.rows if labels == ["SGD"]]
+    baseline, adaptive, first, share, total = (entry.statistic for entry in entries)
+    assert (baseline.value, adaptive.value) == (pytest.approx(50.0), pytest.approx(55.0))
+    assert [entry.best for entry in entries[:2]] == [False, True]
+    assert (first.value, share.reached, total.value) == (
+        pytest.approx(50.0),
+        1,
+        pytest.approx(50.0),
+    )
+    shown = FORMATS["text"](table)
+    assert "↓55.00" in shown
+    assert "the highest accuracy of those that are compared" in shown
+    assert "a the step at which the adaptive run first has the baseline's highest accuracy" in shown
