@@ -441,9 +441,10 @@ class AdaptiveBatchSize:
                 recent = state["recent_noise_scales"].get(key, [])
                 self.averages[key].load_state_dict({"averages": averages, "recent": recent})
         self._shadow_sizes = dict(state["shadow_batch_sizes"])
-        ranks = self.followed.sizes.num_ranks
-        if ranks * state["micro_batch_size"] * state["accumulation"] == state["batch_size"]:
-            self._times.load_state_dict(state.get("step_seconds", {}))  # other ranks take others
+        if times := state.get("step_seconds"):  # older checkpoints have none
+            ranks = self.followed.sizes.num_ranks
+            if ranks * state["micro_batch_size"] * state["accumulation"] == state["batch_size"]:
+                self._times.load_state_dict(times)  # other ranks take others
         fitted = self.followed.fit(state["batch_size"])
         self._split, self.lr_multiplier = fitted.split, state["lr_multiplier"]
         if fitted.split.batch_size == state["batch_size"]:

@@ -1,4 +1,4 @@
-"""Train a Llama: `gns-pretrain train [group=choice] [setting=value] ...`; see README.md."""
+"""Train a run: `gns-pretrain train [group=choice] [setting=value] ...`; see README.md."""
 
 import os
 import sys
@@ -28,6 +28,7 @@ usage: {command} [group=choice] [setting=value] ...
   model=small token_budget=10M optimizer.lr=1e-3    choices and settings, in any order
   launch.nproc_per_node=8                           FSDP2 on 8 ranks of this machine
   data=shards data.path=data/c4                     text that gns-pretrain prepare-data has made
+  workload=cifar10                                  ResNet-18 on images in place of a Llama on text
   optimizer=muon noise_scale=nuclear                measure the noise scale of Muon's geometry
   +experiment=demo/adaptive                         let the batch follow it
   dry_run=true                                      check all, show the plan, write nothing
@@ -42,7 +43,7 @@ the same command resumes it. Tab completion: eval "$({command} -sc install=bash)
 """
 SHOWN_GROUPS = (
     *("model", "data", "optimizer", "schedule", "noise_scale", "batch_size", "parallel", "metrics"),
-    *("scale", "+experiment/demo", "+sweep"),
+    *("workload", "scale", "+experiment/demo", "+sweep"),
 )
 
 

@@ -32,7 +32,7 @@ LENGTH = (
 )
 # What other trainers call a setting of ours, or what has no counterpart.
 OTHER_NAMES = {
-    **dict.fromkeys(("steps", "max_steps", "num_steps", "max_iters", "epochs"), LENGTH),
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "max_iters"), LENGTH),
     "wandb": "metrics=wandb shows a run there",
     "max_tokens": "did you mean token_budget?",
     "bs": "did you mean batch_size.initial?",

@@ -81,6 +81,7 @@ BEFORE_ADDED = {
     "schedule.decay_form": "linear",
     "batch_size.growth": 2.0,
     "batch_size.growth_tokens": None,
+    "batch_size.price": 0.1,
     "schedule.final_lr": None,
     "epochs": None,
     "sample_budget": None,

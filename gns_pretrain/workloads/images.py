@@ -13,7 +13,6 @@ from gns_pretrain.data.images import TrainingImages
 from gns_pretrain.data.read_ahead import ReadAhead, Step
 from gns_pretrain.data.shards import joint_fingerprint
 from gns_pretrain.errors import InputError, counted
-from gns_pretrain.model.classifier import ImageClassifier
 from gns_pretrain.model.resnet import ResNetConfig
 from gns_pretrain.model.roles import Role, matrix_shape, parameter_roles
 from gns_pretrain.model.simple_vit import SimpleViTConfig
@@ -50,7 +49,6 @@ class ImageWorkload(Workload):
                 "images ends by one of them; give that, and null for the other"
             )
         self.config, self.data = config, data
-        self.model: SimpleViTConfig | ResNetConfig = model
         self.training, self.validation = data.open_splits()
         num_images, initial = self.training.num_images, config.batch_size.initial
         self.budget = config.sample_budget or images_in(config.epochs or 0.0, num_images)
@@ -65,8 +63,11 @@ class ImageWorkload(Workload):
         self.fingerprint = joint_fingerprint(
             split.fingerprint for split in (self.training, self.validation)
         )
+        shape, num_classes = self.training.image_shape, self.training.num_classes
         with torch.device("meta"):
-            self._counted = self._classifier()
+            self._counted = model.build(shape, num_classes)
+        self._settings = model
+        self.model = self._counted.config  # with the size of a patch, which the images decide
 
     def size(self) -> Size:
         """Counted from the model; a micro-batch is its images alone."""
@@ -105,7 +106,7 @@ class ImageWorkload(Workload):
     def build_model(self, world: World) -> nn.Module:
         """Build the classifier."""
         with world.device:
-            model = self._classifier()
+            model = self._settings.build(self.training.image_shape, self.training.num_classes)
         model.init_weights(self.config.seed)
         if self.config.compiles_on(world.device.type):
             model.compile_blocks()
@@ -159,6 +160,3 @@ class ImageWorkload(Workload):
     def close(self) -> None:
         """Stop reading ahead."""
         self._batches.close()
-
-    def _classifier(self) -> ImageClassifier:
-        return self.model.build(self.training.image_shape, self.training.num_classes)

@@ -218,7 +218,6 @@ def test_saved_and_loaded_in_the_middle_it_decides_as_if_it_had_not_stopped():
 EARLIER = {
     "batch_size": 96,
     "micro_batch_size": 12,
-    "accumulation": 1,
     "step": 15,
     "samples": 1000,
     "tokens": 128000,

@@ -1,18 +1,26 @@
 """Which settings make two runs the same: the cases of the table in identity.py."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
 
 from gns_pretrain.batch_size.settings import BatchSizeSettings, ShadowSettings
+from gns_pretrain.config.compose import settings_from
+from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
 from gns_pretrain.errors import InputError
 from gns_pretrain.runs.history import write_provenance
 from gns_pretrain.runs.identity import (
+    BEFORE_ADDED,
     FINGERPRINT,
     Purpose,
     changes_run_name,
+    decides,
     deciding_settings,
+    differing_settings,
     flatten,
     identifying_settings,
     refuse_another_run,
@@ -221,3 +229,22 @@ def test_directory_without_a_run_refuses_nothing(tmp_path):
 
 def test_flatten_names_nested_settings_by_dots_and_keeps_lists():
     assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}}) == {"a.b.c": 1, "a.d": [{"e": 2}]}
+
+
+def test_run_of_an_older_version_resumes_under_its_command():
+    # Its config.yaml: a setting that is new since then stands in BEFORE_ADDED, as it was before.
+    old = yaml.safe_load((Path(__file__).parent / "old_run.yaml").read_text())
+    words = [
+        *("model=tiny", "model.dim=32", "model.num_layers=1", "model.num_heads=2"),
+        *("model.num_kv_heads=1", "model.ffn_dim=32", "data.sequence_length=32"),
+        *("token_budget=10240", "micro_batch_size=2", "batch_size=adaptive"),
+        *("noise_scale=manhattan", "noise_scale.every_steps=3", "batch_size.decide_every_steps=2"),
+        *("batch_size.warmup_fraction=0.1", "schedule.warmup_fraction=0.1"),
+        *("checkpoint.every_steps=5", "checkpoint.keep=9", "evaluation.every_tokens=2000"),
+        *("launch.threads=1", "run_name=old"),
+    ]
+    register_configs()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        now = flatten(asdict(settings_from(compose("train", words), words)))
+    differing = differing_settings(BEFORE_ADDED | flatten(old), now)
+    assert [name for name in differing if decides(name, now, Purpose.RESUME)] == []
