@@ -11,6 +11,7 @@ from typing import Any
 from gns_pretrain.errors import InputError, needs, one_line
 from gns_pretrain.fields import script_parser
 from gns_pretrain.results.layouts import LAYOUTS
+from gns_pretrain.tracking.unit import IMAGES
 
 # Sections and their panels: a title, and the series as W&B has them, or a pattern for several.
 SECTIONS = {
@@ -20,8 +21,8 @@ SECTIONS = {
         "validation perplexity": "val/perplexity",
     },
     "Batch size": {
-        "batch size (sequences)": "train/batch_size",
-        "noise scale, average (sequences)": "noise/.*/noise_scale_ema",
+        "batch size (samples)": "train/batch_size",
+        "noise scale, average (samples)": "noise/.*/noise_scale_ema",
         "learning rate": "train/lr",
     },
     "Speed": {
@@ -29,6 +30,11 @@ SECTIONS = {
         "optimizer steps": "trainer/step",
         "gradient norm": "train/grad_norm",
     },
+}
+# What stands in their place for runs on images.
+OF_IMAGES = {
+    "val/perplexity": ("validation accuracy", "val/accuracy"),
+    "train/tokens_per_second": ("images per second", "train/samples_per_second"),
 }
 
 
@@ -58,21 +64,26 @@ def workspace(table: str, entity: str, project: str) -> Any:
     from wandb_workspaces import expr, workspaces
     from wandb_workspaces.reports.v2 import LinePlot
 
+    unit = LAYOUTS[table].unit
+    axis = f"trainer/{unit.name}"
+
     def panel(title: str, series: str) -> LinePlot:
+        if unit is IMAGES:
+            title, series = OF_IMAGES.get(series, (title, series))
         given = {"metric_regex": series} if "*" in series else {"y": [series]}
-        return LinePlot(title=title, x="trainer/tokens", title_x="tokens", **given)
+        return LinePlot(title=title, x=axis, title_x=unit.noun, **given)
 
     return workspaces.Workspace(
         entity=entity,
         project=project,
-        name=f"{table}: cells over tokens",
+        name=f"{table}: cells over {unit.noun}",
         sections=[
             workspaces.Section(
                 name=name, is_open=True, panels=[panel(*each) for each in panels.items()]
             )
             for name, panels in SECTIONS.items()
         ],
-        settings=workspaces.WorkspaceSettings(x_axis="trainer/tokens", max_runs=30),
+        settings=workspaces.WorkspaceSettings(x_axis=axis, max_runs=30),
         runset_settings=workspaces.RunsetSettings(
             filters=expr.And(expr.Config("table") == table), groupby=[expr.Config("cell")]
         ),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from gns_pretrain.tracking.unit import IMAGES, TOKENS, Unit
+
 Quantity = Literal[
     "loss",
     "accuracy",
@@ -68,7 +70,7 @@ class TableLayout:
     paper_scale: str = "paper"  # the scale at which the paper's values are comparable
     baseline: str = ""  # what the steps reduction compares with
     score: Score = "loss"
-    loss_of: str = "token"  # nats per token, or per image
+    unit: Unit = TOKENS  # what its runs count
 
     @property
     def entries(self) -> list[Entry]:
@@ -214,7 +216,7 @@ TABLE4 = TableLayout(
     ),
     baseline="baseline: the constant batch of the same optimizer; MSGD: SGD with momentum; "
     "adaptive: by the noise scale of the optimizer's own geometry",
-    loss_of="image",
+    unit=IMAGES,
 )
 TABLE8 = TableLayout(
     "table8",
@@ -279,6 +281,7 @@ TABLE10 = TableLayout(
     ),
     baseline=TABLE4.baseline,
     score="accuracy",
+    unit=IMAGES,
 )
 LAYOUTS = {
     layout.name: layout

@@ -46,6 +46,7 @@ from gns_pretrain.runs.identity import (
     deciding_settings,
     differing_settings,
 )
+from gns_pretrain.tracking.unit import IMAGES
 
 Cells = Mapping[str, pd.DataFrame]  # runs of each cell by seed, with their losses (`by_cell`)
 
@@ -129,7 +130,8 @@ class FilledTable:
         """What its numbers are."""
         quantities = {entry.quantity for entry in self.layout.entries}
         meanings = [text for quantity, text in MEANING.items() if quantity in quantities]
-        meanings = [text.replace("per token", f"per {self.layout.loss_of}") for text in meanings]
+        if self.layout.unit is IMAGES:
+            meanings = [text.replace("per token", "per image") for text in meanings]
         if self.layout.score == "accuracy":
             meanings = [text.replace("lowest loss", "highest accuracy") for text in meanings]
         baseline = [self.layout.baseline] if self.layout.baseline else []

@@ -32,18 +32,21 @@ LINES = [
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, for its own code
-def test_a_workspace_shows_a_tables_cells_over_tokens():
+@pytest.mark.parametrize(
+    ("table", "axis"), [("table8", "trainer/tokens"), ("table10", "trainer/samples")]
+)
+def test_a_workspace_shows_a_tables_cells_over_what_its_runs_count(table, axis):
     pytest.importorskip("wandb_workspaces")
-    made = workspace("table8", "team", "study")._to_model()
+    made = workspace(table, "team", "study")._to_model()
     assert (made.entity, made.project) == ("team", "study")
     section = made.spec.section
-    assert section.settings.x_axis == "trainer/tokens"
+    assert section.settings.x_axis == axis
     (runs,) = section.run_sets
     (kept,) = runs.filters["filters"]
-    assert (kept["key"]["name"], kept["op"], kept["value"]) == ("table", "=", "table8")
+    assert (kept["key"]["name"], kept["op"], kept["value"]) == ("table", "=", table)
     assert [(key.section, key.name) for key in runs.grouping] == [("config", "cell.value")]
     panels = [panel for group in section.panel_bank_config.sections for panel in group.panels]
-    assert {panel.config.x_axis for panel in panels} == {"trainer/tokens"}
+    assert {panel.config.x_axis for panel in panels} == {axis}
     assert panels[0].config.metrics == ["val/loss"]
 
 
