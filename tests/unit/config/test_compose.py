@@ -60,8 +60,12 @@ ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 # Values that a user has to give.
 GIVEN = {
     ("data", "shards"): ["data.path=somewhere"],
+    ("data", "images"): ["data.path=somewhere", "workload=cifar10"],
     ("data", "mixture"): ["data.sources=[{path:a,weight:2},{path:b/c}]"],
     ("optimizer", "custom"): ["optimizer.class_path=torch.optim.NAdam"],
+    # Tuned for images alone.
+    ("tuned", "sgd"): ["workload=cifar10"],
+    ("tuned", "sgd_momentum"): ["workload=cifar10"],
 }
 
 
@@ -404,7 +408,10 @@ def test_yaml_holds_only_what_differs_from_the_default_of_its_class(path):
         assert [key for key, value in flatten(values).items() if defaults[key] == value] == []
 
 
-@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "model"])
+LLAMAS = [p.stem for p in sorted(CONF.glob("model/*.yaml")) if "schema_llama" in p.read_text()]
+
+
+@pytest.mark.parametrize("choice", LLAMAS)
 def test_model_builds_with_the_parameters_it_says(choice):
     shape = composed(f"model={choice}", "model.vocab_size=128256").model
     with torch.device("meta"):
