@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, positive
-from gns_pretrain.model.settings import ModelSettings
+from gns_pretrain.model.settings import ModelSettings, check_heads
 
 Count = Annotated[int, at_least(1)]
 Positive = Annotated[float, positive()]
@@ -62,11 +62,7 @@ class LlamaConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim % self.num_heads:
-            raise InputError(
-                f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}; "
-                f"use a divisor of {self.dim}"
-            )
+        check_heads(self.dim, self.num_heads)
         if self.head_dim % 2:
             raise InputError(
                 f"model.num_heads={self.num_heads} makes heads of width {self.head_dim}, which is "

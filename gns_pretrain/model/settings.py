@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings
 
 KIND = "kind"  # of model.json
@@ -25,6 +26,14 @@ class ModelSettings(Settings):
     def tensor_parallel_widths(self) -> Mapping[str, int]:
         """Settings that tensor parallelism divides over ranks; empty where it splits nothing."""
         return {}
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise InputError unless the heads divide the width."""
+    if dim % num_heads:
+        raise InputError(
+            f"model.num_heads={num_heads} does not divide model.dim={dim}; use a divisor of {dim}"
+        )
 
 
 def described(settings: ModelSettings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least
 from gns_pretrain.model.classifier import ImageClassifier, ImageShape
-from gns_pretrain.model.settings import ModelSettings
+from gns_pretrain.model.settings import ModelSettings, check_heads
 
 Count = Annotated[int, at_least(1)]
 NORM_EPS = 1e-6  # added to the variance; that of the paper's code
@@ -36,11 +36,7 @@ class SimpleViTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim % self.num_heads:
-            raise InputError(
-                f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}; "
-                f"use a divisor of {self.dim}"
-            )
+        check_heads(self.dim, self.num_heads)
         if self.dim % 4:
             raise InputError(
                 f"model.dim={self.dim} is not a multiple of 4, which the sines and cosines of "

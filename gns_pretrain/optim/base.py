@@ -132,8 +132,11 @@ class Rule(torch.optim.Optimizer):
         more: what else each group has, and may set for itself.
 
     Raises:
-        InputError: a value out of its range, another argument in a group, or several devices.
+        InputError: a value out of its range, another argument in a group, several devices, or a
+            vector given to a rule of matrices.
     """
+
+    takes_matrices: ClassVar[bool] = False  # parameters of at least 2 dimensions alone
 
     def __init__(
         self, params: ParamsT, *, lr: float, momentum: float, weight_decay: float, **more: Any
@@ -165,6 +168,13 @@ class Rule(torch.optim.Optimizer):
                 f"parameters are on {' and '.join(sorted(map(str, devices)))}; make one "
                 f"{type(self).__name__} for each device, and join them with CombinedOptimizer"
             )
+        for parameter in group["params"] if self.takes_matrices else ():
+            if parameter.ndim < 2:
+                raise InputError(
+                    f"{type(self).__name__} takes matrices, and a parameter has the shape "
+                    f"{list(parameter.shape)}; give it to another optimizer (split_parameters "
+                    "finds the matrices)"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

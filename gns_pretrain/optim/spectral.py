@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, checked, one_of
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
@@ -149,6 +148,8 @@ class Muon(Rule):
             that its matrix view merges with another.
     """
 
+    takes_matrices = True
+
     @checked
     def __init__(
         self,
@@ -177,16 +178,6 @@ class Muon(Rule):
             lambda *matrices: OwnerCompute(matrices, process_group)
         )
         self._owner_compute(*(matrix for group in self.param_groups for matrix in group["params"]))
-
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
-        for parameter in group["params"]:
-            if parameter.ndim < 2:
-                raise InputError(
-                    f"{type(self).__name__} takes matrices, and a parameter has the shape "
-                    f"{list(parameter.shape)}; give it to another optimizer (split_parameters "
-                    "finds the matrices)"
-                )
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
         """Step along the signs, shape by shape; all ranks together."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import ParamsT
 
-from gns_pretrain.errors import InputError
 from gns_pretrain.fields import at_least, checked, positive, within
 from gns_pretrain.model.roles import matrix_shape
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
@@ -84,6 +83,8 @@ class SubsetNorm(Rule):
             that its matrix view merges with another.
     """
 
+    takes_matrices = True
+
     @checked
     def __init__(
         self,
@@ -108,12 +109,6 @@ class SubsetNorm(Rule):
     def check_group(self, group: Group) -> None:
         super().check_group(group)
         for parameter in group["params"]:
-            if parameter.ndim < 2:
-                raise InputError(
-                    f"{type(self).__name__} takes matrices, and a parameter has the shape "
-                    f"{list(parameter.shape)}; give it to another optimizer (split_parameters "
-                    "finds the matrices)"
-                )
             MatrixShards.of_weight(parameter)
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:

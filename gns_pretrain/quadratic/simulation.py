@@ -145,9 +145,11 @@ def read(
     """
     geometry = GEOMETRIES[geometry_name](NoiseScaleSettings())
     signed = samples[::2].sum(0) - samples[1::2].sum(0)
+    # Each is a sum and, for matrices, an eigendecomposition, which no other estimate takes.
+    strides = NESTED_STRIDES if estimate == "nested" else ()
     matrices: dict[str, Any] = {"grams": {}, "matrices": {}, "signed_matrices": {}}
     if geometry.needs.matrices:
-        nested = [dict(enumerate(samples[::stride].sum(0))) for stride in NESTED_STRIDES]
+        nested = [dict(enumerate(samples[::stride].sum(0))) for stride in strides]
         grams = smaller_side_gram(samples.double()).sum(0)
         of_rows = zip(matrices, (grams, samples.mean(0), signed), strict=True)
         matrices = {name: dict(enumerate(rows)) for name, rows in of_rows}
@@ -159,7 +161,7 @@ def read(
         means=list(samples.mean(0)),
         squares=list(samples.square().sum(0)),
         signed=list(signed),
-        nested=[list(samples[::stride].sum(0)) for stride in NESTED_STRIDES],
+        nested=[list(samples[::stride].sum(0)) for stride in strides],
         **matrices,
     )
     totals = geometry.totals(sums, 1)  # of a batch of 1: N is in proportion to it

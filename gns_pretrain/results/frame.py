@@ -56,13 +56,8 @@ WhoseNoise = Noise | Literal["all"] | None  # None: the one that chose the batch
 
 RUN_COLUMNS = ["name", "table", "cell", "seed", "scale", "settings", "finished", "steps", "read"]
 NOISE_SCALE = "noise_scale"
-QUANTITIES = (
-    "loss",
-    "accuracy",
-    "train_loss",
-    "batch_size",
-    "lr",
-)  # that have a curve, beside noise scales
+# That have a curve, beside noise scales.
+QUANTITIES = ("loss", "accuracy", "train_loss", "batch_size", "lr")
 PUBLISHED_AVERAGE = "adaptive_batch_metrics/gns_ema"  # of a noise scale that no file names
 # Columns of a record, and what a CSV may call them: as our runs log them, as the published ones do.
 COLUMNS = {
