@@ -105,6 +105,72 @@ def noise_and_signal(
     return {key: tuple(map(float, numbers)) for key, numbers in values.items()}
 
 
+def adams_noise_and_signal(
+    gradients: Mapping[str, Tensor], scales: Mapping[str, Tensor], batch_size: int
+) -> Values:
+    """What the adam geometry measures: the Euclidean scale of gradients over their scales.
+
+    Args:
+        scales: v^(1/2) + epsilon, by the weights that Adam trains.
+    """
+    scaled = {name: gradients[name].double() / scale for name, scale in scales.items()}
+    found = noise_and_signal(scaled, (), batch_size)
+    return {("adam", key[1]): values for key, values in found.items() if key[0] == "euclidean"}
+
+
+def composite_noise_and_signal(
+    gradients: Mapping[str, Tensor],
+    lengths: Mapping[str, float],
+    scales: Mapping[str, Tensor],
+    batch_size: int,
+    *,
+    matrices: Collection[str],
+    squares: bool = False,
+) -> Values:
+    """What the composite geometry measures.
+
+    Args:
+        lengths: of each weight's step.
+        scales: of the rest, where it is Adam's; empty: the rest is in the Manhattan geometry.
+        matrices: names of those that are in the nuclear geometry.
+        squares: whether parts add up as squares.
+    """
+    of_matrices, of_rest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]  # roots of N and M, and s
+    for name, gradient in gradients.items():
+        length, gradient = lengths[name], gradient.double()
+        found = noise_and_signal({name: gradient}, [name] * (name in matrices), batch_size)
+        if name in matrices:
+            add(of_matrices, length, *roots(found, "nuclear"))
+        elif scales:
+            mean, first, second = (x.mean(0) for x in (gradient, gradient[::2], gradient[1::2]))
+            gained = [(a * b / scales[name]).sum() for a, b in ((mean, mean), (first, second))]
+            add(of_rest, length, 0.0, *map(float, gained))
+        else:
+            add(of_rest, length, *roots(found, "manhattan"))
+    if scales:
+        noise, signal = adams_noise_and_signal(gradients, scales, batch_size)["adam", "plug_in"]
+        of_rest[0] = of_rest[1] * math.sqrt(noise / signal)
+    if squares:
+        noise, signal, gain = (
+            a * abs(a) + b * abs(b) for a, b in zip(of_matrices, of_rest, strict=True)
+        )
+    else:
+        noise, signal, gain = (
+            (a + b) * abs(a + b) for a, b in zip(of_matrices, of_rest, strict=True)
+        )
+    return {("composite", "plug_in"): (noise, signal), ("composite", "cross_fitted"): (noise, gain)}
+
+
+def roots(found: Values, geometry: str) -> list[float]:
+    """Roots of N and M, and s with its sign."""
+    numbers = [*found[geometry, "plug_in"], found[geometry, "cross_fitted"][1]]
+    return [math.copysign(math.sqrt(abs(number)), number) for number in numbers]
+
+
+def add(to: list[float], factor: float, *numbers: float) -> None:
+    to[:] = [a + factor * b for a, b in zip(to, numbers, strict=True)]
+
+
 def parted(samples: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Mean of every stride-th sample, and of all others."""
     is_part = torch.arange(len(samples)) % stride == 0

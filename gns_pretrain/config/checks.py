@@ -16,10 +16,14 @@ from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, Needs
+from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.parallel.mesh import shard_group_size
 from gns_pretrain.system.processes import machine_memory
 from gns_pretrain.training.workload import Workload
+
+# A model on which an optimizer is tried.
+TINY = LlamaConfig("tiny", 2, 1, num_heads=1, num_kv_heads=1, ffn_dim=2, vocab_size=2)
 
 
 def check_layout(config: Config, *, num_ranks: int, ranks_per_node: int) -> None:
@@ -145,15 +149,20 @@ def check_memory(
     return Memory(needed, there, checkpoint=4 * parameters + state)
 
 
+def check_noise_scale(config: Config) -> None:
+    """Check that the optimizer has what is measured of it, on a tiny model."""
+    with torch.random.fork_rng(devices=[]):
+        model = Llama(TINY)
+        NoiseMeter(model, config.noise_scale, optimizer=config.optimizer.build(model))
+
+
 def state_bytes(settings: OptimizerSettings) -> tuple[int, int]:
     """Bytes of an optimizer's state for a number in a block's matrix, and for any other, at least.
 
     They are what is left of a step over a tiny model: tensors of a parameter's own shape.
     """
     with torch.random.fork_rng(devices=[]):
-        model = Llama(
-            LlamaConfig("tiny", 2, 1, num_heads=1, num_kv_heads=1, ffn_dim=2, vocab_size=2)
-        )
+        model = Llama(TINY)
         optimizer = settings.build(model)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

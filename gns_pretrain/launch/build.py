@@ -124,7 +124,9 @@ def build_run(
     workload.begin(world)
     meter = None
     if config.noise_scale.geometries:
-        meter = NoiseMeter(model, config.noise_scale, kinds=workload.parameter_kinds)
+        meter = NoiseMeter(
+            model, config.noise_scale, kinds=workload.parameter_kinds, optimizer=optimizer
+        )
     if meter and saved:
         meter.load_state_dict(saved)
     return Run(

@@ -29,6 +29,9 @@ from gns_pretrain.training.step import accumulate_gradients
 from gns_pretrain.training.trained_model import TrainedModel
 from gns_pretrain.training.workload import MicroBatch
 
+# Geometries that need no optimizer, which is not loaded here.
+OF_WEIGHTS = {name: kind for name, kind in GEOMETRIES.items() if not kind.reads_optimizer}
+
 
 @dataclass
 class MeasurementRequest(Settings):
@@ -51,8 +54,8 @@ class MeasurementRequest(Settings):
         at_least(1),
         About("tokens of a sequence (default: the run's; of a Hugging Face model 2048 at most)"),
     ] = None
-    geometry: Annotated[list[str], key_of(GEOMETRIES), About("default: all three")] = field(
-        default_factory=lambda: list(GEOMETRIES)
+    geometry: Annotated[list[str], key_of(OF_WEIGHTS), About("default: all three")] = field(
+        default_factory=lambda: list(OF_WEIGHTS)
     )
     estimate: Annotated[
         list[str], one_of("plug_in", "debiased", "cross_fitted"), About("default: plug_in")

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from gns_pretrain.config.checks import check_batch_size, check_layout, check_memory
+from gns_pretrain.config.checks import (
+    check_batch_size,
+    check_layout,
+    check_memory,
+    check_noise_scale,
+)
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
 from gns_pretrain.data.staging import compile_cache, local_folder
@@ -166,6 +171,7 @@ def check_run(
     # A resumed run keeps its batch: where other ranks cannot take it, the next larger one.
     if newest is None:
         check_batch_size(config, num_ranks=ranks)
+    check_noise_scale(config)
     for local_rank in range(ranks) if info is None else (info.local_rank,):
         device = pick_device(config.launch.device, local_rank)
     workload = open_workload(config)

@@ -26,7 +26,8 @@ class Role(Enum):
     MATRIX = auto()  # inside the model: what nuclear scales and spectral rules take as a matrix
     EMBEDDING = auto()  # of tokens or patches, also when the output matrix is tied to it
     OUTPUT = auto()  # the head's matrix
-    OTHER = auto()  # biases, norms, positions, and what the user takes out of the matrices
+    NORM = auto()  # gain and bias of a normalization, found by its class's name
+    OTHER = auto()  # other biases, positions, and what the user takes out of the matrices
 
 
 # Which parameters are matrices: a function of name and parameter, patterns of names (as in
@@ -117,11 +118,19 @@ def parameter_roles(model: nn.Module, matrices: MatrixChoice | None = None) -> d
     if (entry := named_by(inner, "get_input_embeddings")) is not None:
         embeddings |= {id(parameter) for parameter in entry.parameters() if parameter.ndim > 1}
     head = {id(parameter) for parameter in head_of(inner)}
+    norms = {
+        id(parameter)
+        for module in inner.modules()
+        if is_norm(module)
+        for parameter in module.parameters(recurse=False)
+    }
     trainable = dict(named_trainable(model))
 
     def default(parameter: nn.Parameter) -> Role:
         if id(parameter) in embeddings:
             return Role.EMBEDDING
+        if id(parameter) in norms:
+            return Role.NORM
         if parameter.ndim < 2 or min(matrix_shape(parameter)) < 2:
             return Role.OTHER
         return Role.OUTPUT if id(parameter) in head else Role.MATRIX
@@ -138,6 +147,12 @@ def parameter_roles(model: nn.Module, matrices: MatrixChoice | None = None) -> d
         elif roles[name] is Role.MATRIX:
             roles[name] = Role.OTHER
     return roles
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization: LayerNorm, BatchNorm2d, LlamaRMSNorm, ..."""
+    names = (base.__name__.rstrip("123d") for base in type(module).__mro__)
+    return any(name.endswith("Norm") for name in names)
 
 
 def chosen_matrices(

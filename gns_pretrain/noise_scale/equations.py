@@ -150,6 +150,38 @@ def euclidean_signal_total(mean: Tensor, sizes: Sequence[int] | None = None) -> 
     return absolute_sums(mean.square(), sizes)
 
 
+def euclidean_noise(
+    sample_squares: float, mean_squares: float, *, batch_size: int, num_samples: int
+) -> float:
+    """sum_i sigma_i^2 by Eq. 20, of sums over coordinates; clamped at 0.
+
+    Args:
+        sample_squares: sum_j ||g^j||_2^2.
+        mean_squares: ||g||_2^2.
+    """
+    spread = max(sample_squares / num_samples - mean_squares, 0.0)
+    return spread * batch_size / (num_samples - 1)
+
+
+def momentum_noise(momentum: float, *, nesterov: bool = False) -> float:
+    """Noise of a momentum, relative to that of the one gradient that it is fed: a variance.
+
+        m = beta m + g                    sum_k w_k^2 / (sum_k w_k)^2 = (1 - beta) / (1 + beta)
+        g + beta m (Nesterov)             (1 - beta)^2 ((1 + beta)^2 + beta^4 / (1 - beta^2))
+
+    with w_k the weight of the gradient of k steps ago. Sums and averages have the same. The true
+    gradient is taken to stay over the momentum's half-life, and the run to be longer than that.
+
+    Args:
+        momentum: beta, in [0, 1).
+        nesterov: whether a step looks ahead along the momentum.
+    """
+    if nesterov:
+        of_past = momentum**4 / (1.0 - momentum**2)
+        return (1.0 - momentum) ** 2 * ((1.0 + momentum) ** 2 + of_past)
+    return (1.0 - momentum) / (1.0 + momentum)
+
+
 def manhattan_noise_total(variance: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """||sigma||_1 = sum_i sigma_i, whose square is the numerator of Eq. 13; as `absolute_sums`."""
     return absolute_sums(variance.sqrt(), sizes)

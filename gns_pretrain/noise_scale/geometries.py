@@ -11,7 +11,10 @@
     manhattan  cross_fitted  (sum_i sigma_i)^2           s |s|
     nuclear    plug_in       (sum_l tr C_l^(1/2))^2      (sum_l ||G_l||_S1)^2
     nuclear    cross_fitted  (sum_l tr C_l^(1/2))^2      s |s|
-    each       nested        b a^2                       a^2, of the fitted progress curve
+    adam       as Euclidean, of gradients over Adam's v^(1/2) + epsilon
+    composite  plug_in       matrices and the rest as the optimizer steps along them
+    composite  cross_fitted  the same                    s |s|
+    the first  nested        b a^2                       a^2, of the fitted progress curve
 
 What each mends. E||g||_2^2 = ||true gradient||_2^2 + tr C / B: the Euclidean signal is read too
 high, by all of it where noise dominates. E[root of a variance over R samples] = c4(R) * sigma: the
@@ -35,6 +38,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -44,6 +48,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import default_mode, smaller_side_gram, trace_square_root
 from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import (
+    absolute_sums,
     coordinate_variance,
     cross_grams,
     dual_norm_fraction_batch,
@@ -52,6 +57,7 @@ from gns_pretrain.noise_scale.equations import (
     euclidean_cross_totals,
     euclidean_fraction_batch,
     euclidean_goodput_batch,
+    euclidean_noise,
     euclidean_part_totals,
     euclidean_signal_total,
     gram_covariance,
@@ -138,6 +144,9 @@ class Needs:
     signed_sums: bool = False  # sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices
     nested_sums: bool = False  # sum_j g^j of every 8th and of every 4th sample
     matrices: frozenset[Role] = frozenset()  # whole, and their Grams' sum, on one owner each
+    # Of the optimizer, which the meter is then given:
+    second_moments: bool = False  # what Adam divides each coordinate by
+    lengths: bool = False  # of each weight's step
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -145,6 +154,8 @@ class Needs:
             self.signed_sums or other.signed_sums,
             self.nested_sums or other.nested_sums,
             self.matrices | other.matrices,
+            self.second_moments or other.second_moments,
+            self.lengths or other.lengths,
         )
 
 
@@ -168,6 +179,11 @@ class SampleSums:
     # By NESTED_STRIDES: sums over every so-manieth sample, of rows and of matrices.
     nested: list[list[Tensor]] = field(default_factory=list)
     nested_matrices: list[dict[int, Tensor]] = field(default_factory=list)
+    is_matrix: list[bool] = field(default_factory=list)  # by weight, whether its role is MATRIX
+    # Of the optimizer: this rank's rows of v^(1/2) + epsilon, inf where a weight is not Adam's,
+    # and each weight's step along a direction of unit norm.
+    scales: list[Tensor] = field(default_factory=list)
+    lengths: list[float] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -194,6 +210,31 @@ class SampleSums:
         samples = self.num_samples
         return coordinate_variance(
             squares / samples, mean, batch_size=batch_size, num_samples=samples
+        )
+
+    def over_scales(self, power: float = 1.0) -> "SampleSums":
+        """Divide every coordinate by its scale to a power, as if each sample had come so.
+
+        Matrices are left as they are. The sums of squares make the samples' norms, so that those
+        add up over ranks as rows do.
+        """
+        inverse = [scale.pow(-power) for scale in self.scales]
+        squares = torch._foreach_mul(self.squares, torch._foreach_mul(inverse, inverse))
+        norms = torch.cat(
+            [absolute_sums(*joined(squares[rows])) for rows in self.row_groups()]
+            or [self.square_norms]
+        )
+
+        def scaled(rows: list[Tensor]) -> list[Tensor]:
+            return list(torch._foreach_mul(rows, inverse)) if rows else []
+
+        return replace(
+            self,
+            square_norms=norms,
+            means=scaled(self.means),
+            squares=list(squares),
+            signed=scaled(self.signed),
+            nested=[scaled(rows) for rows in self.nested],
         )
 
     def halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,6 +275,9 @@ class SampleSums:
             signed_matrices={
                 i: m - part.signed_matrices[i] for i, m in self.signed_matrices.items() if halves
             },
+            is_matrix=self.is_matrix,
+            scales=self.scales,
+            lengths=self.lengths,
         )
 
     def copied(self) -> "SampleSums":
@@ -262,6 +306,8 @@ class GeometryChoices(Protocol):
     parameters: str
     nuclear_parameters: str
     nuclear_local_batch_factor: bool
+    composite_rest: str
+    composite_sum: str
     square_root: str
 
 
@@ -277,6 +323,7 @@ class Geometry(ABC):
     estimates: ClassVar[tuple[str, ...]] = ("plug_in", "cross_fitted", "nested")
     # Of `totals`: gain is that of half the step.
     columns: ClassVar[tuple[str, ...]] = ("noise", "signal", "gain", "gain_eighth", "gain_quarter")
+    reads_optimizer: ClassVar[bool] = False
     # Below this theta the plug-in target exceeds B where there is no true gradient at all, so that
     # a batch can grow from noise alone: the square root of what the scale then reads, over B. None
     # where it is not known.
@@ -307,7 +354,8 @@ class Geometry(ABC):
 
     def looks_at(self, role: Role) -> bool:
         """Whether weights of this role are part of the noise scale."""
-        return self.settings.parameters == "all" or role is Role.MATRIX
+        roles = {"block_matrices": Role.MATRIX, "norms": Role.NORM}
+        return role is roles.get(self.settings.parameters, role)
 
     @abstractmethod
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
@@ -335,6 +383,13 @@ class Geometry(ABC):
         """
         noise, signal, gain, *_ = totals
         return noise**2, gain * abs(gain) if estimate == "cross_fitted" else signal**2
+
+    def with_noise_times(
+        self, factor: float, totals: Sequence[float], num_samples: int
+    ) -> Sequence[float]:
+        """Return a weight's `columns` with N as many times as large, and all else as it is."""
+        noise, *others = totals
+        return [noise * math.sqrt(factor), *others]
 
     def gains(self, totals: Sequence[float]) -> tuple[float, ...]:
         """Return s of an eighth, a quarter and half of the samples, from `columns` added up."""
@@ -396,12 +451,20 @@ class Euclidean(Geometry):
     ) -> tuple[float, float]:
         """Eq. 20 summed over coordinates needs the samples' norms alone."""
         sample_squares, mean_squares, *cross = totals[:5]
-        spread = max(sample_squares / num_samples - mean_squares, 0.0)
-        noise = spread * batch_size / (num_samples - 1)
+        counts = {"batch_size": batch_size, "num_samples": num_samples}
+        noise = euclidean_noise(sample_squares, mean_squares, **counts)
         if estimate == "cross_fitted":
             gain = euclidean_cross_signal(torch.tensor(cross)).item()
             return noise, gain * abs(gain)
         return noise, mean_squares - noise / batch_size if estimate == "debiased" else mean_squares
+
+    def with_noise_times(
+        self, factor: float, totals: Sequence[float], num_samples: int
+    ) -> Sequence[float]:
+        """N is a difference, whose first term moves."""
+        sample_squares, mean_squares, *others = totals
+        sample_squares = factor * sample_squares + (1.0 - factor) * num_samples * mean_squares
+        return [sample_squares, mean_squares, *others]
 
     def gains(self, totals: Sequence[float]) -> tuple[float, ...]:
         """For p(g) = g / ||g||_2 over all coordinates together."""
@@ -547,6 +610,132 @@ class Nuclear(Geometry):
         """How many square roots took the slow route, if any: a GPU pays for those."""
         fallbacks = round(totals[-1])
         return {"square_root_fallbacks": fallbacks} if fallbacks else {}
+
+
+class Adam(Euclidean):
+    """The geometry of Adam's own step, as AdamScale has it (AdaptDL, PR 95).
+
+    Gradients are divided by v^(1/2) + epsilon of the optimizer as it was before the step, so that
+    the samples and their scales are independent. Weights that Adam does not train add nothing.
+    """
+
+    name = "adam"
+    reads_optimizer = True
+
+    @property
+    def needs(self) -> Needs:
+        """Squares of every coordinate, which come to this rank as its scales do."""
+        return Needs(squares=True, second_moments=True)
+
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """The Euclidean totals of scaled gradients."""
+        return super().totals(sums.over_scales(), batch_size)
+
+
+class Composite(Geometry):
+    """Of an optimizer with a rule for matrices and another for the rest (docs/noise_scale.md).
+
+    The step of part k is eta_k long in its own norm, which makes the whole a step of steepest
+    descent under max_k ||x_k||_k / eta_k. Lemma 3.1 for that norm, whose dual is a sum,
+
+        sum_k eta_k E<gradient_k, p_k> >= sum_k eta_k (M_k^(1/2) - (N_k / B)^(1/2))
+
+    is one geometry's with N^(1/2) = sum_k eta_k N_k^(1/2) and M^(1/2) = sum_k eta_k M_k^(1/2).
+    Under the norm (sum_k (||x_k||_k / eta_k)^2)^(1/2) squares add up in their place
+    (composite_sum=squares). M^(1/2) is in nats a step.
+
+    Matrices are in the nuclear geometry, a weight's eta its peak rate times its rule's scaling. The
+    rest is in the Manhattan one; or with composite_rest=adam eta_k M_k^(1/2) is what Adam's step
+    gains, eta sum_i g_i^2 / (v_i^(1/2) + epsilon), and N_k / M_k the adam scale of the rest.
+    """
+
+    name = "composite"
+    estimates = ("plug_in", "cross_fitted")
+    columns = (
+        *("noise", "signal", "gain", "rest_noise", "rest_signal", "rest_gain"),
+        *("sample_squares", "mean_squares", "fallbacks"),
+    )
+    reads_optimizer = True
+
+    def __init__(self, settings: GeometryChoices) -> None:
+        super().__init__(settings)
+        self._nuclear, self._manhattan = Nuclear(settings), Manhattan(settings)
+        self._euclidean = Euclidean(settings)
+        self._rest_is_adams = settings.composite_rest == "adam"
+
+    @property
+    def needs(self) -> Needs:
+        """Those of both parts."""
+        return Needs(
+            squares=True,
+            matrices=frozenset({Role.MATRIX}),
+            second_moments=self._rest_is_adams,
+            lengths=True,
+        )
+
+    def looks_at(self, role: Role) -> bool:
+        """All weights, since the optimizer steps all of them."""
+        return True
+
+    def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
+        """Each part's roots and gains, times its weights' lengths."""
+        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        lengths = totals.new_tensor(sums.lengths)[:, None]
+        of_matrices = lengths * totals.new_tensor(sums.is_matrix)[:, None]
+        nuclear = self._nuclear.totals(sums, batch_size)
+        totals[:, 0:3] = nuclear[:, 0:3] * of_matrices
+        totals[:, -1] = nuclear[:, -1]
+        if self._rest_is_adams:  # a weight that is not Adam's has zeros in both of these
+            gains = self._euclidean.totals(sums.over_scales(0.5), batch_size)
+            totals[:, 4:6] = gains[:, 1:3] * lengths
+            scaled = self._euclidean.totals(sums.over_scales(), batch_size)
+            totals[:, 6:8] = scaled[:, 0:2]
+        else:
+            manhattan = self._manhattan.totals(sums, batch_size)
+            totals[:, 3:6] = manhattan[:, 0:3] * (lengths - of_matrices)
+        return totals
+
+    def spectral_totals(self, sums: SampleSums, batch_size: int) -> Iterator[SpectralTotal]:
+        """Those of the nuclear geometry, times each matrix's length."""
+        for total in self._nuclear.spectral_totals(sums, batch_size):
+            if sums.is_matrix[total.weight] and total.column < 3:
+                length = sums.lengths[total.weight]
+                yield replace(total, function=partial(times, length, total.function))
+
+    def noise_and_signal(
+        self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
+    ) -> tuple[float, float]:
+        """Both parts together, by composite_sum."""
+        noise, signal, gain, rest_noise, rest_signal, rest_gain = totals[:6]
+        if self._rest_is_adams and rest_signal:
+            counts = {"batch_size": batch_size, "num_samples": num_samples}
+            scale = euclidean_noise(totals[6], totals[7], **counts) / totals[7]
+            rest_noise = rest_signal * math.sqrt(scale)
+        if self.settings.composite_sum == "squares":
+            if estimate == "cross_fitted":
+                return noise**2 + rest_noise**2, gain * abs(gain) + rest_gain * abs(rest_gain)
+            return noise**2 + rest_noise**2, signal**2 + rest_signal**2
+        together = (noise + rest_noise, signal + rest_signal, gain + rest_gain)
+        return super().noise_and_signal(estimate, together, batch_size, num_samples)
+
+    def with_noise_times(
+        self, factor: float, totals: Sequence[float], num_samples: int
+    ) -> Sequence[float]:
+        """Of both parts."""
+        matrices, rest = (
+            self._manhattan.with_noise_times(factor, part, num_samples)
+            for part in (totals[0:3], totals[3:6])
+        )
+        squares = self._euclidean.with_noise_times(factor, totals[6:8], num_samples)
+        return [*matrices, *rest, *squares, totals[-1]]
+
+    def details(self, totals: Sequence[float]) -> dict[str, Any]:
+        """As of the nuclear geometry."""
+        return self._nuclear.details(totals)
+
+
+def times(factor: float, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    return factor * function(*arguments)
 
 
 def nested_noise_and_signal(sizes: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:

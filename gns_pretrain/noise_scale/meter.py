@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.model.roles import Labels, MatrixChoice, labels_of
+from gns_pretrain.model.roles import Labels, MatrixChoice, Role, labels_of, named_trainable
 from gns_pretrain.noise_scale.equations import check_num_samples
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, Needs, SampleSums
+from gns_pretrain.noise_scale.geometries import (
+    GEOMETRIES,
+    Geometry,
+    Measurement,
+    Needs,
+    SampleSums,
+)
 from gns_pretrain.noise_scale.host_spectra import HostSpectra, PendingTotal
 from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
 from gns_pretrain.noise_scale.stopwatch import Stopwatch
@@ -63,6 +69,8 @@ class RankTotals:
     num_samples: int
     batch_size: int
     stopwatch: Stopwatch
+    geometries: list[Geometry]  # of the tables
+    momentum_noise: list[float]  # by weight, where it is the momentum's that is asked for
 
 
 class NoiseMeter:
@@ -97,6 +105,9 @@ class NoiseMeter:
             `parameters="block_matrices"`; by default those inside the model (`parameter_roles`).
         blocks: whose gradients come close together and are reduced together; by default a layer's.
         kinds: labels of parameters for `per_kind`; by default their roles.
+        optimizer: over the model's parameters, for the geometries `adam` and `composite` and for
+            `of_momentum`, which read its state, rates and momenta as they are before its step.
+            Until Adam has taken one, what divides by its second moments is not measured.
         options: fields of `settings`, by name.
 
     Raises:
@@ -113,15 +124,26 @@ class NoiseMeter:
         matrices: MatrixChoice | None = None,
         blocks: Labels | Sequence[str] | None = None,
         kinds: Labels | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **options: Unpack[MeterOptions],
     ) -> None:
         self.settings = replace(settings or NoiseScaleSettings(), **options)
         self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
-        self.tap = GradientTap(model, needs | self.settings.needs, matrices, blocks)
-        names = [tapped.name for tapped in self.tap.weights]
+        roles = {role for role in Role for g in self.geometries if g.looks_at(role)}
+        self.tap = GradientTap(
+            model,
+            needs | self.settings.needs,
+            matrices,
+            blocks,
+            roles=roles or set(Role),  # nothing is measured without a geometry
+            optimizer=optimizer,
+        )
+        self._check_optimizer()
         self._kinds = {tapped.name: tapped.role.name.lower() for tapped in self.tap.weights}
-        self._kinds |= labels_of(names, kinds, "kinds") if kinds is not None else {}
+        if kinds is not None:
+            names = [name for name, _ in named_trainable(model)]
+            self._kinds |= labels_of(names, kinds, "kinds")
         self._step = 0
         self._measured = False  # whether the last step was, and has not been read
         self._pending: list[Pending] = []  # oldest first
@@ -253,17 +275,31 @@ class NoiseMeter:
                 f"batch_size={batch_size} is not a multiple of the {sums.num_samples} samples of "
                 "the step, which are of one size; give the sequences of all ranks together"
             )
-        tables = [geometry.totals(sums, batch_size) for geometry in self.geometries]
+        updates = self.tap.updates
+        geometries = [
+            geometry
+            for geometry in self.geometries
+            if not geometry.needs.second_moments or (updates and updates.has_second_moments)
+        ]
+        tables = [geometry.totals(sums, batch_size) for geometry in geometries]
         pending: list[list[PendingTotal]] = [[] for _ in tables]
-        for place, (geometry, table) in enumerate(zip(self.geometries, tables, strict=True)):
+        for place, (geometry, table) in enumerate(zip(geometries, tables, strict=True)):
             spectral = geometry.spectral_totals(sums, batch_size)
             if on_host:
                 pending[place] = self._host.submit(spectral)
                 continue
             for total in spectral:
                 table[total.weight, total.column] = total.function(*total.matrices)
-        numbers = sums.num_samples, batch_size
-        return RankTotals(tables, pending, self.tap.agreement, *numbers, self.tap.stopwatch)
+        return RankTotals(
+            tables,
+            pending,
+            self.tap.agreement,
+            sums.num_samples,
+            batch_size,
+            self.tap.stopwatch,
+            geometries,
+            updates.momentum_noise() if updates and self.settings.of_momentum else [],
+        )
 
     def _finished(self, pending: Pending) -> list[Reading]:
         """Return the readings of a measurement, which its host threads are waited for."""
@@ -296,8 +332,13 @@ class NoiseMeter:
         check_ranks(of_ranks.tolist())
         self._check_agreement(agreement.view(-1, 2).tolist())
         readings = []
-        for geometry, joint, table in zip(self.geometries, flat, tables, strict=True):
+        for geometry, joint, table in zip(totals.geometries, flat, tables, strict=True):
             rows = joint.view(table.shape).tolist()  # [weight][column]
+            if totals.momentum_noise:
+                rows = [
+                    geometry.with_noise_times(share, row, totals.num_samples)
+                    for share, row in zip(totals.momentum_noise, rows, strict=True)
+                ]
             weights = [i for i, w in enumerate(self.tap.weights) if geometry.looks_at(w.role)]
             whole = added(rows, weights)
             parts_of = {name: added(rows, some) for name, some in self._parts(weights).items()}
@@ -309,6 +350,40 @@ class NoiseMeter:
                 }
                 readings.append(Reading(total, of_parts, seconds, geometry.details(whole)))
         return readings
+
+    def _check_optimizer(self) -> None:
+        """Raise InputError unless the optimizer has what the geometries read of it."""
+        updates, weights = self.tap.updates, self.tap.weights
+        reading = [geometry.name for geometry in self.geometries if geometry.reads_optimizer]
+        if updates is None:
+            if reading or self.settings.of_momentum:
+                what = f"geometries=[{reading[0]}]" if reading else "of_momentum=true"
+                raise InputError(
+                    f"noise_scale.{what} reads the optimizer; give it to the meter as optimizer="
+                )
+            return
+        is_matrix = [tapped.role is Role.MATRIX for tapped in weights]
+        of_rest = [
+            adams for adams, matrix in zip(updates.adams, is_matrix, strict=True) if not matrix
+        ]
+        if "adam" in reading and not any(updates.adams):
+            raise InputError(
+                "noise_scale.geometries=[adam] divides by the second moments that Adam and AdamW "
+                "keep, and this optimizer has none; use optimizer=adamw, or another geometry"
+            )
+        if "composite" in reading and (
+            not any(is_matrix) or updates.along_matrix_signs != is_matrix
+        ):
+            raise InputError(
+                "noise_scale.geometries=[composite] is of steps along matrix signs beside a rule "
+                "for the rest, which this optimizer does not take for every matrix and for "
+                "nothing else; use optimizer=muon or specsgd, or the geometry adam or manhattan"
+            )
+        if "composite" in reading and self.settings.composite_rest == "adam" and not all(of_rest):
+            raise InputError(
+                "noise_scale.composite_rest=adam divides by the second moments that Adam and AdamW "
+                "keep, and some weights beside the matrices have none; use composite_rest=manhattan"
+            )
 
     def _check_agreement(self, squares: list[list[float]]) -> None:
         """Raise InputError if the mean gradient of a weight is not the mean of its samples.

@@ -10,8 +10,10 @@ from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs, fewest_samples
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
-PARAMETERS = ("all", "block_matrices")
+PARAMETERS = ("all", "block_matrices", "norms")
 NUCLEAR_PARAMETERS = ("block_matrices", "all_2d")
+COMPOSITE_RESTS = ("manhattan", "adam")
+COMPOSITE_SUMS = ("roots", "squares")
 
 
 class MeterOptions(TypedDict, total=False):
@@ -23,6 +25,9 @@ class MeterOptions(TypedDict, total=False):
     read_after_steps: int
     parameters: str
     nuclear_parameters: str
+    composite_rest: str
+    composite_sum: str
+    of_momentum: bool
     nuclear_local_batch_factor: bool
     square_root: str
     per_kind: bool
@@ -53,10 +58,17 @@ class NoiseScaleSettings(Settings):
             "near 7 %",
         ),
     ] = 8
-    parameters: Annotated[str, one_of(*PARAMETERS)] = "all"  # of Euclidean and Manhattan
+    # of Euclidean, Manhattan and adam; norms: gains and biases of norm layers (arXiv:2411.00999)
+    parameters: Annotated[str, one_of(*PARAMETERS)] = "all"
     # all_2d: the authors' code
     nuclear_parameters: Annotated[str, one_of(*NUCLEAR_PARAMETERS)] = "block_matrices"
     nuclear_local_batch_factor: bool = False  # the authors' code: noise scale x local batch size
+    # of composite: the geometry of what is no matrix
+    composite_rest: Annotated[str, one_of(*COMPOSITE_RESTS)] = "manhattan"
+    # of composite: matrices and the rest add up as roots of noise and signal, or as squares
+    composite_sum: Annotated[str, one_of(*COMPOSITE_SUMS)] = "roots"
+    # the noise of the optimizer's momentum, an average over steps, in place of one step's
+    of_momentum: bool = False
     square_root: Annotated[str, one_of(*MODES)] = "auto"  # of tr C^(1/2) and the nuclear norm
     per_kind: bool = False  # also log noise and signal by kind of parameter
     per_layer: bool = False  # also log noise and signal by block

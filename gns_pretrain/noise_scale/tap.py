@@ -16,7 +16,7 @@ before clipping: rows stay where they are, whole matrices go to their owners.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -30,9 +30,16 @@ from torch.profiler import record_function
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.norms import norms
 from gns_pretrain.geometry.square_root import add_smaller_side_gram
-from gns_pretrain.model.roles import Labels, MatrixChoice, matrix_shape, named_trainable
+from gns_pretrain.model.roles import (
+    Labels,
+    MatrixChoice,
+    Role,
+    matrix_shape,
+    named_trainable,
+)
 from gns_pretrain.noise_scale.geometries import NESTED_STRIDES, Needs, SampleSums
 from gns_pretrain.noise_scale.stopwatch import Stopwatch
+from gns_pretrain.noise_scale.updates import Updates
 from gns_pretrain.noise_scale.weights import (
     TappedWeight,
     owned_matrices,
@@ -52,6 +59,8 @@ class GradientTap:
         model: parallelized; see `NoiseMeter`.
         needs: what is gathered.
         matrices, blocks: overrule the default roles and blocks of the weights.
+        roles: of the weights that are measured; others are left alone.
+        optimizer: has the second moments and the step lengths, where those are needed.
     """
 
     def __init__(
@@ -60,6 +69,9 @@ class GradientTap:
         needs: Needs,
         matrices: MatrixChoice | None = None,
         blocks: Labels | Sequence[str] | None = None,
+        *,
+        roles: Container[Role] = frozenset(Role),
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.model = model
         seen = unsharded_weights(model)
@@ -67,7 +79,15 @@ class GradientTap:
         if needs != Needs():  # reduced during the backward pass, beside the gradient's own traffic
             self.layout = self.layout.apart(next(iter(seen.values())).device)
         self.needs = needs
-        self.weights = tapped_weights(model, self.layout, seen, needs.matrices, matrices, blocks)
+        weights = tapped_weights(model, self.layout, seen, needs.matrices, matrices, blocks)
+        self._trainable = {w.name: (w.weight, w.seen) for w in weights}
+        self.weights = [tapped for tapped in weights if tapped.role in roles]
+        if not self.weights:
+            raise InputError(
+                "noise_scale.parameters leaves no weight of this model to measure; use all, or a "
+                "geometry that reads what the model has"
+            )
+        self.updates = Updates(optimizer, self.weights) if optimizer is not None else None
         self.device = self.weights[0].weight.device
         self._widths = [tapped.padded_rows for tapped in self.weights]
         self.square_norms: Tensor  # [weights], float64; this rank's samples, summed
@@ -134,7 +154,7 @@ class GradientTap:
     def _check_weights(self) -> None:
         """Raise InputError unless the model's trainable parameters are still those tapped."""
         # FSDP2 shows its unsharded copies between a forward and a backward pass.
-        known = {w.name: (w.weight, w.seen) for w in self.weights}
+        known = self._trainable
         now = dict(named_trainable(self.model))
         for name in (*now, *known):
             if not any(now.get(name) is weight for weight in known.get(name, ())):
@@ -409,7 +429,16 @@ class GradientTap:
             signed_matrices=signed_matrices,
             nested=[without_padding(sums, means) for sums in self.nested_sums],
             nested_matrices=nested_matrices,
+            is_matrix=[tapped.role is Role.MATRIX for tapped in self.weights],
+            scales=self._scales(counts) if self.needs.second_moments else [],
+            lengths=self.updates.lengths() if self.updates and self.needs.lengths else [],
         )
+
+    def _scales(self, counts: list[bool]) -> list[Tensor]:
+        """Return what Adam divides this rank's rows by; none of those that are not counted."""
+        assert self.updates is not None
+        scales = zip(self.updates.scales(), counts, strict=True)
+        return [scale if counted else scale[:0] for scale, counted in scales]
 
     def _owned(self, sums: list[Tensor]) -> dict[int, Tensor]:
         """Return the whole matrices that this rank owns of sums by weight; all ranks together."""

@@ -104,10 +104,13 @@ class TappedWeight:
 
     def mean_rows(self, loss_scale: float) -> Tensor:
         """Return this rank's rows of the mean gradient."""
-        gradient = self.mean_gradient(loss_scale)
-        if isinstance(gradient, DTensor):
-            return self.rows_first(gradient.to_local())
-        return self.own_rows(gradient.reshape(self.part_shape))
+        return self.rows_in_layout(self.mean_gradient(loss_scale))
+
+    def rows_in_layout(self, tensor: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor that is laid out as the weight is."""
+        if isinstance(tensor, DTensor):
+            return self.rows_first(tensor.to_local())
+        return self.own_rows(tensor.reshape(self.part_shape))
 
     def shard_from_rows(self, flat: Tensor) -> Tensor:
         """Return this rank's shard, in the weight's own order, from its padded rows.

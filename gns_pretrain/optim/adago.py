@@ -58,6 +58,8 @@ class AdaGO(Muon):
         initial_norm: v at the start.
     """
 
+    has_fixed_steps = False
+
     @checked
     def __init__(
         self,

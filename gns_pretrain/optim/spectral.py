@@ -149,6 +149,7 @@ class Muon(Rule):
     """
 
     takes_matrices = True
+    has_fixed_steps = True  # as long as the learning rate says, whatever the gradient
 
     @checked
     def __init__(
@@ -202,14 +203,11 @@ class Muon(Rule):
             sign_of = dict(zip(members, signs, strict=True))
             for group, run in runs_of(groups, members):
                 chosen = [matrices[i] for i in run]
-                rows, columns = matrix_shape(chosen[0])
-                if group.get("transposed", False):
-                    rows, columns = columns, rows
                 along = [
                     sign_of[i].to(weight.dtype).view(weight.shape)
                     for i, weight in zip(run, local_shards(chosen), strict=True)
                 ]
-                self.step_along(group, chosen, along, scaling=self._scaling(rows, columns))
+                self.step_along(group, chosen, along, scaling=self.sign_scaling(group, chosen[0]))
 
     def step_along(
         self, group: Group, matrices: list[nn.Parameter], signs: list[Tensor], *, scaling: float
@@ -221,6 +219,12 @@ class Muon(Rule):
             lr=group["lr"] * scaling,
             shrink=1 - group["lr"] * group["weight_decay"],
         )
+
+    def sign_scaling(self, group: Group, matrix: Tensor) -> float:
+        """Factor of the matrix sign beside the learning rate, by the whole matrix's shape."""
+        rows, columns = matrix_shape(matrix)
+        swapped = group.get("transposed", False)
+        return self._scaling(columns, rows) if swapped else self._scaling(rows, columns)
 
     def _directions(self, group: Group, matrices: list[nn.Parameter]) -> list[Tensor]:
         """Update the momentum; return the local shards of u, as matrices."""

@@ -6,6 +6,7 @@ A number is the largest relative difference of noise and signal, over all estima
 to a dense float64 reference by torch.func's gradient of every sample.
 """
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,11 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from gns_pretrain.model.roles import matrix_shape, transposed_weights
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
+from gns_pretrain.optim import CombinedOptimizer, Muon, split_parameters
 from gns_pretrain.parallel.mesh import RankInfo
 from tests.dense_reference import (
     Batch,
     Values,
+    adams_noise_and_signal,
+    composite_noise_and_signal,
     looped_sample_gradients,
     noise_and_signal,
     sample_gradients,
@@ -39,8 +44,10 @@ CONTEXT.set_forkserver_preload([*PRELOAD, "tests.foreign_models"])  # transforme
 
 NUM_RANKS = 4
 NUM_SAMPLES = 8
-GEOMETRIES = ["euclidean", "manhattan", "nuclear"]
+GEOMETRIES = ["euclidean", "manhattan", "nuclear", "adam", "composite"]
 ESTIMATES = ["plug_in", "debiased", "cross_fitted", "nested"]
+# Of the optimizer that `adam` and `composite` read; it takes no step.
+MUON_LR, ADAMW_LR, BETAS, STEPS = 0.02, 0.01, (0.9, 0.95), 10
 LAYOUTS = ("one process", "DDP", "FSDP2", "FSDP2, root only", "HSDP", "FSDP2 + tensor")
 
 
@@ -151,6 +158,26 @@ def accumulating(model: nn.Module, is_last: bool) -> Iterator[None]:
     yield
 
 
+def meter_of(model: nn.Module, *, every_steps: int = 1) -> NoiseMeter:
+    """Of every geometry, with an optimizer to read."""
+    matrices, others = split_parameters(model)
+    optimizer = CombinedOptimizer(
+        [Muon(matrices, lr=MUON_LR), torch.optim.AdamW(others, lr=ADAMW_LR, betas=BETAS)]
+    )
+    for weight in others:
+        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": second_moment(weight)}
+        optimizer.state[weight] = {"step": torch.tensor(float(STEPS)), **moments}
+    return NoiseMeter(
+        model,
+        geometries=GEOMETRIES,
+        estimates=ESTIMATES,
+        square_root="exact",
+        every_steps=every_steps,
+        composite_rest="adam",
+        optimizer=optimizer,
+    )
+
+
 def loss_of(output: dict[str, Tensor]) -> Tensor:
     return output["loss"]
 
@@ -160,13 +187,7 @@ def trained(case: Case, *, measured: bool) -> tuple[Values, list[Tensor]]:
     model, place, count = parallelized(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = case.foreign.samples(NUM_SAMPLES)[place::count]
-    meter = NoiseMeter(
-        model,
-        geometries=GEOMETRIES,
-        estimates=ESTIMATES,
-        square_root="exact",
-        every_steps=1 if measured else 100,
-    )
+    meter = meter_of(model, every_steps=1 if measured else 100)
     each = case.variant == "reduced at each micro-batch"
     autocast = case.variant == "autocast to bfloat16"
     with meter.step(2):
@@ -242,7 +263,30 @@ def reference(
     samples = [converted(sample) for sample in foreign.samples(NUM_SAMPLES)]
     gradients = gradients_of(model, samples, loss_of)
     batch_size = NUM_SAMPLES * foreign.sample_size
-    return noise_and_signal(gradients, foreign.matrix_names(model), batch_size)
+    values = noise_and_signal(gradients, foreign.matrix_names(model), batch_size)
+    weights = dict(foreign.new().double().named_parameters())
+    bias = 1 - BETAS[1] ** STEPS
+    scales = {
+        name: (second_moment(weights[name]) / bias).sqrt() + 1e-8
+        for name in gradients
+        if name not in foreign.matrix_names(model)
+    }
+    transposed = transposed_weights(model)
+    lengths = {}
+    for name, gradient in gradients.items():
+        rows, columns = matrix_shape(gradient[0])
+        rows, columns = (columns, rows) if name in transposed else (rows, columns)
+        of_matrix = MUON_LR * math.sqrt(max(1.0, rows / columns))
+        lengths[name] = ADAMW_LR if name in scales else of_matrix
+    values |= adams_noise_and_signal(gradients, scales, batch_size)
+    return values | composite_noise_and_signal(
+        gradients, lengths, scales, batch_size, matrices=foreign.matrix_names(model)
+    )
+
+
+def second_moment(weight: Tensor) -> Tensor:
+    """Adam's v of a weight, which is its shard where the weight is one."""
+    return weight.detach().square() + 0.1
 
 
 def as_double(sample: Batch) -> Batch:

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.noise_scale.meter import NoiseMeter
 from tests.dense_reference import Values
 from tests.distributed.exactness import (
-    ESTIMATES,
     GEOMETRIES,
     NUM_SAMPLES,
     PLAIN,
@@ -18,6 +16,7 @@ from tests.distributed.exactness import (
     largest_difference,
     loss_of,
     measure_all,
+    meter_of,
     values_of,
 )
 
@@ -53,7 +52,7 @@ def scaled_step(scaler: torch.amp.GradScaler, *, unscale: bool = False, **readin
     case = Case("MLP", "one process")
     model = case.foreign.new()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    meter = NoiseMeter(model, geometries=GEOMETRIES, estimates=ESTIMATES, square_root="exact")
+    meter = meter_of(model)
     with meter.step(1):
         for sample in case.foreign.samples(NUM_SAMPLES):
             with meter.sample():

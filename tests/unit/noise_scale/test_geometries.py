@@ -20,15 +20,22 @@ BY_HAND = [
     ("manhattan", "cross_fitted", 36.0, 4.0),
     ("nuclear", "plug_in", 36.0, 4.0),
     ("nuclear", "cross_fitted", 36.0, 4.0),
+    ("adam", "plug_in", 6.0, 2.0),
+    ("adam", "debiased", 6.0, 2.0 - 6.0 / 16),
+    ("adam", "cross_fitted", 6.0, 4.0),
+    ("composite", "plug_in", 36.0, 4.0),
+    ("composite", "cross_fitted", 36.0, 4.0),
 ]
 
 
 def measured(geometry: str, estimate: str, *, noise: float, signal: float) -> Measurement:
     """From totals of noise and of signal, the cross-fitted one included."""
-    if geometry == "euclidean":
+    if geometry in ("euclidean", "adam"):
         # N = (sum_j ||g^j||^2 / R - ||g||^2) B / (R - 1); <g_A, g_B> of halves of norm 1 is s.
         squares = NUM_SAMPLES * (noise * (NUM_SAMPLES - 1) / BATCH_SIZE + signal)
         totals = [squares, signal, signal, 1.0, 1.0]
+    elif geometry == "composite":  # a third of each root is of the matrices
+        totals = [total * part for part in (1 / 3, 2 / 3) for total in (noise, signal, signal)]
     else:
         totals = [noise, signal, signal]
     it = GEOMETRIES[geometry](NoiseScaleSettings())
@@ -51,6 +58,7 @@ EIGHTH, QUARTER, HALF = GAINS
 NESTED = {
     # Products with parts of norm 2, and <g_A, g_B> of halves of norm 1.
     "euclidean": [0.0, 0.0, HALF, 1.0, 1.0, 2 * EIGHTH, 4.0, 2 * QUARTER, 4.0],
+    "adam": [0.0, 0.0, HALF, 1.0, 1.0, 2 * EIGHTH, 4.0, 2 * QUARTER, 4.0],
     "manhattan": [0.0, 0.0, HALF, EIGHTH, QUARTER],
     "nuclear": [0.0, 0.0, HALF, EIGHTH, QUARTER, 0.0],
 }
