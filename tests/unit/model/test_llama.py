@@ -211,16 +211,16 @@ def test_every_parameter_has_the_role_and_the_kind_of_its_place():
     roles = parameter_roles(Llama(small_config(num_layers=1)))
     assert [(name, role, parameter_kind(name)) for name, role in roles.items()] == [
         ("embedding.weight", Role.EMBEDDING, "embedding"),
-        ("layers.0.attention_norm.weight", Role.OTHER, "norm"),
+        ("layers.0.attention_norm.weight", Role.NORM, "norm"),
         ("layers.0.attention.wq.weight", Role.MATRIX, "attention"),
         ("layers.0.attention.wk.weight", Role.MATRIX, "attention"),
         ("layers.0.attention.wv.weight", Role.MATRIX, "attention"),
         ("layers.0.attention.wo.weight", Role.MATRIX, "attention"),
-        ("layers.0.feed_forward_norm.weight", Role.OTHER, "norm"),
+        ("layers.0.feed_forward_norm.weight", Role.NORM, "norm"),
         ("layers.0.feed_forward.w1.weight", Role.MATRIX, "feed_forward"),
         ("layers.0.feed_forward.w2.weight", Role.MATRIX, "feed_forward"),
         ("layers.0.feed_forward.w3.weight", Role.MATRIX, "feed_forward"),
-        ("norm.weight", Role.OTHER, "norm"),
+        ("norm.weight", Role.NORM, "norm"),
         ("output.weight", Role.OUTPUT, "output"),
     ]
 
