@@ -136,6 +136,11 @@ def missing_choice(error: MissingConfigException) -> str:
         return "Optuna's sweeper is not installed; pip install 'gns-pretrain[tune]'"
     if not group or not options:
         return f"{error.missing_cfg_file}: there is no such file under {CONFIG_FOLDER}"
+    if group.startswith("scale/"):  # scale=h200 workload=imagewoof
+        return (
+            f"{group.replace('/', '=')} has no numbers for workload={choice}, only for "
+            f"{', '.join(options)}; use another scale"
+        )
     hint = f"; {OF_GROUP[group]}" if group in OF_GROUP else ""
     return f"{group}={choice}: there is no such choice; use one of {', '.join(options)}{hint}"
 

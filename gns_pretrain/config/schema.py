@@ -81,6 +81,7 @@ class ScaleSettings:
     table3: str | None = None  # scale of Table 3's larger model; null: this one
     sgd: TunedSettings = field(default_factory=TunedSettings)
     sgd_momentum: TunedSettings = field(default_factory=TunedSettings)
+    normalized_sgd: TunedSettings = field(default_factory=TunedSettings)
     signsgd: TunedSettings = field(default_factory=TunedSettings)
     signum: TunedSettings = field(default_factory=TunedSettings)
     adamw: TunedSettings = field(default_factory=TunedSettings)

@@ -13,6 +13,7 @@ from gns_pretrain.data.embedded import ensure_made
 from gns_pretrain.data.images import ImageMeta, write_image_meta, write_split
 from gns_pretrain.errors import needs
 
+NAME = "embedded-images"  # begins the folder's
 TRAINING = 1_500  # the first ones; the other 297 are the validation split
 WHITE = 16  # scikit-learn's brightest value
 SETTINGS: dict[str, Any] = {"source": "embedded", "format": 1}  # raised when others come out
@@ -27,7 +28,7 @@ def ensure_embedded_images(cache: Path | None = None) -> Path:
     Raises:
         InputError: the cache cannot be written; scikit-learn is not installed.
     """
-    return ensure_made("embedded-images", "the embedded images", SETTINGS, _make, cache)
+    return ensure_made(NAME, "the embedded images", SETTINGS, _make, cache)
 
 
 def _make(folder: Path) -> str:

@@ -37,6 +37,11 @@ class ImageDataSettings(DatasetSettings):
         """Whether the embedded images stand for those that path names."""
         return self.or_embedded and self.path != EMBEDDED and not Path(self.path).exists()
 
+    @property
+    def found(self) -> str:
+        """What a run trains on, for its log."""
+        return f"{self.path} is not there, so the embedded digits" if self.is_missing else self.path
+
     def find_folder(self) -> Path:
         """Return the folder of images; make the embedded ones if they are not there."""
         is_embedded = self.path == EMBEDDED or self.is_missing

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import RUN_NAME, Config
+from gns_pretrain.data.image_settings import ImageDataSettings
 from gns_pretrain.errors import (
     EXIT_FINISHED,
     EXIT_STOPPED,
@@ -161,6 +162,13 @@ def refuse_collision(known: PlannedRun, run: PlannedRun) -> None:
         f"run_name={known.name} is the name of two runs that differ in {', '.join(differing)}; "
         f"{hint}"
     )
+
+
+def stand_ins(runs: Sequence[PlannedRun]) -> list[str]:
+    """A line for each data set that is not there and in whose place runs take another."""
+    data = [run.config.data for run in runs]
+    missing = [each for each in data if isinstance(each, ImageDataSettings) and each.is_missing]
+    return sorted({each.found for each in missing})
 
 
 def skip_or_reuse(run: PlannedRun, *, log: Callable[[str], None]) -> RunResult | None:

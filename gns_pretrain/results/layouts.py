@@ -85,13 +85,15 @@ INITIAL, THETA = "batch_size.initial", "batch_size.theta"
 SCORES: dict[Score, str] = {"loss": "validation loss", "accuracy": "validation accuracy (%)"}
 LOSS, REDUCTION = SCORES["loss"], "steps reduction (%)"
 # Mean and standard deviation of a loss, or an accuracy in percent, where the paper has one.
-MeanAndSpread = tuple[float, float | None]
+MeanAndSpread = tuple[float | None, float | None]
+NOT_PRINTED: MeanAndSpread = (None, None)
 
 
 def _against_baseline(
     roles: Mapping[str, Label],
     rows: Mapping[str, tuple[str, float | None, tuple[MeanAndSpread, ...]]],
     score: Score = "loss",
+    starts: Mapping[str, Label] | None = None,
 ) -> tuple[list[Column], list[Row]]:
     """A row for each optimizer: scores by role, then what the adaptive runs save.
 
@@ -100,6 +102,8 @@ def _against_baseline(
         rows: by optimizer the baseline's role, the paper's steps reduction (one number; its
             definition and its curves do not agree on which of ours it is), and scores by role.
         score: what runs are compared by.
+        starts: labels of the batches that adaptive runs begin with, a row for each, by what ends
+            the cell's name; None is one row, without a label.
     """
     saved: dict[Quantity, str] = {
         "first_reaching": "first reaching",
@@ -108,17 +112,20 @@ def _against_baseline(
     }
     columns = [(SCORES[score], label) for label in roles.values()]
     columns += [(REDUCTION, text) for text in saved.values()]
+    begins: Mapping[str, Label | None] = {**starts} if starts else {"": None}
     filled: list[Row] = []
     for name, (base, reduction, printed) in rows.items():
-        cells = {role: f"{name.lower()}_{role}" for role in roles}
-        entries = [
-            Entry(score, cell, None, Statistic(*each))
-            for cell, each in zip(cells.values(), printed, strict=True)
-        ]
-        for quantity in saved:
-            paper = None if quantity == "share" else Statistic(reduction)
-            entries.append(Entry(quantity, cells["adaptive"], cells[base], paper))
-        filled.append(((name,), entries))
+        for ending, start in begins.items():
+            cells = {role: f"{name.lower()}_{role}" for role in roles}
+            cells["adaptive"] += ending
+            entries = [
+                Entry(score, cell, None, Statistic(*each))
+                for cell, each in zip(cells.values(), printed, strict=True)
+            ]
+            for quantity in saved:
+                paper = None if quantity == "share" else Statistic(reduction)
+                entries.append(Entry(quantity, cells["adaptive"], cells[base], paper))
+            filled.append(((name, start) if start else (name,), entries))
     return columns, filled
 
 
@@ -208,6 +215,7 @@ TABLE4 = TableLayout(
         {
             "MSGD": ("baseline", 14.9, ((1.1990, 0.0006), (1.1975, 0.0000008))),
             "SGD": ("baseline", 0.2, ((1.5910, 0.0097), (1.2850, 0.0007))),
+            "NSGD": ("baseline", None, (NOT_PRINTED, NOT_PRINTED)),
             "signSGD": ("baseline", 37.5, ((1.2007, 0.000006), (1.1643, 0.0006))),
             "Signum": ("baseline", 55.2, ((1.3819, 0.0002), (1.1907, 0.0002))),
             "AdamW": ("baseline", 13.6, ((0.9727, 0.0002), (0.9584, 0.0000008))),
@@ -215,6 +223,7 @@ TABLE4 = TableLayout(
         },
     ),
     baseline="baseline: the constant batch of the same optimizer; MSGD: SGD with momentum; "
+    "NSGD: normalized SGD, of which version 1 has no row; "
     "adaptive: by the noise scale of the optimizer's own geometry",
     unit=IMAGES,
 )
@@ -266,20 +275,25 @@ THETA_SENSITIVITY = TableLayout(
 TABLE10 = TableLayout(
     "table10",
     "Table 10: ResNet-18 on CIFAR-10, constant and adaptive batches",
-    ("optimizer",),
+    ("optimizer", "adaptive from"),
     *_against_baseline(
         {"baseline": SettingLabel("B = {}", INITIAL, "512", "baseline"), "adaptive": "adaptive"},
         {
             "MSGD": ("baseline", 20.43, ((93.43, None), (93.44, None))),
             "SGD": ("baseline", 46.47, ((92.33, None), (92.74, None))),
+            "NSGD": ("baseline", None, (NOT_PRINTED, NOT_PRINTED)),
             "signSGD": ("baseline", 76.46, ((93.13, None), (93.22, None))),
             "Signum": ("baseline", 73.40, ((93.59, None), (93.57, None))),
             "AdamW": ("baseline", None, ((94.16, None), (93.89, None))),
             "Muon": ("baseline", 85.19, ((94.69, None), (94.67, None))),
         },
         "accuracy",
+        starts={
+            "": SettingLabel("{}", INITIAL, "256", "small"),
+            "_large": SettingLabel("{}", INITIAL, "1024", "large"),
+        },
     ),
-    baseline=TABLE4.baseline,
+    baseline=f"{TABLE4.baseline}; the paper does not say with which of both its runs begin",
     score="accuracy",
     unit=IMAGES,
 )

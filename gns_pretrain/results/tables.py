@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from gns_pretrain.data.embedded_images import NAME as EMBEDDED_IMAGES
 from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import at_home
 from gns_pretrain.results.frame import (
@@ -39,6 +40,7 @@ from gns_pretrain.results.layouts import (
     TableLayout,
     with_hours,
 )
+from gns_pretrain.runs.history import read_provenance
 from gns_pretrain.runs.identity import (
     FINGERPRINT,
     Purpose,
@@ -198,6 +200,8 @@ def make_table(
                 found, damaged = runs_of_folders(folders)
                 _refuse_bare_curves(layout, found, folders)
             runs, notes = select(layout, found, scale=scale, where=where)
+            if not project:
+                notes += stand_ins(runs)
         table = fill(layout, runs, with_losses(runs_of_curves(curves), layout.score)[0])
     except InputError as error:
         raise InputError("; ".join([str(error), *damaged])) from error
@@ -271,6 +275,17 @@ def select(
         _refuse_differences(finished, f"of {layout.name}", COMMON)
     kept = finished.drop_duplicates(["cell", "seed"], keep="last")
     return pd.concat([kept, own[~own["finished"]]]), notes
+
+
+def stand_ins(runs: Runs) -> list[str]:
+    """A note on each image set that was not there, so that runs took the embedded one."""
+    named = set()
+    for directory, settings in zip(runs["name"], runs["settings"], strict=True):
+        if settings.get("data.or_embedded") and FINGERPRINT in settings:  # there is a run.json
+            origin = read_provenance(Path(directory)).get("data", {})
+            if Path(origin.get("folder", "")).name.startswith(EMBEDDED_IMAGES):
+                named.add(settings["data.path"])
+    return [f"trained on the embedded digits: {path} was not there" for path in sorted(named)]
 
 
 def _where(runs: Runs, condition: str) -> Runs:
@@ -470,7 +485,7 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
             for number, (group, title) in enumerate(layout.columns)
         ],
         rows=[
-            ([shown(label, entries) for label in labels], marked)
+            ([shown(label, _named_by_labels(entries)) for label in labels], marked)
             for (labels, entries), marked in zip(layout.rows, with_best(rows), strict=True)
         ],
         notes=[
@@ -484,6 +499,11 @@ def fill(layout: TableLayout, runs: Runs, published: Runs) -> FilledTable:
             *(f"not counted, unfinished: {name}" for name in unfinished),
         ],
     )
+
+
+def _named_by_labels(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Those of a row whose settings its labels show: not the baseline's, where it has one."""
+    return [entry for entry in entries if entry.baseline] or entries
 
 
 def with_best(rows: Sequence[Sequence[FilledEntry]]) -> list[list[FilledEntry]]:

@@ -90,14 +90,11 @@ class ImageWorkload(Workload):
         """With the images that were found."""
         size, training = self.size(), self.training
         channels, rows, columns = training.image_shape
-        found = str(self.data.path)
-        if self.data.is_missing:
-            found = f"{found} is not there, so the embedded digits"
         return Description(
             model=f"{self.model.name}, {size.parameters:,} parameters ({size.matrices:,} in "
             f"matrices), {self.config.dtype_on(device)}",
-            data=f"{found}, {training.num_images:,} images of {rows} x {columns} x {channels} in "
-            f"{training.num_classes} classes; the budget of "
+            data=f"{self.data.found}, {training.num_images:,} images of {rows} x {columns} x "
+            f"{channels} in {training.num_classes} classes; the budget of "
             f"{short_number(self.budget)} is {self.budget / training.num_images:.3g} epochs",
             batch=counted(self.config.batch_size.initial, "image"),
             notes=[],

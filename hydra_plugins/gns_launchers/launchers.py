@@ -23,6 +23,7 @@ from gns_pretrain.launch.sweep import (
     plan_runs,
     print_line,
     report_results,
+    stand_ins,
     train_runs,
 )
 from gns_pretrain.launch.train import check_run
@@ -75,6 +76,8 @@ class SweepLauncher(Launcher):
             return [done(words) for words in job_overrides]
         runs = {run.directory: run for run in planned}
         console = Console()
+        for line in stand_ins(planned):
+            print_line(console, line)
         results = dict(zip(runs, self.run(list(runs.values()), console), strict=True))
         report_results(list(results.values()), console)
         if any(result.state == "stopped" for result in results.values()):

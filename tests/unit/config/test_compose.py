@@ -66,6 +66,7 @@ GIVEN = {
     # Tuned for images alone.
     ("tuned", "sgd"): ["workload=cifar10"],
     ("tuned", "sgd_momentum"): ["workload=cifar10"],
+    ("tuned", "normalized_sgd"): ["workload=cifar10"],
 }
 
 
@@ -106,6 +107,88 @@ def test_cell_is_what_its_name_says_at_every_scale(cell):
             assert config.batch_size.theta == theta_of(name)
             assert config.batch_size.lr_scaling == ("none" if "unscaled" in name else "sqrt")
             assert config.metrics.wandb.tags == [scale, geometry_of(name), "plug_in"]
+
+
+# By the prefix of their cells: optimizer and geometry.
+OF_IMAGES = {
+    "msgd": ("sgd_momentum", "euclidean"),
+    "sgd": ("sgd", "euclidean"),
+    "nsgd": ("normalized_sgd", "euclidean"),
+    "signsgd": ("signsgd", "manhattan"),
+    "signum": ("signum", "manhattan"),
+    "adamw": ("adamw", "manhattan"),
+    "muon": ("muon", "nuclear"),
+}
+# Roles of a table's cells, and at scale=demo and paper the batch that each begins with.
+STARTS = {
+    "table4": {"baseline": (32, 128), "adaptive": (32, 128)},
+    "table10": {"baseline": (64, 512), "adaptive": (32, 256), "adaptive_large": (128, 1024)},
+}
+TUNED_ON_IMAGES = [
+    f"scale.{optimizer}.{key}=0.123"
+    for optimizer, _ in OF_IMAGES.values()
+    for key in TUNED.get(optimizer, ["lr", "momentum"])
+]
+
+
+@pytest.mark.parametrize("table", STARTS)
+def test_sweep_of_images_names_every_cell_in_order(table):
+    node = compose("train", overrides=[f"+sweep={table}"], return_hydra_config=True)
+    cells = [f"{table}/{name}_{role}" for name in OF_IMAGES for role in STARTS[table]]
+    assert node.hydra.sweeper.params["+experiment"].split(",") == cells
+
+
+@pytest.mark.parametrize(
+    ("scale", "table", "cell"),
+    [
+        ("paper", "table4", "msgd_baseline"),
+        ("paper", "table4", "signum_adaptive"),
+        ("demo", "table4", "nsgd_adaptive"),
+        ("paper", "table10", "sgd_baseline"),
+        ("paper", "table10", "muon_adaptive"),
+        ("paper", "table10", "nsgd_adaptive_large"),
+        ("demo", "table10", "adamw_adaptive_large"),
+    ],
+)
+def test_cell_of_an_image_table_is_the_papers(scale, table, cell):
+    """Appendix C.2, Tables 6 and 7."""
+    name, role = cell.split("_", 1)
+    optimizer, geometry = OF_IMAGES[name]
+    config = composed(f"+experiment={table}/{cell}", f"scale={scale}", *TUNED_ON_IMAGES)
+    assert (config.optimizer.name, config.optimizer.lr) == (optimizer, 0.123)
+    assert config.batch_size.initial == STARTS[table][role][scale == "paper"]
+    assert config.batch_size.policy == ("constant" if role == "baseline" else "adaptive")
+    assert config.noise_scale.geometries == ([] if role == "baseline" else [geometry])
+    if name == "nsgd":
+        assert (config.optimizer.normalize, config.optimizer.momentum) == (True, 0.0)
+    assert config.optimizer.weight_decay == (1e-4 if table == "table4" else 0.0)
+    warmup, every = {"table4": (0.04, 3), "table10": (0.05, 1)}[table]
+    assert (config.schedule.warmup_fraction, config.schedule.final_lr) == (warmup, 1e-6)
+    assert config.data.or_embedded == (scale == "demo")
+    if scale == "paper":
+        assert config.epochs == (200 if (table, name) == ("table4", "signum") else 100)
+        assert config.noise_scale.every_epochs == every
+
+
+@pytest.mark.parametrize("workload", ["imagewoof", "cifar10"])
+def test_search_of_normalized_sgd_is_without_momentum_at_the_baselines_batch(workload):
+    words = [f"+sweep=tune_{workload}_normalized_sgd", "scale=demo"]
+    node = compose("train", overrides=words, return_hydra_config=True)
+    params = node.hydra.sweeper.params
+    assert float(params["optimizer.momentum"]) == 0
+    assert "0.1" in params["optimizer.lr"].split(",")
+    point = composed(f"+experiment={params['+experiment']}", "scale=demo", "optimizer.lr=0.1")
+    assert (point.optimizer.name, point.optimizer.normalize) == ("normalized_sgd", True)
+    assert point.batch_size.policy == "constant"
+    assert point.batch_size.initial == {"imagewoof": 32, "cifar10": 64}[workload]
+
+
+def test_scale_without_numbers_for_images_says_for_what_it_has_them():
+    with pytest.raises(MissingConfigException) as raised:
+        composed("workload=cifar10", "scale=h200")
+    assert str(as_input_error(raised.value)) == (
+        "scale=h200 has no numbers for workload=cifar10, only for language; use another scale"
+    )
 
 
 def is_constant(name: str) -> bool:

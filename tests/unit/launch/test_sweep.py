@@ -15,6 +15,7 @@ from rich.console import Console
 from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config, LaunchSettings
+from gns_pretrain.data.image_settings import ImageDataSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError, TrainingError
 from gns_pretrain.launch import sweep
@@ -30,6 +31,7 @@ from gns_pretrain.launch.sweep import (
     report_results,
     share_of_gpus,
     skip_or_reuse,
+    stand_ins,
     train_runs,
 )
 from gns_pretrain.optim.adamw import AdamWSettings
@@ -94,6 +96,17 @@ def test_sweep_with_a_run_that_cannot_start_starts_none_and_counts_each_reason(t
         InputError, match=r"2 of the sweep's 3 runs .*muon.lr has no value \(2 runs"
     ):
         plan_runs([["sgd"], ["muon"], ["muon"]], compose, inspect)
+
+
+def test_data_that_is_not_there_and_has_a_stand_in_is_named_once(tmp_path):
+    missing = ImageDataSettings(path=str(tmp_path / "woof"), or_embedded=True)
+    there = ImageDataSettings(path=str(tmp_path), or_embedded=True)
+    runs = planned(
+        *(replace(make(tmp_path, name), data=missing) for name in "ab"),
+        replace(make(tmp_path, "c"), data=there),
+        make(tmp_path, "d"),
+    )
+    assert stand_ins(runs) == [f"{tmp_path}/woof is not there, so the embedded digits"]
 
 
 def test_finished_run_is_skipped_and_its_summary_kept(tmp_path):

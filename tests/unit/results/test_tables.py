@@ -604,6 +604,40 @@ def test_training_needs_no_pandas_and_a_table_names_the_extra_that_has_it():
     assert done.stderr.count("\n") == 1
 
 
+def test_a_row_for_each_batch_that_adaptive_runs_begin_with_shows_it_and_not_the_baselines(
+    tmp_path,
+):
+    for cell, steps in (("muon_baseline", 40), ("muon_adaptive", 50), ("muon_adaptive_large", 30)):
+        run = write_run(
+            *(tmp_path, "table10", cell, [(steps, 1.0)]),
+            batch_size__initial={40: 64, 50: 32, 30: 128}[steps],
+        )
+        line = {"kind": "validation", "step": steps, "samples": 9, "loss": 1.0, "accuracy": 0.5}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    table = make_table("table10", [str(tmp_path)])
+    rows = {tuple(labels): entries for labels, entries in table.rows if labels[0] == "Muon"}
+    saved = {labels: entries[-1].statistic.value for labels, entries in rows.items()}
+    assert saved == {("Muon", "32"): pytest.approx(-25.0), ("Muon", "128"): pytest.approx(25.0)}
+    assert table.headers[0][1] == "B = 64"
+
+
+def test_a_table_of_runs_on_the_embedded_digits_says_so(tmp_path):
+    def write(cell, folder):
+        run = write_run(
+            *(tmp_path, "table4", cell, [(10, 1.0)]),
+            data__path="data/imagewoof64",
+            data__or_embedded=True,
+        )
+        origin = {"data_fingerprint": "a", "data": {"folder": folder, "num_images": 9}}
+        (run / "run.json").write_text(json.dumps(origin))
+
+    write("sgd_baseline", "/data/imagewoof64")
+    assert not any("digits" in note for note in make_table("table4", [str(tmp_path)]).notes)
+    write("sgd_adaptive", "/home/a/.cache/gns_pretrain/embedded-images-123")
+    notes = make_table("table4", [str(tmp_path)]).notes
+    assert "trained on the embedded digits: data/imagewoof64 was not there" in notes
+
+
 def test_table_of_accuracies_takes_the_highest_and_the_first_step_that_reaches_it(tmp_path):
     def write(cell, evaluations):
         run = write_run(tmp_path, "table10", cell, [(step, 1.0) for step, _ in evaluations])
@@ -622,7 +656,7 @@ def test_table_of_accuracies_takes_the_highest_and_the_first_step_that_reaches_i
     write("sgd_baseline", [(10, 0.30), (20, 0.50), (30, 0.45)])
     write("sgd_adaptive", [(5, 0.20), (10, 0.55), (15, 0.40)])
     table = make_table("table10", [str(tmp_path)])
-    (entries,) = [entries for labels, entries in table.rows if labels == ["SGD"]]
+    (entries,) = [entries for labels, entries in table.rows if labels == ["SGD", "16"]]
     baseline, adaptive, first, share, total = (entry.statistic for entry in entries)
     assert (baseline.value, adaptive.value) == (pytest.approx(50.0), pytest.approx(55.0))
     assert [entry.best for entry in entries[:2]] == [False, True]
@@ -631,6 +665,7 @@ def test_table_of_accuracies_takes_the_highest_and_the_first_step_that_reaches_i
         1,
         pytest.approx(50.0),
     )
+    assert table.layout.label_titles == ("optimizer", "adaptive from")
     shown = FORMATS["text"](table)
     assert "↓55.00" in shown
     assert "the highest accuracy of those that are compared" in shown
