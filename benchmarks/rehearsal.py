@@ -111,7 +111,7 @@ def rehearsal(
             stack.enter_context(patch.object(Llama, "init_weights"))
             stack.enter_context(gpu.holding("weights"))
             model = build_llama(config, llama_of(config), world)
-        optimizer = config.optimizer.build(model)
+        optimizer = config.averaging.build(config.optimizer, model)
         run = Rehearsal(config, world, gpu, model, optimizer, accumulation)
         run.step()  # makes the optimizer's state and the rotary tables
         yield run

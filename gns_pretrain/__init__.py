@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from gns_pretrain.model import Role, parameter_roles
     from gns_pretrain.noise_scale import Measurement, NoiseMeter, NoiseScaleSettings, Reading
     from gns_pretrain.optim import (
+        AveragingOptimizer,
         CombinedOptimizer,
         Muon,
         SignSGD,
         Signum,
         SpecSGD,
+        averaged_weights,
         split_parameters,
     )
 else:
@@ -42,6 +44,7 @@ else:
 
 __all__ = [
     "AdaptiveBatchSize",
+    "AveragingOptimizer",
     "BatchSizeSettings",
     "CombinedOptimizer",
     "Decision",
@@ -57,6 +60,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "SpecSGD",
+    "averaged_weights",
     "parameter_roles",
     "split_parameters",
 ]

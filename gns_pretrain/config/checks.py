@@ -17,6 +17,7 @@ from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, Needs
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.optim.averaging import AveragingSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.parallel.mesh import shard_group_size
 from gns_pretrain.system.processes import machine_memory
@@ -117,7 +118,7 @@ def check_memory(
     """
     size = workload.size()
     parameters, matrices = size.parameters, size.matrices
-    of_matrix, of_other = state_bytes(config.optimizer)
+    of_matrix, of_other = state_bytes(config.optimizer, config.averaging)
     state = of_matrix * matrices + of_other * (parameters - matrices)
     kind = config.parallel.resolved_kind(num_ranks)
     tensor_size = config.parallel.tensor_size
@@ -153,17 +154,18 @@ def check_noise_scale(config: Config) -> None:
     """Check that the optimizer has what is measured of it, on a tiny model."""
     with torch.random.fork_rng(devices=[]):
         model = Llama(TINY)
-        NoiseMeter(model, config.noise_scale, optimizer=config.optimizer.build(model))
+        optimizer = config.averaging.build(config.optimizer, model)
+        NoiseMeter(model, config.noise_scale, optimizer=optimizer)
 
 
-def state_bytes(settings: OptimizerSettings) -> tuple[int, int]:
+def state_bytes(settings: OptimizerSettings, averaging: AveragingSettings) -> tuple[int, int]:
     """Bytes of an optimizer's state for a number in a block's matrix, and for any other, at least.
 
     They are what is left of a step over a tiny model: tensors of a parameter's own shape.
     """
     with torch.random.fork_rng(devices=[]):
         model = Llama(TINY)
-        optimizer = settings.build(model)
+        optimizer = averaging.build(settings, model)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

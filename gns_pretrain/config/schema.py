@@ -22,6 +22,7 @@ from gns_pretrain.model.kinds import MODELS
 from gns_pretrain.model.settings import ModelSettings
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.optim import OPTIMIZERS, OptimizerSettings
+from gns_pretrain.optim.averaging import AveragingSettings
 from gns_pretrain.parallel.mesh import ParallelSettings
 from gns_pretrain.tracking.settings import MetricsSettings
 from gns_pretrain.training.bad_steps import BadStepSettings
@@ -139,6 +140,7 @@ class Config(Settings):
     model: ModelSettings = MISSING
     data: DatasetSettings = field(default_factory=DatasetSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     bad_steps: BadStepSettings = field(default_factory=BadStepSettings)
     noise_scale: NoiseScaleSettings = field(default_factory=NoiseScaleSettings)

@@ -47,6 +47,8 @@ def header(
         if (epochs := config.noise_scale.every_epochs) is not None:
             period = "epoch" if epochs == 1 else f"{epochs:g} epochs"
         measured += f", every {period}"
+    averaging = config.averaging.kind
+    averaged = "" if averaging == "none" else f"weights averaged ({averaging}); "
     at_first = "" if batch.policy == "constant" else " at the first batch size"
     lines = {
         "model": plan.model,
@@ -55,7 +57,7 @@ def header(
         "batch": f"{plan.batch}, {batch.policy}; "
         f"{counted(workload.steps_at(batch.initial), 'step')}{at_first}",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, "
-        f"{config.schedule.kind}; noise scale {measured}",
+        f"{config.schedule.kind}; {averaged}noise scale {measured}",
         "memory": f"at least {decimal(memory.needed)} of {decimal(memory.there)}"
         f"{' on each GPU' if on_gpu else ''}; a checkpoint takes {decimal(memory.checkpoint)}",
         "run": f"{directory}, {begins}",

@@ -43,8 +43,14 @@ class Updates:
 
     @property
     def adams(self) -> list[bool]:
-        """Whether each weight is trained by Adam or a relative, which keeps second moments."""
-        return [len(g.get("betas", ())) == 2 and "eps" in g for g, _ in self._of_weights()]
+        """Whether each weight is trained by Adam or a relative, which keeps second moments.
+
+        Not by a schedule-free one, which has `eval` and neither a momentum nor Adam's count.
+        """
+        return [
+            len(group.get("betas", ())) == 2 and "eps" in group and not hasattr(rule, "eval")
+            for group, rule in self._of_weights()
+        ]
 
     @property
     def along_matrix_signs(self) -> list[bool]:

@@ -5,6 +5,7 @@ import pkgutil
 
 from gns_pretrain.optim.adago import AdaGO
 from gns_pretrain.optim.adagrad_norm import AdaGradNorm
+from gns_pretrain.optim.averaging import AveragingOptimizer, averaged_weights
 from gns_pretrain.optim.base import OPTIMIZERS, OptimizerSettings
 from gns_pretrain.optim.combined import CombinedOptimizer, split_parameters
 from gns_pretrain.optim.sgd import SGD
@@ -20,6 +21,7 @@ __all__ = [
     "SGD",
     "AdaGO",
     "AdaGradNorm",
+    "AveragingOptimizer",
     "CombinedOptimizer",
     "Muon",
     "OptimizerSettings",
@@ -27,5 +29,6 @@ __all__ = [
     "Signum",
     "SpecSGD",
     "SubsetNorm",
+    "averaged_weights",
     "split_parameters",
 ]

@@ -273,7 +273,7 @@ def keep_token_half_life(optimizer: torch.optim.Optimizer, batch_size: int) -> N
         # These keys are part of checkpoints.
         initial = {
             f"tied_{name}": group[name]
-            for name in ("momentum", "betas", "weight_decay")
+            for name in ("momentum", "betas", "weight_decay", "average_decay")
             if name in group
         }
         group.update(initial, tied_batch_size=batch_size)
@@ -304,6 +304,8 @@ def update_half_life(
             group["momentum"] = group["tied_momentum"] ** growth
         if "tied_betas" in group:
             group["betas"] = tuple(beta**growth for beta in group["tied_betas"])
+        if "tied_average_decay" in group:
+            group["average_decay"] = group["tied_average_decay"] ** growth
         if "tied_weight_decay" in group:
             group["weight_decay"] = group["tied_weight_decay"] * growth / lr_multiplier
 

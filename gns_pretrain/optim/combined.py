@@ -58,8 +58,9 @@ def rules_of(optimizer: torch.optim.Optimizer) -> list[str]:
 
     Signum's momentum is an average and SGD's a sum, under one name.
     """
-    parts = optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
-    return [type(part).__name__ for part in parts]
+    if isinstance(optimizer, CombinedOptimizer):
+        return optimizer.rules()
+    return [type(optimizer).__name__]
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -95,7 +96,13 @@ class CombinedOptimizer(torch.optim.Optimizer):
             stop = start + len(each.param_groups)
             each.param_groups = self.param_groups[start:stop]
             each.state = self.state
+            if isinstance(each, CombinedOptimizer):
+                each._share()
             start = stop
+
+    def rules(self) -> list[str]:
+        """Return the class names of the optimizers within."""
+        return [rule for each in self.optimizers for rule in rules_of(each)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of each optimizer; return the value of `closure`, run first."""

@@ -13,6 +13,7 @@ from gns_pretrain.errors import InputError, one_line
 from gns_pretrain.fields import one_of
 from gns_pretrain.model.roles import named_trainable
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
+from gns_pretrain.optim.averaging import two_faced
 from gns_pretrain.optim.base import Group, OptimizerSettings, WeightDecay
 from gns_pretrain.optim.combined import split_parameters
 
@@ -44,6 +45,12 @@ class CustomSettings(OptimizerSettings):
                     f"optimizer.kwargs.{name} is a setting of its own; use optimizer.{name}={value}"
                 )
         optimizer = self._trial_step()
+        if self.tie_to_tokens and two_faced(optimizer):
+            raise InputError(
+                "optimizer.tie_to_tokens=true changes momenta and betas with the batch, which say "
+                f"between which weights {self.class_path} takes gradients; use "
+                "optimizer.tie_to_tokens=false, or averaging=gpa"
+            )
         if self.tie_to_tokens and optimizer.param_groups[0].get("momentum", 0):
             raise InputError(
                 "optimizer.tie_to_tokens=true needs to know whether a momentum is an average or a "
@@ -118,6 +125,8 @@ class CustomSettings(OptimizerSettings):
         for parameter in (parameter for group in groups for parameter in group["params"]):
             parameter.grad = torch.ones_like(parameter)
         try:
+            for face in two_faced(optimizer):
+                face.train()
             optimizer.step()
         except Exception as error:  # somebody else's class may raise anything
             raise InputError(

@@ -412,6 +412,16 @@ def mark_input_dynamic(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     mark_batch_dynamic(inputs[0])
 
 
+def reshard(model: nn.Module) -> None:
+    """Let forward passes gather anew what FSDP2 has gathered, after weights have changed.
+
+    The root's weights stay gathered after a forward pass without a backward one.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def gradient_synchronisation(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Set whether backward passes in this block reduce gradients over ranks or only accumulate."""

@@ -88,6 +88,11 @@ BEFORE_ADDED = {
     "noise_scale.every_epochs": None,
     "evaluation.every_epochs": 1.0,
     "evaluation.num_images": None,
+    "averaging.kind": "none",
+    "averaging.decay": None,
+    "averaging.interpolation": 0.0,
+    "averaging.start": 0.0,
+    "averaging.count_first": False,
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

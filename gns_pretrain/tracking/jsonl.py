@@ -82,7 +82,8 @@ class ValidationLine(Line):
     """An evaluation after `step` steps.
 
     Among the further fields, `loss/NAME` is the loss of a source of a mixture, and `accuracy` the
-    share of images that are classified right.
+    share of images that are classified right. `weights` is `averaged` where those were evaluated
+    and not the last ones.
     """
 
     kind = "validation"

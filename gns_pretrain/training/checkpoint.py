@@ -146,14 +146,14 @@ class Checkpoints:
         """
         self.wait()
         step, files = state["step"], small_files(model, state)
-        tensors: Any = tensors_of(model, optimizer)
-        if self._thread is None:
-            self._write(step, tensors, files)
-        else:
-            tensors = self._stager.stage(tensors, non_blocking=self._on_gpu)
-            if self._on_gpu:
-                torch.cuda.synchronize(self.world.device)
-            self._under_way = self._thread.start(lambda: self._write(step, tensors, files))
+        with tensors_of(model, optimizer) as tensors:
+            if self._thread is None:
+                self._write(step, tensors, files)
+            else:
+                copies: Any = self._stager.stage(tensors, non_blocking=self._on_gpu)
+                if self._on_gpu:
+                    torch.cuda.synchronize(self.world.device)
+                self._under_way = self._thread.start(lambda: self._write(step, copies, files))
         self.newest = self._folder_of(step)
         return self.newest
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -33,6 +34,7 @@ from gns_pretrain.model.config import LlamaConfig, count_parameters
 from gns_pretrain.model.kinds import MODELS
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.settings import KIND, ModelSettings
+from gns_pretrain.optim.averaging import averaged_weights, two_faced
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import named_file, parse, read_json, sha256_of
 from gns_pretrain.system.remote import is_remote, listed_anew, store_errors
@@ -143,15 +145,15 @@ def load_checkpoint(
     Args:
         hyperparameters: whether the optimizer takes those, too, or keeps its own.
     """
-    tensors = tensors_of(model, optimizer)
-    own = {} if hyperparameters else {"param_groups": tensors["optimizer"].pop("param_groups")}
-    load_tensors(tensors, checkpoint, world)
-    tensors["optimizer"].update(own)
-    set_model_state_dict(model, tensors["model"])
-    # Not strict, because a rule without momentum has no state for its parameters; nothing can be
-    # missing, since dcp.load was asked for every tensor of this optimizer.
-    options = StateDictOptions(strict=False)
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
+    with tensors_of(model, optimizer) as tensors:
+        own = {} if hyperparameters else {"param_groups": tensors["optimizer"].pop("param_groups")}
+        load_tensors(tensors, checkpoint, world)
+        tensors["optimizer"].update(own)
+        set_model_state_dict(model, tensors["model"])
+        # Not strict, because a rule without momentum has no state for its parameters; nothing can
+        # be missing, since dcp.load was asked for every tensor of this optimizer.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
     restore_generators(checkpoint)
     return read_json(checkpoint / TRAIN_STATE, hint="use an older checkpoint")
 
@@ -220,10 +222,21 @@ def restore_generators(checkpoint: Path) -> None:
         ) from error
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what torch.distributed.checkpoint writes, and reads into."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+@contextmanager
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """What torch.distributed.checkpoint writes inside the block, and reads into.
+
+    "model" has the weights that are evaluated, so that whatever reads a model reads those. An
+    average keeps the training weights in its state; another optimizer's stand beside it.
+    """
+    if two_faced(optimizer):
+        get_optimizer_state_dict(model, optimizer)  # its first state is made by a step: in training
+    with averaged_weights(model, optimizer) as kept:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        more = {"training_weights": kept} if kept else {}
+        yield {"model": model_state, "optimizer": optimizer_state, **more}
 
 
 def load_tensors(tensors: dict[str, Any], checkpoint: Path, world: World | None = None) -> None:

@@ -23,6 +23,7 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, one_of, path_name
 from gns_pretrain.model.huggingface import CONFIG_FILE, HINT, config_from_hf, load_hf_folder
 from gns_pretrain.model.settings import ModelSettings
+from gns_pretrain.optim.averaging import AveragingOptimizer, two_faced
 from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.system.files import read_json, sha256_of, shortened
@@ -174,6 +175,13 @@ def begin_from(
         load_tensors(tensors, source.folder, world)
         set_model_state_dict(model, tensors["model"])
         return None
+    foreign = [f for f in two_faced(optimizer) if not isinstance(f, AveragingOptimizer)]
+    if foreign:
+        raise InputError(
+            f"init.what=all: {type(foreign[0]).__name__} may keep counts of its average among its "
+            "hyperparameters, which are the new run's own; use init.what=weights",
+            on_all_ranks=True,
+        )
     ours = rules_of(optimizer)
     # Checkpoints of before this entry are compared by the names of their tensors alone.
     if (theirs := source.state.get("optimizer", ours)) != ours:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from gns_pretrain.batch_size import AdaptiveBatchSize, Decision
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
+from gns_pretrain.optim.averaging import averaged_weights, set_progress, two_faced
 from gns_pretrain.optim.base import set_learning_rate, update_half_life
 from gns_pretrain.optim.combined import rules_of
 from gns_pretrain.parallel.collectives import any_rank
@@ -154,6 +155,7 @@ def one_step(run: Run, log: StepLog) -> list[Reading]:
     adaptive = run.adaptive
     factor = run.schedule.factor(adaptive.samples) * adaptive.lr_multiplier
     lr = set_learning_rate(run.optimizer, factor)
+    set_progress(run.optimizer, adaptive.samples / run.workload.total_samples)
     result = train_step(
         run.model,
         run.optimizer,
@@ -224,10 +226,13 @@ def meter_of_step(run: Run) -> NoiseMeter | None:
 def validate(run: Run) -> None:
     """Evaluate and record what is found; DivergedError if the loss is not finite."""
     adaptive, unit = run.adaptive, run.workload.unit
-    found = run.workload.evaluate(run.model, chunk=adaptive.micro_batch_size, world=run.world)
+    with averaged_weights(run.model, run.optimizer):
+        found = run.workload.evaluate(run.model, chunk=adaptive.micro_batch_size, world=run.world)
     raise_unless_finite(adaptive.steps, "validation loss", found.loss)
     counts: dict[str, Any] = {unit.name: unit.of(adaptive.samples)}
-    more = dict(found.more)
+    more: dict[str, Any] = dict(found.more)
+    if two_faced(run.optimizer):
+        more["weights"] = "averaged"
     run.record.write(ValidationLine(step=adaptive.steps, **counts, loss=found.loss, more=more))
 
 
