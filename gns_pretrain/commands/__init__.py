@@ -57,6 +57,9 @@ COMMANDS = {
     "noisy-quadratic": Command(
         "batch sizes and policies on a problem with known losses", f"{__name__}.noisy_quadratic"
     ),
+    "coordinate-check": Command(
+        "whether learning rates transfer between widths", f"{__name__}.coordinate_check"
+    ),
     "export-hf": Command("export a checkpoint for transformers", f"{__name__}.export_hf"),
 }
 

@@ -19,6 +19,8 @@ from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, Need
 from gns_pretrain.noise_scale.meter import NoiseMeter
 from gns_pretrain.optim.averaging import AveragingSettings
 from gns_pretrain.optim.base import OptimizerSettings
+from gns_pretrain.optim.sgd import SGDSettings
+from gns_pretrain.optim.width import scale_learning_rates
 from gns_pretrain.parallel.mesh import shard_group_size
 from gns_pretrain.system.processes import machine_memory
 from gns_pretrain.training.workload import Workload
@@ -176,6 +178,20 @@ def state_bytes(settings: OptimizerSettings, averaging: AveragingSettings) -> tu
         same = (s for s in states if isinstance(s, torch.Tensor) and s.shape == parameter.shape)
         held[roles[name] is Role.MATRIX].append(sum(tensor.element_size() for tensor in same))
     return min(held[True]), min(held[False])
+
+
+def check_parametrization(config: Config) -> None:
+    """Check that the optimizer has learning rates for the model's width."""
+    width = config.model.relative_width
+    if width == 1:
+        return
+    model = Llama(TINY)
+    scale_learning_rates(config.optimizer.build(model), model, width)
+    if isinstance(config.optimizer, SGDSettings) and config.gradient_clip is not None:
+        raise InputError(
+            f"gradient_clip={config.gradient_clip} shortens SGD's steps more the wider the model "
+            "is, under model.parametrization=mup; use gradient_clip=null"
+        )
 
 
 def measurement_bytes(config: Config, workload: Workload) -> int:

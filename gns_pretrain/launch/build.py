@@ -56,7 +56,7 @@ def build_run(
     torch.manual_seed(config.seed)
     workload = open_workload(dataclasses.replace(config, data=staged(config.data)))
     model = workload.build_model(world)
-    optimizer = config.averaging.build(config.optimizer, model)
+    optimizer = config.averaging.build(config.optimizer, model, width=workload.model.relative_width)
     remember_peaks(optimizer)
     if config.optimizer.tie_to_tokens:
         keep_token_half_life(optimizer, config.batch_size.initial)

@@ -20,6 +20,7 @@ from gns_pretrain.config.checks import (
     check_layout,
     check_memory,
     check_noise_scale,
+    check_parametrization,
 )
 from gns_pretrain.config.compose import as_yaml
 from gns_pretrain.config.schema import Config
@@ -162,6 +163,7 @@ def check_run(
             "the environment make this process the only rank; unset them, or leave the setting out"
         )
     check_layout(config, num_ranks=ranks, ranks_per_node=ranks_per_node)
+    check_parametrization(config)
     directory = Path(config.output_directory) / config.run_name
     if config.resume == "never":
         directory = directory_of_requeued_job(directory) or fresh_directory(directory)

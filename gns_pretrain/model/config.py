@@ -1,10 +1,11 @@
 """Settings of a Llama 3 model, and the number of parameters that they make."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, NamedTuple
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, at_least, positive
+from gns_pretrain.fields import Settings, at_least, one_of, positive
 from gns_pretrain.model.settings import ModelSettings, check_heads
 
 Count = Annotated[int, at_least(1)]
@@ -59,6 +60,10 @@ class LlamaConfig(ModelSettings):
     norm_eps: Positive = 1e-5  # added to the mean square in RMSNorm; Llama 3's
     tie_embeddings: bool = False  # the output matrix is the embedding
     activation_checkpointing: bool = False  # recompute each block in the backward pass
+    # standard | mup: initial weights and learning rates follow the width (howto/transfer.md)
+    parametrization: Annotated[str, one_of("standard", "mup")] = "standard"
+    # width at which both are the same: that of the runs whose learning rates are taken
+    mup_base_dim: Count = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +78,12 @@ class LlamaConfig(ModelSettings):
                 f"model.num_kv_heads={self.num_kv_heads} does not divide "
                 f"model.num_heads={self.num_heads}; use a divisor of {self.num_heads}"
             )
+        if self.parametrization == "mup" and self.tie_embeddings:
+            raise InputError(
+                "model.parametrization=mup gives embedding and output learning rates of their own, "
+                "and model.tie_embeddings=true makes them one matrix; use "
+                "model.tie_embeddings=false, or model.parametrization=standard"
+            )
 
     @property
     def tensor_parallel_widths(self) -> dict[str, int]:
@@ -83,6 +94,28 @@ class LlamaConfig(ModelSettings):
     def head_dim(self) -> int:
         """Width of one head."""
         return self.dim // self.num_heads
+
+    @property
+    def relative_width(self) -> float:
+        """Width by which initial weights and learning rates go (`model.parametrization`)."""
+        return self.dim / self.mup_base_dim if self.parametrization == "mup" else 1.0
+
+    def of_width(self, dim: int) -> "LlamaConfig":
+        """Return the shape at another width: heads and ffn_dim grow with it, head width stays.
+
+        Raises:
+            InputError: they would not be whole.
+        """
+        grown = {}
+        for name in ("num_heads", "num_kv_heads", "ffn_dim"):
+            grown[name], left = divmod(getattr(self, name) * dim, self.dim)
+            if left:
+                raise InputError(
+                    f"model.dim={dim} instead of {self.dim} would make model.{name}="
+                    f"{getattr(self, name) * dim / self.dim:g}; use a multiple of "
+                    f"{self.dim // math.gcd(self.dim, self.num_heads, self.num_kv_heads)}"
+                )
+        return replace(self, dim=dim, **grown)
 
     def of_data(self, vocab_size: int) -> "LlamaConfig":
         """Return the shape with the data's vocabulary size, where it is left to the data."""

@@ -25,6 +25,8 @@ from gns_pretrain.model.loss import (
     logit_gradients_,
     next_token_loss,
 )
+from gns_pretrain.model.parametrization import initial_factor
+from gns_pretrain.model.roles import Role
 from gns_pretrain.model.settings import OurModel
 
 FLEX_HEAD_DIM = 16  # the narrowest head of flex attention's kernels
@@ -349,20 +351,23 @@ class Llama(OurModel):
         D^-0.5 cut at three standard deviations, so that the loss starts near ln V + 1/2; norms
         1. A tied matrix has std 0.02 (ours): with an embedding's its logits would have standard
         deviation sqrt(D), and with an output's a narrow model would start by repeating its input.
+        Under muP the deviations follow the width (`model.parametrization`).
 
         One generator on the parameters' device, parameters in a fixed order: every rank and
         layout draws the same values. Call it before sharding.
         """
         assert type(self.embedding.weight.data) is Tensor, "initialise before sharding"
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        width = self.config.relative_width
         if self.output is None:
             nn.init.trunc_normal_(self.embedding.weight, std=0.02, generator=generator)
         else:
             self.embedding.weight.normal_(generator=generator)
         for weight, std in self._block_matrices():
+            std *= initial_factor(Role.MATRIX, width)
             nn.init.trunc_normal_(weight, std=std, generator=generator)
         if self.output is not None:
-            std = self.config.dim**-0.5
+            std = self.config.dim**-0.5 * initial_factor(Role.OUTPUT, width)
             nn.init.trunc_normal_(
                 self.output.weight, std=std, a=-3 * std, b=3 * std, generator=generator
             )

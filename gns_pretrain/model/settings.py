@@ -27,6 +27,11 @@ class ModelSettings(Settings):
         """Settings that tensor parallelism divides over ranks; empty where it splits nothing."""
         return {}
 
+    @property
+    def relative_width(self) -> float:
+        """Width by which learning rates go; 1 where they do not."""
+        return 1.0
+
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise InputError unless the heads divide the width."""

@@ -26,6 +26,7 @@ from gns_pretrain.model.batch_norm import BatchNorm
 from gns_pretrain.model.roles import named_trainable
 from gns_pretrain.optim.base import Group, OptimizerSettings
 from gns_pretrain.optim.combined import CombinedOptimizer
+from gns_pretrain.optim.width import scale_learning_rates
 from gns_pretrain.parallel.sharding import local_shards, reshard
 
 COUNTERPART, TOTAL = "counterpart", "average_total"  # keys of the state, part of checkpoints
@@ -60,14 +61,21 @@ class AveragingSettings(Settings):
                     "out, or choose averaging=ema, uniform or gpa"
                 )
 
-    def build(self, settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
+    def build(
+        self, settings: OptimizerSettings, model: nn.Module, *, width: float = 1.0
+    ) -> torch.optim.Optimizer:
         """Build an optimizer over a model that `parallelize` returned, with its average.
+
+        Args:
+            settings: of the optimizer.
+            model: whose parameters it is over.
+            width: by which learning rates go (`scale_learning_rates`).
 
         Raises:
             InputError: the optimizer averages by itself, or the model has running statistics, which
                 are those of the training weights.
         """
-        optimizer = settings.build(model)
+        optimizer = scale_learning_rates(settings.build(model), model, width)
         faces = two_faced(optimizer)
         if faces and self.kind != "none":
             raise InputError(

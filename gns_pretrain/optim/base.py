@@ -25,6 +25,7 @@ from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, check_values, positive, within
+from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.model.roles import named_trainable
 from gns_pretrain.parallel.sharding import local_shards
 
@@ -137,6 +138,8 @@ class Rule(torch.optim.Optimizer):
     """
 
     takes_matrices: ClassVar[bool] = False  # parameters of at least 2 dimensions alone
+    # by which learning rates follow a model's width; None: they do not
+    step_size: StepSize | None = None
 
     def __init__(
         self, params: ParamsT, *, lr: float, momentum: float, weight_decay: float, **more: Any

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.optim.base import (
     Beta,
     Group,
@@ -74,6 +75,7 @@ class SGD(Rule):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
         self.normalize = normalize
+        self.step_size = None if normalize else StepSize.GRADIENT
 
     def update(self, trained: list[tuple[Group, list[nn.Parameter]]]) -> None:
         """Step along the momentum of each group."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.fields import checked, one_of
+from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, gradients_of
 from gns_pretrain.parallel.sharding import local_shards
 
@@ -43,6 +44,8 @@ class Signum(Rule):
         compile: whether torch.compile makes one kernel for all tensors: "never", "always", or
             "auto", on GPUs.
     """
+
+    step_size = StepSize.COORDINATE
 
     @checked
     def __init__(

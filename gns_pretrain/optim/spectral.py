@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from gns_pretrain.fields import at_least, checked, one_of
 from gns_pretrain.geometry.directions import matrix_sign
 from gns_pretrain.geometry.newton_schulz import orthogonalize
+from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.model.roles import matrix_shape
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
 from gns_pretrain.optim.base import (
@@ -170,6 +171,8 @@ class Muon(Rule):
         check_nesterov(nesterov, momentum)
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.nesterov = nesterov
+        grows = scaling == "match_rms_adamw"
+        self.step_size = StepSize.ROOT_WIDTH if grows else StepSize.SPECTRAL_NORM
         self.exact = matrix_sign == "exact"
         self.precision = precision
         self._scaling = SCALINGS[scaling]

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.fields import at_least, checked, positive, within
+from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.model.roles import matrix_shape
 from gns_pretrain.optim.adamw import AdamWPart, with_adamw
 from gns_pretrain.optim.base import Beta, Group, OptimizerSettings, Rule, descend, gradients_of
@@ -84,6 +85,7 @@ class SubsetNorm(Rule):
     """
 
     takes_matrices = True
+    step_size = StepSize.ROOT_WIDTH  # rows of length 1
 
     @checked
     def __init__(

@@ -93,6 +93,8 @@ BEFORE_ADDED = {
     "averaging.interpolation": 0.0,
     "averaging.start": 0.0,
     "averaging.count_first": False,
+    "model.parametrization": "standard",
+    "model.mup_base_dim": 64,
 }
 SHOWN = 3  # settings, of all that differ, in an error
 

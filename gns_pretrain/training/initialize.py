@@ -37,7 +37,7 @@ from gns_pretrain.training.trained_model import find_checkpoint
 from gns_pretrain.training.workload import Workload
 
 # Of a model's settings, what does not change what its weights compute.
-NOT_OF_THE_WEIGHTS = ("name", "activation_checkpointing")
+NOT_OF_THE_WEIGHTS = ("name", "activation_checkpointing", "parametrization", "mup_base_dim")
 
 
 @dataclass

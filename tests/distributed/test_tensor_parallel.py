@@ -28,7 +28,9 @@ RULES: dict[str, OptimizerSettings] = {
     "adamw": AdamWSettings(lr=1e-2),
     "signum": SignumSettings(lr=1e-3),
     "muon": MuonSettings(lr=1e-2, adamw=AdamWPart(lr=1e-2)),
+    "muon_mup": MuonSettings(lr=1e-2, scaling="match_rms_adamw", adamw=AdamWPart(lr=1e-2)),
 }
+MUP = {"parametrization": "mup", "mup_base_dim": 8}
 ALONE = World(rank=0, num_ranks=1, device=torch.device("cpu"), kind="single")
 FSDP = ParallelSettings(kind="fsdp", tensor_size=2)
 HSDP = ParallelSettings(kind="hsdp", shard_size=1, tensor_size=2)
@@ -57,7 +59,9 @@ def run_of(rule: str, folder: Path, data: Path, parallel: ParallelSettings) -> C
         data,
         steps=STEPS,
         run_name=rule,
-        model=odd_model(dim=24, num_heads=4, num_kv_heads=2),
+        model=odd_model(
+            dim=24, num_heads=4, num_kv_heads=2, **(MUP if rule.endswith("mup") else {})
+        ),
         optimizer=RULES[rule],
         noise_scale=NoiseScaleSettings(
             geometries=["euclidean", "manhattan", "nuclear"], every_steps=4, square_root="exact"

@@ -30,7 +30,7 @@ from tests.settings import odd_model, planned
 ROOT = Path(__file__).parents[3]
 CONF = ROOT / "gns_pretrain" / "conf"
 # Groups without a choice in gns_pretrain/conf/train.yaml, which a command adds.
-ADDED = ("role", "start", "tuned")
+ADDED = ("rates", "role", "start", "tuned")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 SIZES = ("small", "middle", "large")
 SCALES = ("demo", "h200", "paper", "paper_1b")
@@ -364,6 +364,20 @@ def test_run_like_a_cell_is_in_no_table():
     cell = composed("+experiment=table2/muon_adaptive", "scale=demo")
     assert config.run_name == "demo-muon-seed0-role_nuclear-scale_demo-start_small-tuned_muon"
     assert (config.optimizer, config.batch_size) == (cell.optimizer, cell.batch_size)
+
+
+def test_predicted_rates_are_those_searched_for_at_the_demos_width():
+    words = ("+tuned=muon", "+role=constant", "+start=small", "scale=paper", "+rates=predicted")
+    demo, predicted = composed("scale=demo"), composed(*words)
+    for optimizer, numbers in TUNED.items():
+        for number in numbers:
+            found = (getattr(getattr(c.scale, optimizer), number) for c in (demo, predicted))
+            assert len(set(found)) == 1, (optimizer, number)
+    model = predicted.model
+    assert (model.parametrization, model.mup_base_dim) == ("mup", demo.model.dim)
+    assert predicted.run_name.endswith(
+        "rates_predicted-role_constant-scale_paper-start_small-tuned_muon"
+    )
 
 
 def test_larger_models_table_is_refused_at_the_smaller_ones_scale():

@@ -100,6 +100,7 @@ def test_weights_alone_begin_a_run_with_any_other_setting(trained, tmp_path, sha
         shards,
         steps=12,
         init={"from": str(older), "what": "weights"},
+        model=odd_model(parametrization="mup", mup_base_dim=9),
         optimizer=SignumSettings(lr=1e-4),
         micro_batch_size=4,
         batch_size=BatchSizeSettings(initial=16),
