@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +12,13 @@ from gns_pretrain.config.naming import name_of_overrides
 from gns_pretrain.config.register import SCHEMA, choices_of
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import InputError
-from gns_pretrain.runs.identity import flatten
+from gns_pretrain.optim.base import OptimizerSettings
+from gns_pretrain.optim.power_lines import batch_size_by_rule
+from gns_pretrain.runs.directory import read_settings
+from gns_pretrain.runs.identity import BEFORE_ADDED, flatten
+
+INITIAL = "batch_size.initial"
+RULE_OF_SCALE = "${auto:}"  # what `auto` is in a YAML file: the setting itself is a number
 
 
 def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
@@ -37,6 +44,8 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
             )
         if key in missing and not key.startswith("scale."):
             raise InputError(f"{key} has no value; give it one, as in: {key}=...")
+    if values[INITIAL] == RULE_OF_SCALE:
+        OmegaConf.update(node, INITIAL, initial_batch_size(node))
     for key in missing:  # of the scale: no role of this run reads it
         OmegaConf.update(node, key, None)
     config = OmegaConf.to_object(node)
@@ -44,7 +53,33 @@ def settings_from(node: DictConfig, overrides: Iterable[str]) -> Config:
     refuse_additions(config)
     template = values["run_name"]
     more = name_of_overrides(node, overrides, template=template, settings=values.keys())
-    return dataclasses.replace(config, run_name=config.run_name + more)  # checked as it is
+    return as_begun(dataclasses.replace(config, run_name=config.run_name + more))
+
+
+def initial_batch_size(node: DictConfig) -> int:
+    """Sequences of the first step by the rule of scale; InputError where it says nothing."""
+    length = OmegaConf.select(node, "data.sequence_length")
+    if node.token_budget is None or length is None:
+        raise InputError(
+            f"{INITIAL}=auto is a law of text, in tokens, and this run is on images; give a number"
+        )
+    return batch_size_by_rule(node.token_budget, length)
+
+
+def as_begun(config: Config) -> Config:
+    """Give a run that began before `optimizer.tied_beta2` what it was trained with.
+
+    So the command that began it resumes it, step by step as it would have gone on.
+    """
+    name, default = "optimizer.tied_beta2", OptimizerSettings().tied_beta2
+    given = config.optimizer.tied_beta2 != default
+    if given or not config.optimizer.tie_to_tokens or config.resume == "never":
+        return config
+    begun = flatten(read_settings(Path(config.output_directory) / config.run_name))
+    if not begun or name in begun:
+        return config
+    optimizer = dataclasses.replace(config.optimizer, tied_beta2=BEFORE_ADDED[name])
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def refuse_schemas(overrides: Iterable[str]) -> None:

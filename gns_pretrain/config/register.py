@@ -27,6 +27,8 @@ CHOICES = {
 def register_configs() -> None:
     """Register the schemas, from which each group's YAML files begin, and conf/tables.yaml."""
     OmegaConf.register_new_resolver("home", at_home, replace=True)
+    # Of a first batch size, which `compose` replaces; Hydra's lists of words have it as typed.
+    OmegaConf.register_new_resolver("auto", lambda: "auto", replace=True)
     ConfigStore.list = _choices  # type: ignore[method-assign]
     store = ConfigStore.instance()
     store.store(name=f"{SCHEMA}train", node=Config)

@@ -1,8 +1,8 @@
 """What is typed for a setting that is text stays as it was typed; 1M counts a million tokens.
 
 Hydra reads run_name=1e5 as the number 100000.0, run_name=1_000 as 1000 and run_name=null as none,
-before it knows that the setting is text, knows no value that begins with a ~ or holds a =, and no
-count but plain digits.
+before it knows that the setting is text, knows no value that begins with a ~ or holds a =, no
+count but plain digits, and no batch size that is auto.
 """
 
 import re
@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from gns_pretrain.config.compose import INITIAL, RULE_OF_SCALE
 from gns_pretrain.config.naming import is_token_count, token_count
 from gns_pretrain.config.schema import VARIANTS, Config
 from gns_pretrain.fields import at_home
@@ -42,6 +43,8 @@ def as_typed(word: str) -> str:
     before, name, opened, values, closed = assignment.groups()
     kinds = known_settings().get(name, set())
     written = values.split(",")
+    if name == INITIAL:
+        written = [RULE_OF_SCALE if value == "auto" else value for value in written]
     if (list[str] if opened else str) in kinds:
         stays = {"null"} if type(None) in kinds else set()
         written = [

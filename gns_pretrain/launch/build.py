@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gns_pretrain.batch_size import AdaptiveBatchSize
 from gns_pretrain.batch_size.controller import SavedState
@@ -12,7 +13,13 @@ from gns_pretrain.config.schema import Config
 from gns_pretrain.data.staging import staged
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.meter import NoiseMeter
-from gns_pretrain.optim.base import keep_token_half_life, remember_peaks, update_half_life
+from gns_pretrain.optim.base import (
+    TIED,
+    keep_token_half_life,
+    remember_peaks,
+    set_timescale,
+    update_half_life,
+)
 from gns_pretrain.parallel.collectives import errors_of_main
 from gns_pretrain.parallel.mesh import World, beside_training
 from gns_pretrain.runs.directory import CONFIG
@@ -56,10 +63,7 @@ def build_run(
     torch.manual_seed(config.seed)
     workload = open_workload(dataclasses.replace(config, data=staged(config.data)))
     model = workload.build_model(world)
-    optimizer = config.averaging.build(config.optimizer, model, width=workload.model.relative_width)
-    remember_peaks(optimizer)
-    if config.optimizer.tie_to_tokens:
-        keep_token_half_life(optimizer, config.batch_size.initial)
+    optimizer = build_optimizer(config, workload, model)
     adaptive = build_adaptive_batch_size(config, workload, num_ranks=world.num_data_ranks)
 
     def on_save(step: int) -> None:
@@ -146,6 +150,23 @@ def build_run(
         metrics=config.metrics,
         peak_speed=workload.peak_speed(world),
     )
+
+
+def build_optimizer(config: Config, workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer, with what of it follows the batch size."""
+    settings, batch_size = config.optimizer, config.batch_size.initial
+    timescale = settings.timescale(lambda: workload.tokens_per_parameter)
+    decaying = settings if timescale is None else settings.decaying()
+    width = workload.model.relative_width
+    optimizer = config.averaging.build(decaying, model, width=width)
+    remember_peaks(optimizer)
+    tied: tuple[str, ...] = TIED if settings.tie_to_tokens else ()
+    if timescale is not None:
+        set_timescale(optimizer, timescale, steps=workload.total_samples / batch_size)
+        tied = tied or ("weight_decay",)  # its timescale is one in tokens
+    if tied:
+        keep_token_half_life(optimizer, batch_size, tied=tied, beta2=settings.tied_beta2)
+    return optimizer
 
 
 def changes_since(source: Source, settings: dict[str, Any]) -> list[str]:

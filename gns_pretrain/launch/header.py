@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from gns_pretrain.config.checks import Memory
 from gns_pretrain.config.schema import Config
 from gns_pretrain.errors import counted
+from gns_pretrain.optim.power_lines import weight_decay_of
 from gns_pretrain.system.processes import threads_per_process
 from gns_pretrain.training.workload import Workload
 
@@ -22,6 +23,7 @@ def header(
     device: torch.device,
     workload: Workload,
     memory: Memory,
+    timescale: float | None,
     directory: Path,
     begins: str,
 ) -> list[str]:
@@ -30,6 +32,7 @@ def header(
     Args:
         workload: with its data.
         memory: as `check_memory` counts it.
+        timescale: of the weight decay, if it has one.
         begins: with what.
     """
     plan = workload.describe(device.type)
@@ -50,13 +53,18 @@ def header(
     averaging = config.averaging.kind
     averaged = "" if averaging == "none" else f"weights averaged ({averaging}); "
     at_first = "" if batch.policy == "constant" else " at the first batch size"
+    settings, decay = config.optimizer, ""
+    if timescale is not None:
+        steps = workload.total_samples / batch.initial
+        value = weight_decay_of(timescale, lr=settings.lr, steps=steps)
+        decay = f", weight decay {value:.3g} over {timescale:.3g} of the run"
     lines = {
         "model": plan.model,
         "device": f"{where}; {counted(num_ranks, 'rank')} on {counted(nodes, 'node')}, {layout}",
         "data": plan.data,
         "batch": f"{plan.batch}, {batch.policy}; "
         f"{counted(workload.steps_at(batch.initial), 'step')}{at_first}",
-        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, "
+        "optimizer": f"{settings.name}, lr {settings.lr:g}{decay}, "
         f"{config.schedule.kind}; {averaged}noise scale {measured}",
         "memory": f"at least {decimal(memory.needed)} of {decimal(memory.there)}"
         f"{' on each GPU' if on_gpu else ''}; a checkpoint takes {decimal(memory.checkpoint)}",

@@ -178,6 +178,7 @@ def check_run(
         device = pick_device(config.launch.device, local_rank)
     workload = open_workload(config)
     workload.check()
+    timescale = config.optimizer.timescale(lambda: workload.tokens_per_parameter)
     if trains_here:
         memory = check_memory(
             config,
@@ -207,6 +208,7 @@ def check_run(
             device=device,
             workload=workload,
             memory=memory,
+            timescale=timescale,
             directory=directory,
             begins=begins,
         )

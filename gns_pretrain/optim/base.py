@@ -15,8 +15,8 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from gns_pretrain.errors import InputError
-from gns_pretrain.fields import Settings, check_values, positive, within
+from gns_pretrain.fields import Bound, Settings, check_values, positive, within
 from gns_pretrain.model.parametrization import StepSize
 from gns_pretrain.model.roles import named_trainable
+from gns_pretrain.optim.power_lines import Timescale, timescale_by_rule, weight_decay_of
 from gns_pretrain.parallel.sharding import local_shards
 
 Group = dict[str, Any]  # an entry of `param_groups`
@@ -34,6 +35,14 @@ Group = dict[str, Any]  # an entry of `param_groups`
 LearningRate = Annotated[float, positive(hint="1e-3 is a usual peak")]
 WeightDecay = Annotated[float, within(0, math.inf, hint="0.1 is usual")]
 Beta = Annotated[float, within(0, 1, hint="0.9 is usual")]  # coefficient of a running average
+Bounds = Annotated[
+    list[float],
+    Bound(
+        lambda bounds: len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1,
+        "must be two numbers from 0 to 1, in order",
+        "[0,1] bounds nothing",
+    ),
+]
 
 OPTIMIZERS: dict[str, type["OptimizerSettings"]] = {}  # by name; filled by defining a subclass
 
@@ -47,8 +56,23 @@ class OptimizerSettings(Settings):
     name: str = "???"
     lr: LearningRate = 1e-3  # peak, before the schedule and the batch size's multiplier
     weight_decay: WeightDecay = 0.1  # decoupled; the paper's value
+    # in place of weight_decay: the fraction of the run that weights average over, at the peak
+    # learning rate and in tokens, whatever the batch; auto: by tokens a parameter (AdamW's law)
+    weight_decay_timescale: Timescale = None
     decay_matrices_only: bool = True  # norms' weights are not decayed
     tie_to_tokens: bool = False  # averages and decay keep their half-life in tokens as B changes
+    # the smallest and the largest beta2 (the last of an optimizer's betas) that tie_to_tokens makes
+    tied_beta2: Bounds = field(default_factory=lambda: [0.9, 0.9999])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in (self, *self._parts.values()) if self.weight_decay_timescale else ():
+            if part.weight_decay not in (0.0, type(part).weight_decay):
+                raise InputError(
+                    f"{part.section}.weight_decay={part.weight_decay:g} and optimizer."
+                    f"weight_decay_timescale={self.weight_decay_timescale} both say how weights "
+                    f"decay; use {part.section}.weight_decay=0, or a timescale of null"
+                )
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -66,6 +90,34 @@ class OptimizerSettings(Settings):
             weight_decay=self.weight_decay,
             matrices_only=self.decay_matrices_only,
         )
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """The settings within, for the parameters that a matrix rule leaves, by their fields."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "weight_decay")}
+
+    def timescale(self, tokens_per_parameter: Callable[[], float]) -> float | None:
+        """weight_decay_timescale as a number; None where weight_decay holds.
+
+        Raises:
+            InputError: it is auto, and the law says nothing of so many tokens a parameter.
+        """
+        if self.weight_decay_timescale == "auto":
+            return timescale_by_rule(tokens_per_parameter())
+        text = self.weight_decay_timescale
+        return None if text is None else float(text)
+
+    def decaying(self) -> Self:
+        """The same settings with a weight decay of 1 in all parts, for `set_timescale` to set."""
+        parts = {name: replace(part, weight_decay=1.0) for name, part in self._parts.items()}
+        return replace(self, weight_decay=1.0, weight_decay_timescale=None, **parts)
+
+
+def set_timescale(optimizer: torch.optim.Optimizer, timescale: float, *, steps: float) -> None:
+    """Set each decay that is not zero so that weights average over a fraction of `steps` steps."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay_of(timescale, lr=group["peak_lr"], steps=steps)
 
 
 def check_nesterov(nesterov: bool, momentum: float, section: str = "") -> None:
@@ -265,29 +317,54 @@ def descend(
         torch._foreach_add_(weights, directions, alpha=-lr)
 
 
-def keep_token_half_life(optimizer: torch.optim.Optimizer, batch_size: int) -> None:
+TIED = (
+    "momentum",
+    "betas",
+    "weight_decay",
+    "average_decay",
+)  # of a group, what forgets once a step
+
+
+def keep_token_half_life(
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    *,
+    tied: Sequence[str] = TIED,
+    beta2: Sequence[float] = (0.0, 1.0),
+) -> None:
     """Let momenta, betas and weight decays follow the batch size, from the initial B_0 on.
 
     A step of B sequences moves B / B_0 times as many tokens as one of B_0, so what forgets once a
     step has to forget that much more of it. The paper changes the learning rate alone. What is
     called otherwise (another library's rho, say) stays.
+
+    Args:
+        batch_size: B_0, sequences.
+        tied: what of a group follows.
+        beta2: the smallest and the largest value of the last of betas; (0, 1) bounds nothing.
     """
     for group in optimizer.param_groups:
-        # These keys are part of checkpoints.
-        initial = {
-            f"tied_{name}": group[name]
-            for name in ("momentum", "betas", "weight_decay", "average_decay")
-            if name in group
-        }
+        # These keys are part of checkpoints; those of runs before bounds have none.
+        initial = {f"tied_{name}": group[name] for name in tied if name in group}
+        if "tied_betas" in initial and tuple(beta2) != (0.0, 1.0):
+            initial["tied_beta2"] = tuple(beta2)
         group.update(initial, tied_batch_size=batch_size)
+
+
+def tied_beta(beta: float, growth: float, *, low: float = 0.0, high: float = 1.0) -> float:
+    """Coefficient of an average that forgets as fast in tokens at `growth` times the batch.
+
+    beta' = beta^growth    within [low, high], which leave beta itself as it is
+    """
+    return min(max(beta**growth, min(low, beta)), max(high, beta))
 
 
 def update_half_life(
     optimizer: torch.optim.Optimizer, batch_size: int, *, lr_multiplier: float = 1.0
-) -> None:
+) -> dict[str, Any]:
     """Set momenta, betas and weight decays for a step of B sequences.
 
-        beta' = beta^(B / B_0)
+        beta' = beta^(B / B_0)    (`tied_beta`; beta2 within its bounds)
         (lr * multiplier) * decay' = lr * decay * B / B_0
 
     An average keeps its half-life of -B ln 2 / ln beta' sequences. A weight shrinks by lr * decay a
@@ -298,19 +375,28 @@ def update_half_life(
         optimizer: nothing happens to groups that `keep_token_half_life` has not seen.
         batch_size: B, sequences of the coming step.
         lr_multiplier: what the batch size has done to the learning rate already.
+
+    Returns:
+        What was set, by its names in a group: of the first group that has it.
     """
+    changed: dict[str, Any] = {}
     for group in optimizer.param_groups:
         if "tied_batch_size" not in group:
             continue
         growth = batch_size / group["tied_batch_size"]
         if "tied_momentum" in group:
-            group["momentum"] = group["tied_momentum"] ** growth
+            group["momentum"] = tied_beta(group["tied_momentum"], growth)
         if "tied_betas" in group:
-            group["betas"] = tuple(beta**growth for beta in group["tied_betas"])
+            *first, last = group["tied_betas"]
+            low, high = group.get("tied_beta2", (0.0, 1.0))
+            second = tied_beta(last, growth, low=low, high=high)
+            group["betas"] = (*(tied_beta(beta, growth) for beta in first), second)
         if "tied_average_decay" in group:
-            group["average_decay"] = group["tied_average_decay"] ** growth
+            group["average_decay"] = tied_beta(group["tied_average_decay"], growth)
         if "tied_weight_decay" in group:
             group["weight_decay"] = group["tied_weight_decay"] * growth / lr_multiplier
+        changed = {name: group[name] for name in TIED if f"tied_{name}" in group} | changed
+    return changed
 
 
 def momentum_gain(group: Group) -> float:

@@ -44,6 +44,12 @@ class CustomSettings(OptimizerSettings):
                 raise InputError(
                     f"optimizer.kwargs.{name} is a setting of its own; use optimizer.{name}={value}"
                 )
+        if self.weight_decay_timescale is not None:
+            raise InputError(
+                f"optimizer.weight_decay_timescale={self.weight_decay_timescale} is of a decoupled "
+                f"weight decay, and {self.class_path} may couple its own with the gradient; use "
+                "optimizer.weight_decay"
+            )
         optimizer = self._trial_step()
         if self.tie_to_tokens and two_faced(optimizer):
             raise InputError(

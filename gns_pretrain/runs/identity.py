@@ -13,12 +13,14 @@ same tokens may lie under another `data.path`. What counts depends on the purpos
     evaluation.every_tokens, .every_epochs  no       yes      yes
     other batch_size.* of a constant batch  yes      no       no      policy and initial aside
     noise_scale.*                           yes      (3)      (2)
+    optimizer.tied_beta2                    (5)      (5)      (5)
     all others, the data's fingerprint      yes      yes      yes
 
 (1) where something is measured or the batch size is not constant: micro-batches are the samples.
 (2) where the batch size is not constant; measuring by itself leaves the training bits unchanged.
 (3) where something is measured; noise_scale.geometries, which says so, always.
 (4) no: skipping begins with the next bad step, so that a run which one has ended can go on.
+(5) with optimizer.tie_to_tokens, which reads it.
 
 Another run may begin where one stands, with whatever settings: `training.initialize`.
 """
@@ -68,7 +70,7 @@ SAMPLES = (
 FREE_ON_RESUME = ("bad_steps", "evaluation.every_tokens", "evaluation.every_epochs")
 READ_BY_CONSTANT = ("batch_size.policy", "batch_size.initial")  # of the settings of its group
 # What runs were trained with that are older than a setting.
-BEFORE_ADDED = {
+BEFORE_ADDED: dict[str, Any] = {
     "init.from": None,
     "init.what": "weights",
     "data.document_mask": False,
@@ -95,6 +97,8 @@ BEFORE_ADDED = {
     "averaging.count_first": False,
     "model.parametrization": "standard",
     "model.mup_base_dim": 64,
+    "optimizer.weight_decay_timescale": None,
+    "optimizer.tied_beta2": [0.0, 1.0],
 }
 SHOWN = 3  # settings, of all that differ, in an error
 
@@ -117,6 +121,8 @@ def decides(name: str, settings: Mapping[str, Any], purpose: Purpose) -> bool:
     constant = settings.get("batch_size.policy", "constant") == "constant"
     measured = bool(settings.get("noise_scale.geometries"))
     if _is_one_of(name, EXECUTION):
+        return False
+    if name == "optimizer.tied_beta2" and not settings.get("optimizer.tie_to_tokens"):
         return False
     if purpose is Purpose.RESUME:
         return name not in SAMPLES and not _is_one_of(name, FREE_ON_RESUME)

@@ -146,8 +146,10 @@ def choose_batch_size(run: Run, log: StepLog) -> None:
 
 def apply_decision(decision: Decision, step: int, optimizer: Optimizer, record: Record) -> None:
     """Let optimizer and record follow the batch size, which changes with `step`."""
-    update_half_life(optimizer, decision.split.batch_size, lr_multiplier=decision.lr_multiplier)
-    record.write(BatchSizeLine(**decision.record_fields(step)))
+    size, multiplier = decision.split.batch_size, decision.lr_multiplier
+    tied = update_half_life(optimizer, size, lr_multiplier=multiplier)
+    fields = decision.record_fields(step)
+    record.write(BatchSizeLine(**fields | {"more": fields["more"] | tied}))
 
 
 def one_step(run: Run, log: StepLog) -> list[Reading]:

@@ -143,6 +143,14 @@ class Workload(ABC):
         """Stop reading ahead; the object cannot be used afterwards."""
 
     @property
+    def tokens_per_parameter(self) -> float:
+        """Of the budget; InputError where it is no budget of tokens."""
+        raise InputError(
+            "optimizer.weight_decay_timescale=auto is a law in tokens, and this run is on "
+            f"{self.trains_on}; give a number"
+        )
+
+    @property
     def total_samples(self) -> int:
         """Samples that reach the budget."""
         return -(-self.budget // self.unit.per_sample)

@@ -115,6 +115,14 @@ class LanguageWorkload(Workload):
             sample=f"data.sequence_length={self.data.sequence_length}",
         )
 
+    @property
+    def tokens_per_parameter(self) -> float:
+        """By the parameters that compute on a token: an embedding apart from the output counts not.
+
+        So the models of the law are counted, whose two are one.
+        """
+        return self.budget / count_parameters(self.model).with_output
+
     def describe(self, device: str) -> Description:
         """With the sources, and the parameters that no token of the data uses."""
         config, model = self.config, self.model

@@ -69,9 +69,27 @@ def checked(words: list[str]) -> Config:
     return config
 
 
+def test_first_batch_by_rule_of_scale_is_a_number_in_settings_and_run_name(base):
+    words = [*base, "token_budget=2.5B", "batch_size.initial=auto", "data.sequence_length=2048"]
+    words = [as_typed(word) for word in words if not word.startswith("run_name")]
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        config = settings_from(compose("train", words), words)
+    assert config.batch_size.initial == 128
+    assert "-initial128" in config.run_name
+    assert as_typed("batch_size.initial=auto,16") == "batch_size.initial=${auto:},16"
+
+
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
+        (
+            "batch_size.initial=auto",
+            "auto is a law of runs of 2.2 to 142 billion tokens, and token",
+        ),
+        (
+            "optimizer.weight_decay_timescale=auto",
+            "20 to 1280 tokens a parameter, and this one has",
+        ),
         ("batch_size=64", "batch_size=64: batch_size is a group of settings; choose one of adapt"),
         ("optimizer=[1]", r"optimizer=\[1\]: optimizer is a group of settings; choose one of ada"),
         ("data=null", "data is a group of settings"),

@@ -9,6 +9,7 @@ import torch
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.optim.base import (
     keep_token_half_life,
+    tied_beta,
     update_half_life,
 )
 from gns_pretrain.optim.sgd import SGD
@@ -30,6 +31,30 @@ def test_average_forgets_half_after_the_same_number_of_sequences(growth):
     # At B_0 = 8 and beta = 0.9 half is forgotten after 8 ln 2 / -ln 0.9 = 52.6 sequences.
     beta = resized(growth, momentum=0.9)["momentum"]
     assert 8 * growth * math.log(2) / -math.log(beta) == pytest.approx(52.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("beta2", "growth", "bounded"),
+    [
+        (0.95, 32.0, 0.9),  # 0.95^32 = 0.19 averages over a step and a quarter
+        (0.999, 32.0, 0.999**32),
+        (0.8, 2.0, 0.8),  # below the floor: it stays
+        (0.95, 1 / 1024, 0.9999),
+        (0.99999, 0.5, 0.99999),  # above the ceiling: it stays
+        (0.95, 1.0, 0.95),
+    ],
+)
+def test_second_moments_coefficient_keeps_a_floor_and_a_ceiling(beta2, growth, bounded):
+    assert tied_beta(beta2, growth, low=0.9, high=0.9999) == bounded
+    assert tied_beta(beta2, growth) == beta2**growth
+
+
+def test_bounds_are_of_the_second_moment_alone():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.95))
+    keep_token_half_life(optimizer, 16, beta2=(0.9, 0.9999))
+    update_half_life(optimizer, 512)
+    assert optimizer.param_groups[0]["betas"] == (0.9**32, 0.9)
 
 
 def test_average_over_one_step_stays_one():

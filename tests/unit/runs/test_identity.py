@@ -231,6 +231,30 @@ def test_flatten_names_nested_settings_by_dots_and_keeps_lists():
     assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}}) == {"a.b.c": 1, "a.d": [{"e": 2}]}
 
 
+@pytest.mark.parametrize(
+    ("recorded", "typed", "then"),
+    [
+        ("tie_to_tokens: true", [], [0.0, 1.0]),  # older than the bounds
+        ("{tie_to_tokens: true, tied_beta2: [0.9, 0.9999]}", [], [0.9, 0.9999]),
+        ("tie_to_tokens: true", ["resume=never"], [0.9, 0.9999]),
+        ("tie_to_tokens: true", ["optimizer.tied_beta2=[0.5,1]"], [0.5, 1.0]),  # and is refused
+    ],
+)
+def test_run_that_was_tied_to_tokens_without_bounds_goes_on_so(recorded, typed, then, tmp_path):
+    text = recorded if recorded.startswith("{") else f"{{{recorded}}}"
+    write_provenance(tmp_path / "old", f"optimizer: {text}\n", "first")
+    words = [f"output_directory={tmp_path}", "run_name=old", "optimizer.tie_to_tokens=true", *typed]
+    register_configs()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        now = settings_from(compose("train", words), words)
+    assert now.optimizer.tied_beta2 == then
+    name = "optimizer.tied_beta2"
+    known, flat = settings_of_run(tmp_path / "old"), flatten(asdict(now))
+    assert (known[name] == flat[name]) == ("resume=never" not in typed and then[0] != 0.5)
+    assert decides(name, flat, Purpose.RESUME)
+    assert not decides(name, flat | {"optimizer.tie_to_tokens": False}, Purpose.CURVE)
+
+
 def test_run_of_an_older_version_resumes_under_its_command():
     # Its config.yaml: a setting that is new since then stands in BEFORE_ADDED, as it was before.
     old = yaml.safe_load((Path(__file__).parent / "old_run.yaml").read_text())

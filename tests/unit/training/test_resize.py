@@ -1,6 +1,7 @@
 """Measuring leaves no memory behind, and other ranks take over the batch of a state."""
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses import FakeTensor
 from gns_pretrain.batch_size import AdaptiveBatchSize, BatchSizeSettings
 from gns_pretrain.launch.build import build_adaptive_batch_size, build_run
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim.adamw import AdamWSettings
 from gns_pretrain.optim.base import keep_token_half_life
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.parallel.mesh import World
@@ -172,3 +174,33 @@ def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
     )
     assert finished(config, tmp_path, take_and_look)
     assert betas == {8: 0.95, 24: 0.95**3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "betas"),
+    [
+        ({"tie_to_tokens": True}, [0.9**4, 0.9]),  # 0.95^4 = 0.81
+        ({"tie_to_tokens": True, "tied_beta2": [0.0, 1.0]}, [0.9**4, 0.95**4]),
+        ({"weight_decay_timescale": "0.5"}, None),  # averages stay as they are
+    ],
+)
+def test_run_records_what_follows_its_batch(settings, betas, tmp_path, shards):
+    config = small_run(
+        tmp_path,
+        shards,
+        steps=6,
+        optimizer=AdamWSettings(lr=1e-2, **settings),
+        batch_size=BatchSizeSettings(
+            initial=8,
+            policy="staged",
+            stage_tokens=[2 * 8 * SEQUENCE_LENGTH],
+            stage_sizes=[32],
+        ),
+    )
+    assert finished(config, tmp_path, one_step)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    (line,) = (line for line in lines if line["kind"] == "batch_size")
+    assert line.get("betas") == betas
+    # lambda = 1 / (0.5 x 0.01 x 6), or 0.1; 4 times the batch at twice the rate doubles it.
+    decay = 0.1 if "tie_to_tokens" in settings else 1 / 0.03
+    assert line["weight_decay"] == pytest.approx(2 * decay)
