@@ -32,7 +32,7 @@ class ShadowSettings(PolicySettings):
 class BatchSizeSettings(PolicySettings):
     """How many sequences an optimizer step takes, at first and later."""
 
-    # sequences, over all ranks
+    # sequences, over all ranks; auto: by the law of arXiv:2505.13738, from token_budget
     initial: Annotated[
         int, at_least(1, "sequence", hint="it counts one optimizer step over all ranks")
     ] = 16

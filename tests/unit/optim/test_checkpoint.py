@@ -41,7 +41,7 @@ def built(settings: OptimizerSettings) -> tuple[Llama, torch.optim.Optimizer]:
     model.init_weights(seed=0)
     optimizer = settings.build(model)
     remember_peaks(optimizer)
-    keep_token_half_life(optimizer, 8)
+    keep_token_half_life(optimizer, 8, beta2=(0.9, 0.9999))
     return model, optimizer
 
 
