@@ -97,6 +97,9 @@ BEFORE_ADDED: dict[str, Any] = {
     "averaging.count_first": False,
     "model.parametrization": "standard",
     "model.mup_base_dim": 64,
+    "noise_scale.composite_rest": "manhattan",
+    "noise_scale.composite_sum": "roots",
+    "noise_scale.of_momentum": False,
     "optimizer.weight_decay_timescale": None,
     "optimizer.tied_beta2": [0.0, 1.0],
 }
