@@ -152,10 +152,18 @@ def build_run(
     )
 
 
+def decay_timescale(config: Config, workload: Workload) -> float | None:
+    """That of the weight decay, as a fraction of the run; InputError where it cannot be."""
+    steps = workload.total_samples / config.batch_size.initial
+    return config.optimizer.timescale(
+        steps=steps, tokens_per_parameter=lambda: workload.tokens_per_parameter
+    )
+
+
 def build_optimizer(config: Config, workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer, with what of it follows the batch size."""
     settings, batch_size = config.optimizer, config.batch_size.initial
-    timescale = settings.timescale(lambda: workload.tokens_per_parameter)
+    timescale = decay_timescale(config, workload)
     decaying = settings if timescale is None else settings.decaying()
     width = workload.model.relative_width
     optimizer = config.averaging.build(decaying, model, width=width)

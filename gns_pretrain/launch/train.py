@@ -36,7 +36,7 @@ from gns_pretrain.errors import (
     OneLineError,
     print_error,
 )
-from gns_pretrain.launch.build import build_run
+from gns_pretrain.launch.build import build_run, decay_timescale
 from gns_pretrain.launch.crash_report import CrashReporter, remove_empty_stacks, traces
 from gns_pretrain.launch.header import TEXT_COLUMN, header
 from gns_pretrain.launch.ranks import exit_with_launcher, rank_info_from, run_local_ranks
@@ -178,7 +178,7 @@ def check_run(
         device = pick_device(config.launch.device, local_rank)
     workload = open_workload(config)
     workload.check()
-    timescale = config.optimizer.timescale(lambda: workload.tokens_per_parameter)
+    timescale = decay_timescale(config, workload)
     if trains_here:
         memory = check_memory(
             config,

@@ -96,16 +96,27 @@ class OptimizerSettings(Settings):
         """The settings within, for the parameters that a matrix rule leaves, by their fields."""
         return {name: part for name, part in vars(self).items() if hasattr(part, "weight_decay")}
 
-    def timescale(self, tokens_per_parameter: Callable[[], float]) -> float | None:
+    def timescale(self, *, steps: float, tokens_per_parameter: Callable[[], float]) -> float | None:
         """weight_decay_timescale as a number; None where weight_decay holds.
 
+        Args:
+            steps: of the run, at its first batch size.
+            tokens_per_parameter: of the run, asked for auto.
+
         Raises:
-            InputError: it is auto, and the law says nothing of so many tokens a parameter.
+            InputError: it is less than a step, so that a step would turn weights around; or auto,
+                and the law says nothing of so many tokens a parameter.
         """
-        if self.weight_decay_timescale == "auto":
-            return timescale_by_rule(tokens_per_parameter())
         text = self.weight_decay_timescale
-        return None if text is None else float(text)
+        if text is None:
+            return None
+        timescale = timescale_by_rule(tokens_per_parameter()) if text == "auto" else float(text)
+        if timescale * steps < 1.0:
+            raise InputError(
+                f"optimizer.weight_decay_timescale={timescale:.3g} of {steps:.3g} steps is less "
+                f"than one step; use at least {1.0 / steps:.3g}"
+            )
+        return timescale
 
     def decaying(self) -> Self:
         """The same settings with a weight decay of 1 in all parts, for `set_timescale` to set."""

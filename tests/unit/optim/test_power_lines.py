@@ -63,6 +63,13 @@ def test_weight_forgets_all_but_1_in_e_within_its_timescale():
     assert (1 - 0.01 * decay) ** 200 == pytest.approx(math.exp(-1), rel=5e-3)
 
 
+def test_timescale_below_a_step_is_refused():
+    settings = AdamWSettings(weight_decay_timescale="0.002")
+    assert settings.timescale(steps=500, tokens_per_parameter=lambda: 0.0) == 0.002
+    with pytest.raises(InputError, match=r"=0.002 of 400 steps is less than one .* least 0.0025"):
+        settings.timescale(steps=400, tokens_per_parameter=lambda: 0.0)
+
+
 def test_every_decayed_group_has_the_timescale_at_its_own_learning_rate():
     model = Llama(odd_model())
     settings = MuonSettings(lr=0.05, adamw=AdamWPart(lr=0.002), weight_decay_timescale="0.25")
