@@ -615,8 +615,10 @@ class Nuclear(Geometry):
 class Adam(Euclidean):
     """The geometry of Adam's own step, as AdamScale has it (AdaptDL, PR 95).
 
-    Gradients are divided by v^(1/2) + epsilon of the optimizer as it was before the step, so that
-    the samples and their scales are independent. Weights that Adam does not train add nothing.
+    Gradients are divided by the v^(1/2) + epsilon that the coming step divides by. It has the mean
+    gradient's square in it, with a weight of 1 - beta2: without it the rows of an embedding that no
+    step has seen for long, whose v is near zero, would be all of noise and signal. Weights that
+    Adam does not train add nothing.
     """
 
     name = "adam"

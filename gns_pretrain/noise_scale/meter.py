@@ -106,8 +106,8 @@ class NoiseMeter:
         blocks: whose gradients come close together and are reduced together; by default a layer's.
         kinds: labels of parameters for `per_kind`; by default their roles.
         optimizer: over the model's parameters, for the geometries `adam` and `composite` and for
-            `of_momentum`, which read its state, rates and momenta as they are before its step.
-            Until Adam has taken one, what divides by its second moments is not measured.
+            `of_momentum`, which read its state, rates and momenta before it steps. Until Adam has
+            taken a step, what divides by its second moments is not measured.
         options: fields of `settings`, by name.
 
     Raises:

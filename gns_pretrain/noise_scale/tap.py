@@ -407,6 +407,7 @@ class GradientTap:
             if self.layout.part > 0 and not tapped.in_parts:
                 self.square_norms[index].zero_()
         matrices, signed_matrices, nested_matrices = {}, {}, []
+        updates = self.updates
         if self.needs.matrices:
             matrices = owned_means(self.weights, loss_scale)
             if self.needs.signed_sums:
@@ -430,15 +431,9 @@ class GradientTap:
             nested=[without_padding(sums, means) for sums in self.nested_sums],
             nested_matrices=nested_matrices,
             is_matrix=[tapped.role is Role.MATRIX for tapped in self.weights],
-            scales=self._scales(counts) if self.needs.second_moments else [],
-            lengths=self.updates.lengths() if self.updates and self.needs.lengths else [],
+            scales=list(updates.scales(means)) if updates and self.needs.second_moments else [],
+            lengths=updates.lengths() if updates and self.needs.lengths else [],
         )
-
-    def _scales(self, counts: list[bool]) -> list[Tensor]:
-        """Return what Adam divides this rank's rows by; none of those that are not counted."""
-        assert self.updates is not None
-        scales = zip(self.updates.scales(), counts, strict=True)
-        return [scale if counted else scale[:0] for scale, counted in scales]
 
     def _owned(self, sums: list[Tensor]) -> dict[int, Tensor]:
         """Return the whole matrices that this rank owns of sums by weight; all ranks together."""

@@ -81,21 +81,29 @@ class Updates:
             found.append(momentum_noise(beta, nesterov=nesterov))
         return found
 
-    def scales(self) -> Iterator[Tensor]:
-        """Yield this rank's rows of each weight's v'^(1/2) + epsilon, by which Adam divides.
+    def scales(self, means: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield this rank's rows of each weight's v'^(1/2) + epsilon, by which Adam will divide.
 
-        v' is v without its bias, as of the last step. A weight without v has inf: what is divided
-        by it adds nothing.
+            v = beta2 v + (1 - beta2) g^2    v' = v / (1 - beta2^t)
+
+        A weight without v has inf: what is divided by it adds nothing.
+
+        Args:
+            means: g, this rank's rows of each weight's mean gradient, or the first of them; it is
+                not clipped yet.
         """
-        for tapped, (group, _) in zip(self.weights, self._of_weights(), strict=True):
+        of_weights = zip(self.weights, self._of_weights(), means, strict=True)
+        for tapped, (group, _), mean in of_weights:
             state = self.optimizer.state.get(tapped.weight, {})
             if "exp_avg_sq" not in state:
-                yield torch.full_like(tapped.rows_in_layout(tapped.weight), torch.inf)
+                yield torch.full_like(mean, torch.inf)
                 continue
-            squares = tapped.rows_in_layout(state["exp_avg_sq"]).float()
+            beta2 = group["betas"][1]
+            squares = tapped.rows_in_layout(state["exp_avg_sq"])[: len(mean)]
+            squares = squares.float().mul(beta2).addcmul_(mean, mean, value=1.0 - beta2)
             # A tensor, of the device where the optimizer counts: nothing is waited for.
-            unbiased = squares / (1.0 - group["betas"][1] ** state["step"])
-            yield unbiased.sqrt_().add_(group["eps"])
+            bias = 1.0 - beta2 ** (state["step"] + 1)
+            yield squares.div_(bias).sqrt_().add_(group["eps"])
 
     def _of_weights(self) -> list[tuple[dict[str, Any], torch.optim.Optimizer | None]]:
         """Return each weight's group and the rule that steps it; nothing where none does."""

@@ -265,12 +265,11 @@ def reference(
     batch_size = NUM_SAMPLES * foreign.sample_size
     values = noise_and_signal(gradients, foreign.matrix_names(model), batch_size)
     weights = dict(foreign.new().double().named_parameters())
-    bias = 1 - BETAS[1] ** STEPS
-    scales = {
-        name: (second_moment(weights[name]) / bias).sqrt() + 1e-8
-        for name in gradients
-        if name not in foreign.matrix_names(model)
-    }
+    beta2, scales = BETAS[1], {}
+    for name in gradients.keys() - set(foreign.matrix_names(model)):
+        square = gradients[name].double().mean(0).square()
+        v = beta2 * second_moment(weights[name]) + (1 - beta2) * square
+        scales[name] = (v / (1 - beta2 ** (STEPS + 1))).sqrt() + 1e-8
     transposed = transposed_weights(model)
     lengths = {}
     for name, gradient in gradients.items():

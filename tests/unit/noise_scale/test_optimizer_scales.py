@@ -89,15 +89,15 @@ def as_double(sample: Batch) -> Batch:
 
 
 def scales_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, beta2: float
+    model: nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """v'^(1/2) + epsilon of the weights that have second moments, by the equation."""
+    """v^(1/2) + epsilon of the coming step, of the weights that have second moments."""
     found = {}
     for name, weight in model.named_parameters():
         state = optimizer.state.get(weight, {})
         if "exp_avg_sq" in state:
-            bias = 1 - beta2 ** state["step"].item()
-            found[name] = (state["exp_avg_sq"].double() / bias).sqrt() + 1e-8
+            v = 0.95 * state["exp_avg_sq"].double() + 0.05 * gradients[name].mean(0).square()
+            found[name] = (v / (1 - 0.95 ** (state["step"].item() + 1))).sqrt() + 1e-8
     return found
 
 
@@ -108,8 +108,9 @@ def test_adam_divides_by_the_optimizers_own_second_moments():
     found = steps(model, optimizer, 3, geometries=["adam"], estimates=estimates)
     assert found[0] == []  # there are no second moments yet
     assert len(found[1]) == len(found[2]) == len(estimates)
-    scales = scales_of(model, optimizer, 0.95)
-    expected = adams_noise_and_signal(gradients_at(model, 3), scales, BATCH_SIZE)
+    gradients = gradients_at(model, 3)
+    scales = scales_of(model, optimizer, gradients)
+    expected = adams_noise_and_signal(gradients, scales, BATCH_SIZE)
     for reading in found[2]:
         total = reading.total
         numbers = total.gains or (total.noise, total.signal)
@@ -120,9 +121,10 @@ def test_adam_measures_nothing_of_what_another_rule_trains():
     model = Regression()
     optimizer = muon_and_adamw(model)
     found = steps(model, optimizer, 2, geometries=["adam"])[1]
-    scales = scales_of(model, optimizer, 0.95)
+    gradients = gradients_at(model, 2)
+    scales = scales_of(model, optimizer, gradients)
     assert len(scales) == 9  # of eleven weights two are Muon's
-    expected = adams_noise_and_signal(gradients_at(model, 2), scales, BATCH_SIZE)
+    expected = adams_noise_and_signal(gradients, scales, BATCH_SIZE)
     assert found[0].total.noise == pytest.approx(expected["adam", "plug_in"][0], rel=1e-5)
 
 
@@ -142,12 +144,13 @@ def test_composite_adds_its_parts_up(rest: str, add_up: str):
         square_root="exact",
     )
     assert len(found[0]) == (0 if rest == "adam" else 2)
-    scales = scales_of(model, optimizer, 0.95)
+    gradients = gradients_at(model, 2)
+    scales = scales_of(model, optimizer, gradients)
     lengths = {
         name: ADAMW_LR if name in scales else MUON_LR for name, _ in model.named_parameters()
     }
     expected = composite_noise_and_signal(
-        gradients_at(model, 2),
+        gradients,
         lengths,
         scales if rest == "adam" else {},
         BATCH_SIZE,
@@ -174,13 +177,6 @@ def test_composite_signal_is_what_a_step_gains_to_first_order():
         readings = steps(model, sign, 2, geometries=["composite"], composite_rest="adam")[1]
         loss = sum(model(**as_double(sample)) for sample in samples(2)) / NUM_SAMPLES
         loss.backward()
-        # Adam's own step divides by a v that has this step's gradient in it; the meter's has not.
-        for group in sign.param_groups:
-            if "betas" in group:
-                group["betas"] = (0.0, 1.0 - 1e-12)
-                for weight in group["params"]:
-                    sign.state[weight]["step"].fill_(1e15)
-                    sign.state[weight]["exp_avg_sq"].div_(1 - 0.9)
         sign.step()
         after = sum(model(**as_double(sample)) for sample in samples(2)) / NUM_SAMPLES
     finally:
