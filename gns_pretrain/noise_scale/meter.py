@@ -131,12 +131,14 @@ class NoiseMeter:
         self.geometries = [GEOMETRIES[name](self.settings) for name in self.settings.geometries]
         needs = reduce(or_, (geometry.needs for geometry in self.geometries), Needs())
         roles = {role for role in Role for g in self.geometries if g.looks_at(role)}
+        if not roles or Role.MATRIX in roles:  # others cost little beside them, and are checked too
+            roles = set(Role)
         self.tap = GradientTap(
             model,
             needs | self.settings.needs,
             matrices,
             blocks,
-            roles=roles or set(Role),  # nothing is measured without a geometry
+            roles=roles,
             optimizer=optimizer,
         )
         self._check_optimizer()

@@ -530,10 +530,12 @@ def test_optimizer_builds_over_all_parameters(choice):
 def test_noise_scale_builds_a_meter(choice):
     settings = composed(f"noise_scale={choice}").noise_scale
     model = Llama(odd_model())
+    optimizer = composed(f"optimizer={'adamw' if choice == 'adam' else 'muon'}").optimizer
     if choice == "none":
         assert settings.geometries == []
         return
-    assert len(NoiseMeter(model, settings).tap.weights) == len(list(model.parameters()))
+    meter = NoiseMeter(model, settings, optimizer=optimizer.build(model))
+    assert len(meter.tap.weights) == len(list(model.parameters()))
 
 
 def test_each_point_of_the_sweep_of_w_and_b_is_a_run_with_a_name_of_its_own():

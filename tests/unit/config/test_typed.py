@@ -284,7 +284,8 @@ def test_an_optimizers_state_is_counted_by_a_step_over_a_tiny_model(
     words, of_matrix, of_other, base
 ):
     before = torch.get_rng_state()
-    assert state_bytes(checked([*base, *words]).optimizer) == (of_matrix, of_other)
+    config = checked([*base, *words])
+    assert state_bytes(config.optimizer, config.averaging) == (of_matrix, of_other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
