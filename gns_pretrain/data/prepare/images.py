@@ -137,6 +137,7 @@ def _write_folder(folder: Path, settings: PrepareImagesSettings) -> ImageMeta:
         raise InputError(
             f"--validation has the classes {shown[0]}, and --train {shown[1]}; both need the same"
         )
+    refuse_single_class(classes)
     shape: tuple[int, ...] = ()
     written = {}
     with (
@@ -155,6 +156,7 @@ def _write_folder(folder: Path, settings: PrepareImagesSettings) -> ImageMeta:
     if classes is None:
         labels = [np.load(folder / files.labels) for files, _ in written.values()]
         classes = tuple(map(str, range(1 + max(int(found.max()) for found in labels))))
+        refuse_single_class(classes)
     mean, deviation = written["train"][1].mean_and_deviation()
     height, width, channels = shape
     meta = ImageMeta(
@@ -169,6 +171,12 @@ def _write_folder(folder: Path, settings: PrepareImagesSettings) -> ImageMeta:
     )
     write_image_meta(folder, meta)
     return meta
+
+
+def refuse_single_class(classes: tuple[str, ...] | None) -> None:
+    """Raise InputError for one class: nothing can be learned from it."""
+    if classes is not None and len(classes) == 1:
+        raise InputError(f"--train has one class alone, {classes[0]}; a classifier needs two")
 
 
 def _row(folder: Path, meta: ImageMeta, status: str, seconds: float) -> dict[str, Any]:
@@ -222,8 +230,12 @@ def open_source(settings: PrepareImagesSettings, split: str) -> Source:
 def _class_folders(folder: Path, setting: str) -> Source:
     """Images in a folder of each class, both in the order of their names."""
     visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    if not visible or not all(path.is_dir() for path in visible):
-        raise InputError(f"{setting}={folder} must hold one folder for each class, nothing else")
+    others = [path.name for path in visible if not path.is_dir()]
+    if others or not visible:
+        raise InputError(
+            f"{setting}={folder} must hold one folder for each class, nothing else; it holds "
+            f"{others[0] if others else 'nothing'}"
+        )
 
     def records() -> Iterator[Record]:
         for label, of_class in enumerate(visible):

@@ -109,8 +109,8 @@ def test_globs_join_files(tmp_path):
 def test_size_takes_the_middle_square(tmp_path):
     image = np.zeros((4, 8, 3), dtype=np.uint8)
     image[:, 2:6] = 200
-    row = ({"bytes": encoded(image), "path": None}, 0)
-    folder = prepared(tmp_path, write_parquet(tmp_path / "a.parquet", [row]), size=4)
+    rows = [({"bytes": encoded(image), "path": None}, label) for label in (0, 1)]
+    folder = prepared(tmp_path, write_parquet(tmp_path / "a.parquet", rows), size=4)
     read, _ = ImageSet.open(folder, "train").read(np.array([0]))
     np.testing.assert_array_equal(read, np.full((1, 4, 4, 3), 200))
 
@@ -214,9 +214,21 @@ def test_folders_and_files_that_are_no_images_are_named(tmp_path):
     (folder / "cat" / "notes.txt").touch()
     assert "notes.txt is not a file ending in .jpg" in refused(tmp_path, str(folder))
     (folder / "cat" / "notes.txt").rename(folder / "notes.txt")
-    assert "must hold one folder for each class" in refused(tmp_path, str(folder))
+    assert refused(tmp_path, str(folder)).endswith("nothing else; it holds notes.txt")
+    (tmp_path / "empty").mkdir()
+    assert refused(tmp_path, str(tmp_path / "empty")).endswith("nothing else; it holds nothing")
     (tmp_path / "a.txt").write_text("text")
     assert "a.txt is not a .parquet file" in refused(tmp_path, str(tmp_path / "a.txt"))
+
+
+def test_a_single_class_is_refused(tmp_path):
+    rows = [(image, 0) for image, _ in ROWS]
+    line = "--train has one class alone, {}; a classifier needs two"
+    assert refused(tmp_path, write_parquet(tmp_path / "a.parquet", rows)) == line.format("0")
+    write_class_folders(tmp_path / "in")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "in" / "cat").rename(tmp_path / "one" / "cat")
+    assert refused(tmp_path, str(tmp_path / "one")) == line.format("cat")
 
 
 def test_splits_with_other_classes_are_refused(tmp_path):
