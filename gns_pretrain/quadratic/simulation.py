@@ -88,12 +88,18 @@ def simulate(
         overhead: fixed seconds of a step, where a sample takes one.
 
     Raises:
-        InputError: the policy reads a noise scale of matrices, and there is no shape.
+        InputError: the policy reads a noise scale of matrices, and there is no shape; or one that
+            reads the optimizer.
     """
     if shape is None and policy.reads and policy.reads[0] == "nuclear":
         raise InputError(
             "geometry=nuclear measures matrices, and theta is a vector; give simulate a shape, or "
             "use euclidean or manhattan"
+        )
+    if policy.reads and GEOMETRIES[policy.reads[0]].reads_optimizer:
+        raise InputError(
+            f"geometry={policy.reads[0]} reads an optimizer, which has no state here; use "
+            "euclidean or manhattan, or nuclear with a shape"
         )
     draw = torch.Generator().manual_seed(seed)
     size = (len(lrs), len(problem.curvature))

@@ -57,6 +57,7 @@ def test_a_policy_of_ones_own_stands_beside_constant_batches(
         ("--policy adaptive --theta 0", "--theta=0"),
         ("--policy staged", "--stage-tokens"),
         ("--only policies --geometry nuclear", "geometry=nuclear"),
+        ("--only policies --geometry adam", "geometry=adam reads an optimizer"),
     ],
 )
 def test_options_out_of_bounds_are_named(
