@@ -1,7 +1,7 @@
 """Train the runs of docs/howto/transfer.md and make its tables and picture from them.
 
-python docs/generate/transfer.py outputs/transfer              all; 45 minutes of one core
-python docs/generate/transfer.py outputs/transfer adamw        one optimizer
+python docs/generate/transfer.py outputs/transfer adamw   what the page shows; 10 minutes of a core
+python docs/generate/transfer.py outputs/transfer         with Signum and Muon at two widths
 
 Learning rates are a factor of 2 apart, from a first guess on until the best has a neighbor on
 either side; a parabola through these three gives the rate that the table names. Finished runs are
