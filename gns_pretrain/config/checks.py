@@ -153,10 +153,10 @@ def check_memory(
 
 
 def check_noise_scale(config: Config) -> None:
-    """Check that the optimizer has what is measured of it, on a tiny model."""
+    """Check that the optimizer has what is measured of it, on a tiny model after a step."""
     with torch.random.fork_rng(devices=[]):
         model = Llama(TINY)
-        optimizer = config.averaging.build(config.optimizer, model)
+        optimizer = after_a_step(config.averaging.build(config.optimizer, model), model)
         NoiseMeter(model, config.noise_scale, optimizer=optimizer)
 
 
@@ -167,10 +167,7 @@ def state_bytes(settings: OptimizerSettings, averaging: AveragingSettings) -> tu
     """
     with torch.random.fork_rng(devices=[]):
         model = Llama(TINY)
-        optimizer = averaging.build(settings, model)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        optimizer = after_a_step(averaging.build(settings, model), model)
     held: dict[bool, list[int]] = {True: [], False: []}
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
@@ -178,6 +175,14 @@ def state_bytes(settings: OptimizerSettings, averaging: AveragingSettings) -> tu
         same = (s for s in states if isinstance(s, torch.Tensor) and s.shape == parameter.shape)
         held[roles[name] is Role.MATRIX].append(sum(tensor.element_size() for tensor in same))
     return min(held[True]), min(held[False])
+
+
+def after_a_step(optimizer: torch.optim.Optimizer, model: Llama) -> torch.optim.Optimizer:
+    """Let an optimizer take a step with gradients of zero, after which it has its state."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
 
 
 def check_parametrization(config: Config) -> None:

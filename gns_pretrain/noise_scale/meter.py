@@ -133,6 +133,11 @@ class NoiseMeter:
         roles = {role for role in Role for g in self.geometries if g.looks_at(role)}
         if not roles or Role.MATRIX in roles:  # others cost little beside them, and are checked too
             roles = set(Role)
+        if not (optimizer is None or hasattr(optimizer, "param_groups")):
+            raise InputError(
+                f"optimizer={type(optimizer).__name__} is no optimizer; give the meter the "
+                "torch.optim.Optimizer that steps this model"
+            )
         self.tap = GradientTap(
             model,
             needs | self.settings.needs,
@@ -277,6 +282,7 @@ class NoiseMeter:
                 f"batch_size={batch_size} is not a multiple of the {sums.num_samples} samples of "
                 "the step, which are of one size; give the sequences of all ranks together"
             )
+        self._check_optimizer()
         updates = self.tap.updates
         geometries = [
             geometry
@@ -364,6 +370,17 @@ class NoiseMeter:
                     f"noise_scale.{what} reads the optimizer; give it to the meter as optimizer="
                 )
             return
+        if (reading or self.settings.of_momentum) and not updates.has_weights:
+            raise InputError(
+                "the optimizer of the noise meter has none of the model's parameters; give it the "
+                "optimizer that steps this model"
+            )
+        if self.settings.of_momentum and not updates.has_constant_momenta:
+            raise InputError(
+                "noise_scale.of_momentum=true reads one momentum of each parameter, an average "
+                "whose weights stay, which this optimizer's betas are not; use of_momentum=false, "
+                "or an optimizer such as adamw, signum or muon"
+            )
         is_matrix = [tapped.role is Role.MATRIX for tapped in weights]
         of_rest = [
             adams for adams, matrix in zip(updates.adams, is_matrix, strict=True) if not matrix

@@ -13,6 +13,8 @@ from torch import Tensor
 from gns_pretrain.noise_scale.equations import momentum_noise
 from gns_pretrain.noise_scale.weights import TappedWeight
 
+ADAMS = {"exp_avg_sq", "step"}  # what Adam and its relatives keep of a weight, beside the momentum
+
 
 @runtime_checkable
 class SignRule(Protocol):
@@ -42,15 +44,36 @@ class Updates:
         return any("exp_avg_sq" in state for state in self.optimizer.state.values())
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the optimizer steps any weight that is measured."""
+        return any(rule is not None for _, rule in self._of_weights())
+
+    @property
     def adams(self) -> list[bool]:
         """Whether each weight is trained by Adam or a relative, which keeps second moments.
 
-        Not by a schedule-free one, which has `eval` and neither a momentum nor Adam's count.
+        Groups alone tell it before a rule's first step. State tells more: Adamax keeps a maximum,
+        and some libraries' classes count otherwise, and keep what is no v of torch's Adam.
         """
+        kept: dict[int, set[str]] = {}
+        of_weights = self._of_weights()
+        for tapped, (_, rule) in zip(self.weights, of_weights, strict=True):
+            kept.setdefault(id(rule), set()).update(self.optimizer.state.get(tapped.weight, ()))
         return [
-            len(group.get("betas", ())) == 2 and "eps" in group and not hasattr(rule, "eval")
-            for group, rule in self._of_weights()
+            is_like_adam(group, rule) and (not kept[id(rule)] or kept[id(rule)] >= ADAMS)
+            for group, rule in of_weights
         ]
+
+    @property
+    def has_constant_momenta(self) -> bool:
+        """Whether each weight's momentum, if it has one, is an average with its group's beta.
+
+        NAdam's beta changes from step to step, Lion has two, a schedule-free one is no momentum.
+        """
+        return all(
+            "momentum_decay" not in group and ("betas" not in group or is_like_adam(group, rule))
+            for group, rule in self._of_weights()
+        )
 
     @property
     def along_matrix_signs(self) -> list[bool]:
@@ -86,21 +109,32 @@ class Updates:
 
             v = beta2 v + (1 - beta2) g^2    v' = v / (1 - beta2^t)
 
-        A weight without v has inf: what is divided by it adds nothing.
+        AMSGrad divides by the largest v there was. A weight decay that is coupled is part of g. A
+        weight without v has inf: what is divided by it adds nothing.
 
         Args:
             means: g, this rank's rows of each weight's mean gradient, or the first of them; it is
                 not clipped yet.
         """
-        of_weights = zip(self.weights, self._of_weights(), means, strict=True)
-        for tapped, (group, _), mean in of_weights:
+        of_weights = zip(self.weights, self._of_weights(), self.adams, means, strict=True)
+        for tapped, (group, _), is_adams, mean in of_weights:
             state = self.optimizer.state.get(tapped.weight, {})
-            if "exp_avg_sq" not in state:
+            if not is_adams or "exp_avg_sq" not in state:
                 yield torch.full_like(mean, torch.inf)
                 continue
+
+            def rows(tensor: Tensor, tapped: TappedWeight = tapped, mean: Tensor = mean) -> Tensor:
+                return tapped.rows_in_layout(tensor)[: len(mean)].float()
+
+            gradient = mean
+            if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+                decay = group["weight_decay"] * (-1.0 if group.get("maximize") else 1.0)
+                gradient = mean + decay * rows(tapped.weight)
             beta2 = group["betas"][1]
-            squares = tapped.rows_in_layout(state["exp_avg_sq"])[: len(mean)]
-            squares = squares.float().mul(beta2).addcmul_(mean, mean, value=1.0 - beta2)
+            squares = rows(state["exp_avg_sq"]).mul(beta2)
+            squares.addcmul_(gradient, gradient, value=1.0 - beta2)
+            if "max_exp_avg_sq" in state:
+                squares = torch.maximum(squares, rows(state["max_exp_avg_sq"]))
             # A tensor, of the device where the optimizer counts: nothing is waited for.
             bias = 1.0 - beta2 ** (state["step"] + 1)
             yield squares.div_(bias).sqrt_().add_(group["eps"])
@@ -114,6 +148,14 @@ class Updates:
             for parameter in group["params"]
         }
         return [found.get(id(tapped.weight), ({}, None)) for tapped in self.weights]
+
+
+def is_like_adam(group: dict[str, Any], rule: torch.optim.Optimizer | None) -> bool:
+    """Whether a group is Adam's or a relative's, by its hyperparameters.
+
+    Not of a schedule-free one, which has `eval` and neither a momentum nor Adam's count.
+    """
+    return len(group.get("betas", ())) == 2 and "eps" in group and not hasattr(rule, "eval")
 
 
 def rules_within(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:

@@ -69,6 +69,10 @@ class ImageWorkload(Workload):
         self._settings = model
         self.model = self._counted.config  # with the size of a patch, which the images decide
 
+    def check(self) -> None:
+        """Check that the average of weights, if there is one, is of a model that can have it."""
+        self.config.averaging.build(self.config.optimizer, self._counted)
+
     def size(self) -> Size:
         """Counted from the model; a micro-batch is its images alone."""
         roles = parameter_roles(self._counted)

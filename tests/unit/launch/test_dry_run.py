@@ -11,6 +11,7 @@ from gns_pretrain.batch_size import BatchSizeSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.launch.train import check_run, launch
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim.custom import CustomSettings
 from gns_pretrain.system.processes import StopRequest
 from gns_pretrain.system.terminal import write
 from gns_pretrain.tracking.settings import MetricsSettings, WandbSettings
@@ -130,3 +131,12 @@ def test_dry_run_of_a_finished_run_says_so(dry, tmp_path, shards, capsys):
     assert launch(small_run(tmp_path / "outputs", shards, steps=2, dry_run=True)) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert "small is finished; resume=never restarts it" in line
+
+
+def test_optimizer_without_what_is_measured_of_it_is_refused(tmp_path, shards):
+    adamax = CustomSettings(class_path="torch.optim.Adamax")
+    measured = NoiseScaleSettings(["adam"])
+    config = small_run(tmp_path / "outputs", shards, optimizer=adamax, noise_scale=measured)
+    with pytest.raises(InputError, match="keep, and this optimizer has none"):
+        check_run(config, None, show=write)
+    assert not (tmp_path / "outputs").exists()

@@ -117,6 +117,33 @@ def test_adam_divides_by_the_optimizers_own_second_moments():
         assert numbers == pytest.approx(expected["adam", total.estimate], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amsgrad": True},
+        {"weight_decay": 0.5},
+        {"weight_decay": 0.5, "maximize": True},
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+    ],
+    ids=str,
+)
+def test_adam_divides_as_the_coming_step_does(options: dict[str, float | bool]):
+    model = Regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.9, 0.5), **options)
+    total = steps(model, optimizer, 6, geometries=["adam"])[5][0].total
+    gradients = gradients_at(model, 6)
+    for name, weight in model.named_parameters():
+        weight.grad = gradients[name].mean(0).float()
+    optimizer.step()
+    scales = {}
+    for name, weight in model.named_parameters():
+        state = optimizer.state[weight]
+        v = state["max_exp_avg_sq" if "amsgrad" in options else "exp_avg_sq"].double()
+        scales[name] = (v / (1 - 0.5**6)).sqrt() + 1e-8
+    expected = adams_noise_and_signal(gradients, scales, BATCH_SIZE)["adam", "plug_in"]
+    assert (total.noise, total.signal) == pytest.approx(expected, rel=1e-5)
+
+
 def test_adam_measures_nothing_of_what_another_rule_trains():
     model = Regression()
     optimizer = muon_and_adamw(model)
@@ -264,6 +291,43 @@ def test_what_an_optimizer_lacks_is_refused_in_one_line(case: str):
     with pytest.raises(InputError, match=message) as error:
         NoiseMeter(model, optimizer=optimizer, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"geometries": ["adam"]}, "none of the model's parameters"),
+        ({"geometries": ["manhattan"], "of_momentum": True}, "none of the model's parameters"),
+    ],
+)
+def test_an_optimizer_of_another_model_is_refused(options: dict[str, object], message: str):
+    optimizer = torch.optim.AdamW(Regression().parameters())
+    with pytest.raises(InputError, match=message):
+        NoiseMeter(Regression(), optimizer=optimizer, **options)
+    with pytest.raises(InputError, match="optimizer=list is no optimizer"):
+        NoiseMeter(Regression(), optimizer=optimizer.param_groups, **options)
+
+
+def test_a_class_that_shows_after_a_step_to_keep_no_second_moments_is_refused():
+    model = Regression()
+    optimizer = torch.optim.Adamax(model.parameters())
+    with pytest.raises(InputError, match="keep, and this optimizer has none"):
+        steps(model, optimizer, 2, geometries=["adam"])
+
+
+class TwoBetas(torch.optim.Optimizer):
+    """As Lion: the first beta is of the step, the second of the average."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.99)})
+
+
+@pytest.mark.parametrize("kind", [TwoBetas, torch.optim.NAdam])
+def test_the_noise_of_a_momentum_that_no_beta_says_is_refused(kind: type[torch.optim.Optimizer]):
+    model = Regression()
+    optimizer = kind(list(model.parameters()))
+    with pytest.raises(InputError, match="an average whose weights stay"):
+        NoiseMeter(model, optimizer=optimizer, geometries=["manhattan"], of_momentum=True)
 
 
 def test_a_model_without_norms_cannot_be_measured_by_them():

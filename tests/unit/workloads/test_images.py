@@ -11,6 +11,7 @@ from gns_pretrain.data.image_settings import ImageDataSettings
 from gns_pretrain.data.settings import DataSettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
+from gns_pretrain.optim.averaging import AveragingSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.training.evaluate import EvaluationSettings
 from gns_pretrain.workloads import open_workload
@@ -45,6 +46,14 @@ def test_setting_that_does_not_fit_is_refused_in_one_line(changes, message, imag
     with pytest.raises(InputError, match=message) as refused:
         open_workload(replace(image_run(tmp_path, images, "vit", "single"), **changes))
     assert "\n" not in str(refused.value)
+
+
+def test_average_beside_running_statistics_is_refused_before_a_run_begins(images, tmp_path):
+    config = image_run(tmp_path, images, "resnet", "single")
+    open_workload(config).check()
+    averaged = replace(config, averaging=AveragingSettings("ema", decay=0.9))
+    with pytest.raises(InputError, match=r"running statistics .*use averaging=none"):
+        open_workload(averaged).check()
 
 
 @pytest.mark.parametrize(
