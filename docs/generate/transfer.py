@@ -55,7 +55,7 @@ OPTIMIZERS = {
     "muon": Optimizer(
         "Muon",
         "optimizer=muon optimizer.momentum=0.9 optimizer.adamw.lr={adamw_lr:g}",
-        2e-2,
+        8e-2,
         (64, 256),
     ),
 }
