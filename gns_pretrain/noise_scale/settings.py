@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, TypedDict
 from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, key_of, one_of, positive
 from gns_pretrain.geometry.square_root import MODES
+from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs, fewest_samples
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
@@ -115,6 +116,21 @@ class NoiseScaleSettings(Settings):
                     f"nothing to measure; add {' or '.join(GEOMETRIES[geometry].estimates)}, or "
                     "leave it out"
                 )
+
+        reading = [GEOMETRIES[name](self) for name in self.geometries]
+        if (
+            reading
+            and self.parameters == "norms"
+            and not any(
+                geometry.looks_at(Role.NORM) and not geometry.looks_at(Role.EMBEDDING)
+                for geometry in reading
+            )
+        ):
+            raise InputError(
+                f"noise_scale.parameters=norms is not read by noise_scale.geometries="
+                f"{listed(self.geometries)}; use [euclidean], [manhattan] or [adam], or "
+                "parameters=all"
+            )
 
     def estimates_of(self, geometry: str) -> list[str]:
         """The estimates asked for, less those that a geometry has no equation for."""

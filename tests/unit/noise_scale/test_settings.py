@@ -36,6 +36,13 @@ def test_geometries_and_estimates_that_measure_nothing_or_twice_are_refused(
         NoiseScaleSettings(geometries, estimates)
 
 
+@pytest.mark.parametrize("geometries", [["nuclear"], ["composite"], ["nuclear", "composite"]])
+def test_norms_alone_are_refused_where_no_geometry_reads_them_alone(geometries):
+    with pytest.raises(InputError, match=r"^noise_scale\.parameters=norms is not read by .*all$"):
+        NoiseScaleSettings(geometries, parameters="norms")
+    NoiseScaleSettings([*geometries, "adam"], parameters="norms")
+
+
 def test_nested_needs_an_eighth_of_the_micro_batches():
     assert NoiseScaleSettings(["manhattan"], ["nested"]).fewest_samples == 8
     with pytest.raises(InputError, match=r"^noise_scale\.min_samples=4 is too few .*; use 8"):
