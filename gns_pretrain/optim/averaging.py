@@ -177,6 +177,9 @@ class AveragingOptimizer(CombinedOptimizer):
         interpolation: mu of the module's text, in [0, 1).
         start: share of the budget before which the average is the last weights; `set_progress`.
         count_first: whether the average begins with the weights of its start.
+
+    Raises:
+        InputError: a value that cannot be, or an optimizer that averages by itself.
     """
 
     def __init__(
@@ -190,6 +193,11 @@ class AveragingOptimizer(CombinedOptimizer):
     ) -> None:
         kind = "uniform" if decay is None else "ema"
         AveragingSettings(kind, decay, interpolation, start, count_first)  # checks them
+        if faces := two_faced(optimizer):
+            raise InputError(
+                f"AveragingOptimizer averages what {type(faces[0]).__name__} averages already, as "
+                "its train() and eval() say; use one of them alone"
+            )
         super().__init__([optimizer])
         self.interpolation, self.start, self.count_first = interpolation, start, count_first
         self.progress = 1.0  # share of the budget that is consumed

@@ -367,6 +367,10 @@ def test_a_step_of_averaged_weights_is_refused():
         (lambda: AveragingSettings("uniform", interpolation=1.0), r"interpolation=1\.0 must be"),
         (lambda: GPA.build(FACES, llama()), r"kind=ema averages what Faces averages already"),
         (
+            lambda: AveragingOptimizer(GPA.build(AdamWSettings(), llama()), decay=0.9),
+            r"averages what AveragingOptimizer averages already, .*; use one of them alone",
+        ),
+        (
             lambda: CustomSettings(class_path=FACES.class_path, tie_to_tokens=True),
             r"tie_to_tokens=true .*test_averaging\.Faces takes gradients; use .*=false",
         ),
