@@ -1,7 +1,7 @@
 """Train the runs of docs/howto/transfer.md and make its tables and picture from them.
 
-python docs/generate/transfer.py outputs/transfer adamw   what the page shows; 10 minutes of a core
-python docs/generate/transfer.py outputs/transfer         with Signum and Muon at two widths
+python docs/generate/transfer.py outputs/transfer         what the page shows; 15 minutes of a core
+python docs/generate/transfer.py outputs/transfer adamw   one optimizer alone
 
 Learning rates are a factor of 2 apart, from a first guess on until the best has a neighbor on
 either side; a parabola through these three gives the rate that the table names. Finished runs are
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from hydra import compose, initialize_config_dir
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gns_pretrain.config.compose import settings_from
 from gns_pretrain.config.register import CONFIG_FOLDER, register_configs
@@ -147,6 +148,9 @@ def draw(found: dict[str, dict[tuple[str, int], Losses]], path: Path) -> None:
                     )
                 label = "muP" if parametrization == "mup" else parametrization
                 axes.set_title(f"{OPTIMIZERS[optimizer].label}, {label}")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
             row[0].set_ylabel("validation loss (nats)")
             row[0].legend(title="width")
         for axes in grid[-1]:
