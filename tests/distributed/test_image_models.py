@@ -21,7 +21,7 @@ from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined
 from gns_pretrain.parallel.running_statistics import update_running_statistics
 from gns_pretrain.parallel.sharding import gradient_synchronisation, local_shards, parallelize
 from tests.dense_reference import Values, looped_sample_gradients, noise_and_signal
-from tests.distributed.exactness import ESTIMATES, GEOMETRIES, largest_difference, values_of
+from tests.distributed.exactness import ESTIMATES, largest_difference, values_of
 from tests.distributed.harness import run_ranks
 
 # Widths that neither 2 nor 3 ranks divide; 5 classes.
@@ -29,6 +29,7 @@ CONFIGS = {
     "SimpleViT": SimpleViTConfig("v", patch_size=4, dim=20, num_layers=2, num_heads=2, ffn_dim=26),
     "ResNet": ResNetConfig("r", width=5, blocks_per_stage=[1, 1, 1]),
 }
+GEOMETRIES = ["euclidean", "manhattan", "nuclear"]
 ALL = NoiseScaleSettings(geometries=GEOMETRIES, estimates=ESTIMATES, square_root="exact")
 SAMPLES, SIZE = 12, 4  # micro-batches of a step, and images of each
 # float32 rounds a sum of 12 sample gradients by about 12 * 6e-8 = 7e-7 of its size.
