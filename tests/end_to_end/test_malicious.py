@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
@@ -134,10 +135,10 @@ def test_value_of_an_optimizer_that_calls_something_is_refused(tmp_path, marker,
     model = Llama(odd_model())
     model.init_weights(seed=0)
     optimizer = AdamWSettings().build(model)
-    tensors = tensors_of(model, optimizer)
-    tensors["optimizer"]["param_groups"][0]["weight_decay"] = Payload(marker)
-    with monkeypatch.context() as patch:
-        patch.setattr("gns_pretrain.training.checkpoint.tensors_of", lambda *_: tensors)
+    with tensors_of(model, optimizer) as tensors, monkeypatch.context() as patch:
+        tensors["optimizer"]["param_groups"][0]["weight_decay"] = Payload(marker)
+        held = nullcontext(tensors)
+        patch.setattr("gns_pretrain.training.checkpoint.tensors_of", lambda *_: held)
         checkpoint = save(tmp_path / "checkpoints", model, optimizer)
     assert damage(checkpoint) is None
     with pytest.raises(InputError, match=r"cannot be loaded .*mkdir"):
