@@ -340,6 +340,11 @@ def decoded(record: Record, size: int | None) -> np.ndarray:
                     f"{record.origin}: an image of {image.width} x {image.height} pixels; at most "
                     f"{MAX_PIXELS:,} are decoded"
                 )
+            if image.mode.startswith(("I", "F")):  # Pillow would cut off all above 255
+                raise InputError(
+                    f"{record.origin}: its pixels have more than 8 bits (mode {image.mode}); "
+                    "convert it to 8 bits first"
+                )
             image = ImageOps.exif_transpose(image).convert("RGB")
             if size is not None:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -41,8 +41,8 @@ def test_matrices_are_inside_the_model_with_two_dimensions_or_more():
             f"stack.layer_{i}.{name}": role
             for i in (0, 1)
             for name, role in {
-                "norm.weight": "OTHER",
-                "norm.bias": "OTHER",
+                "norm.weight": "NORM",
+                "norm.bias": "NORM",
                 "up.weight": "MATRIX",
                 "up.bias": "OTHER",
             }.items()

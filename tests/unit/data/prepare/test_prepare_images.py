@@ -153,6 +153,9 @@ def test_kill_leaves_no_folder_and_the_same_command_makes_it(tmp_path, monkeypat
     assert not list(tmp_path.glob(".out*"))
 
 
+DEEP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+
+
 def bomb() -> bytes:
     """10 kB that are 81 million pixels."""
     buffer = io.BytesIO()
@@ -170,6 +173,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 8\n(%pipe%touch x) 
         (b"", r"row 6: it is no image of JPEG, PNG"),
         (b"not an image", r"row 6: it is no image of JPEG, PNG"),
         (POSTSCRIPT, r"row 6: it is no image of JPEG, PNG"),
+        (encoded(DEEP), r"row 6: its pixels have more than 8 bits \(mode I;16\)"),
         (bomb(), r"row 6: an image of 9000 x 9000 pixels; at most 67,108,864 are decoded"),
         (encoded(PIXELS[0, :4]), r"row 6: an image of 6 x 4 pixels, and others have 6 x 8; --size"),
     ],
