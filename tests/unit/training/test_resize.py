@@ -16,6 +16,7 @@ from gns_pretrain.optim.base import keep_token_half_life
 from gns_pretrain.optim.signum import SignumSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.settings import MetricsSettings
+from gns_pretrain.training.checkpoint import CheckpointSettings
 from gns_pretrain.training.loop import apply_decision, one_step, train
 from tests.settings import SEQUENCE_LENGTH, planned, small_run
 
@@ -70,6 +71,8 @@ def test_memory_stays_what_it_was_after_the_first_measurement(geometry, tmp_path
             ramp_tokens=15 * 8 * SEQUENCE_LENGTH,
         ),
         metrics=MetricsSettings(log_every=1, progress="never"),
+        # A save beside training would be weighed with the step that it is still written in.
+        checkpoint=CheckpointSettings(every_steps=5, keep=2, asynchronous=False),
     )
     assert finished(config, tmp_path, take_and_weigh)
     measured = [seen[step] for step in sorted(seen) if step == 1 or step % EVERY == 0]
