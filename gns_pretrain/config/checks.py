@@ -15,8 +15,9 @@ from gns_pretrain.errors import InputError, counted
 from gns_pretrain.model.config import LlamaConfig
 from gns_pretrain.model.llama import Llama
 from gns_pretrain.model.roles import Role, parameter_roles
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, Needs
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.sample_sums import NESTED_STRIDES, Needs
 from gns_pretrain.optim.averaging import AveragingSettings
 from gns_pretrain.optim.base import OptimizerSettings
 from gns_pretrain.optim.sgd import SGDSettings
@@ -154,6 +155,8 @@ def check_memory(
 
 def check_noise_scale(config: Config) -> None:
     """Check that the optimizer has what is measured of it, on a tiny model after a step."""
+    if not config.noise_scale.reads_optimizer:
+        return
     with torch.random.fork_rng(devices=[]):
         model = Llama(TINY)
         optimizer = after_a_step(config.averaging.build(config.optimizer, model), model)

@@ -20,8 +20,9 @@ from gns_pretrain.errors import InputError, counted
 from gns_pretrain.fields import About, Settings, at_least, key_of, one_of, path_name
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.launch.ranks import rank_info_from
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement, SampleSums
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Measurement
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.sample_sums import SampleSums
 from gns_pretrain.noise_scale.settings import NUCLEAR_PARAMETERS, PARAMETERS, NoiseScaleSettings
 from gns_pretrain.parallel.mesh import ParallelSettings, RankInfo, joined, pick_device
 from gns_pretrain.parallel.sharding import parallelize

@@ -37,7 +37,7 @@ Legend as in `equations.py`; W weights. No process groups, no configuration.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -48,8 +48,6 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import default_mode, smaller_side_gram, trace_square_root
 from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import (
-    absolute_sums,
-    coordinate_variance,
     cross_grams,
     dual_norm_fraction_batch,
     dual_norm_goodput_batch,
@@ -61,7 +59,6 @@ from gns_pretrain.noise_scale.equations import (
     euclidean_part_totals,
     euclidean_signal_total,
     gram_covariance,
-    half_means,
     inflection_batch,
     inflection_v1_batch,
     manhattan_cross_total,
@@ -74,21 +71,17 @@ from gns_pretrain.noise_scale.equations import (
     nuclear_part_total,
     nuclear_totals,
     part_grams,
-    part_means,
     progress_curve,
     small_sample_factor,
 )
+from gns_pretrain.noise_scale.sample_sums import NESTED_STRIDES, Needs, SampleSums, joined
 
 # Of Grams whose roots are iterated together, 64 MiB in float64. 26 such tensors live at a time,
 # beside the owned Grams and however many those are.
 CHUNK_ENTRIES = 2**23
 
-# Of rows that are read together, 64 MiB in float32: few kernels, whose results are as small.
-ROW_ENTRIES = 2**24
-
-# Parts of a step that `nested` compares beside its halves: every so-manieth sample, smallest first.
-NESTED_STRIDES = (8, 4)
-GAINS = ("gain_eighth", "gain_quarter", "gain_half")  # what the record calls them and their halves'
+# What the record calls the gains of the parts by NESTED_STRIDES, and of a half.
+GAINS = ("gain_eighth", "gain_quarter", "gain_half")
 
 GEOMETRIES: dict[str, type["Geometry"]] = {}  # by name; filled by defining a subclass
 
@@ -137,159 +130,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What the gradient tap gathers beside the samples' norms and the mean gradient."""
-
-    squares: bool = False  # sum_j (g^j)^2 of every coordinate
-    signed_sums: bool = False  # sum_j (+-1) g^j, with +1 for even and -1 for odd sample indices
-    nested_sums: bool = False  # sum_j g^j of every 8th and of every 4th sample
-    matrices: frozenset[Role] = frozenset()  # whole, and their Grams' sum, on one owner each
-    # Of the optimizer, which the meter is then given:
-    second_moments: bool = False  # what Adam divides each coordinate by
-    lengths: bool = False  # of each weight's step
-
-    def __or__(self, other: "Needs") -> "Needs":
-        return Needs(
-            self.squares or other.squares,
-            self.signed_sums or other.signed_sums,
-            self.nested_sums or other.nested_sums,
-            self.matrices | other.matrices,
-            self.second_moments or other.second_moments,
-            self.lengths or other.lengths,
-        )
-
-
-@dataclass(frozen=True)
-class SampleSums:
-    """What R samples leave on one rank: its rows of every weight, and the matrices that it owns.
-
-    All fields are sums or means over samples, so leaving samples out is a subtraction. What is not
-    needed is empty, and so are the rows of a rank whose rows another replica contributes.
-    """
-
-    num_even: int  # samples over all ranks with an even index
-    num_odd: int
-    square_norms: Tensor  # [W], float64; ||g^j||_2^2 summed over this rank's own samples
-    means: list[Tensor]  # this rank's rows of each weight's mean gradient
-    squares: list[Tensor]  # likewise of sum_j (g^j)^2
-    signed: list[Tensor]  # likewise of sum_j (+-1) g^j
-    grams: dict[int, Tensor]  # by owned weight: sum_j of the smaller side's Gram, float64
-    matrices: dict[int, Tensor]  # its mean gradient, whole
-    signed_matrices: dict[int, Tensor]  # its sum_j (+-1) G^j
-    # By NESTED_STRIDES: sums over every so-manieth sample, of rows and of matrices.
-    nested: list[list[Tensor]] = field(default_factory=list)
-    nested_matrices: list[dict[int, Tensor]] = field(default_factory=list)
-    is_matrix: list[bool] = field(default_factory=list)  # by weight, whether its role is MATRIX
-    # Of the optimizer: this rank's rows of v^(1/2) + epsilon, inf where a weight is not Adam's,
-    # and each weight's step along a direction of unit norm.
-    scales: list[Tensor] = field(default_factory=list)
-    lengths: list[float] = field(default_factory=list)
-
-    @property
-    def num_samples(self) -> int:
-        """R."""
-        return self.num_even + self.num_odd
-
-    def row_groups(self) -> Iterator[slice]:
-        """Neighbouring weights that `ROW_ENTRIES` hold the rows of, at least one at a time."""
-        start = entries = 0
-        for stop, mean in enumerate(self.means):
-            if start < stop and entries + mean.numel() > ROW_ENTRIES:
-                yield slice(start, stop)
-                start, entries = stop, 0
-            entries += mean.numel()
-        if self.means:
-            yield slice(start, len(self.means))
-
-    def variance(self, index: int, *, batch_size: int) -> Tensor:
-        """Per-sequence variance of each coordinate of this rank's rows of a weight (Eq. 20)."""
-        return self.variance_of(self.squares[index], self.means[index], batch_size=batch_size)
-
-    def variance_of(self, squares: Tensor, mean: Tensor, *, batch_size: int) -> Tensor:
-        """The same of sum_j (g^j)^2 and g of any coordinates."""
-        samples = self.num_samples
-        return coordinate_variance(
-            squares / samples, mean, batch_size=batch_size, num_samples=samples
-        )
-
-    def over_scales(self, power: float = 1.0) -> "SampleSums":
-        """Divide every coordinate by its scale to a power, as if each sample had come so.
-
-        Matrices are left as they are. The sums of squares make the samples' norms, so that those
-        add up over ranks as rows do.
-        """
-        inverse = [scale.pow(-power) for scale in self.scales]
-        squares = torch._foreach_mul(self.squares, torch._foreach_mul(inverse, inverse))
-        norms = torch.cat(
-            [absolute_sums(*joined(squares[rows])) for rows in self.row_groups()]
-            or [self.square_norms]
-        )
-
-        def scaled(rows: list[Tensor]) -> list[Tensor]:
-            return list(torch._foreach_mul(rows, inverse)) if rows else []
-
-        return replace(
-            self,
-            square_norms=norms,
-            means=scaled(self.means),
-            squares=list(squares),
-            signed=scaled(self.signed),
-            nested=[scaled(rows) for rows in self.nested],
-        )
-
-    def halves(self, mean: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
-        """g_A and g_B of a weight's rows or of a whole matrix."""
-        total = mean * self.num_samples
-        return half_means(total, signed, num_even=self.num_even, num_odd=self.num_odd)
-
-    def nested_rows(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
-        """Each stride with the sums over its part of neighbouring weights' rows, flat."""
-        for stride, nested in zip(NESTED_STRIDES, self.nested, strict=False):
-            yield stride, joined(nested[rows])[0]
-
-    def part(self, stride: int, mean: Tensor, nested: Tensor) -> tuple[Tensor, Tensor]:
-        """g_A and g_rest of a weight's rows or of a whole matrix, A every stride-th sample."""
-        samples, num_part = self.num_samples, -(-self.num_samples // stride)
-        return part_means(mean * samples, nested, num_part=num_part, num_samples=samples)
-
-    def without(self, part: "SampleSums") -> "SampleSums":
-        """Leave some of the samples out, as if the others had been summed by themselves.
-
-        Where they were a whole half, nothing cross-fitted is left, and nothing nested ever.
-        """
-        left = self.num_samples - part.num_samples
-        halves = self.num_even > part.num_even and self.num_odd > part.num_odd
-
-        def mean(whole: Tensor, removed: Tensor) -> Tensor:
-            return (whole * self.num_samples - removed * part.num_samples) / left
-
-        return SampleSums(
-            num_even=self.num_even - part.num_even,
-            num_odd=self.num_odd - part.num_odd,
-            square_norms=self.square_norms - part.square_norms,
-            means=[mean(*pair) for pair in zip(self.means, part.means, strict=True)],
-            squares=[a - b for a, b in zip(self.squares, part.squares, strict=True)],
-            signed=[a - b for a, b in zip(self.signed, part.signed, strict=True)] if halves else [],
-            grams={i: gram - part.grams[i] for i, gram in self.grams.items()},
-            matrices={i: mean(m, part.matrices[i]) for i, m in self.matrices.items()},
-            signed_matrices={
-                i: m - part.signed_matrices[i] for i, m in self.signed_matrices.items() if halves
-            },
-            is_matrix=self.is_matrix,
-            scales=self.scales,
-            lengths=self.lengths,
-        )
-
-    def copied(self) -> "SampleSums":
-        """Clone the means: they are the gradients themselves, which will change."""
-        return replace(
-            self,
-            means=[mean.clone() for mean in self.means],
-            matrices={i: matrix.clone() for i, matrix in self.matrices.items()},
-        )
-
-
-@dataclass(frozen=True)
 class SpectralTotal:
     """One of a weight's totals that takes eigenvalues: by LAPACK, one matrix at a time."""
 
@@ -297,6 +137,15 @@ class SpectralTotal:
     column: int  # of `Geometry.columns`
     function: Callable[..., Tensor]  # of `matrices`; 0-dimensional, float64
     matrices: tuple[Tensor, ...]  # [s, s] each, float64, used by nothing else
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an optimizer trains each weight, as far as geometries ask; lists by weight."""
+
+    is_matrix: list[bool]  # whether its role is MATRIX
+    has_second_moments: list[bool]  # as Adam keeps them
+    along_signs: list[bool]  # along matrix signs, by steps as long as the learning rate says
 
 
 class GeometryChoices(Protocol):
@@ -372,6 +221,9 @@ class Geometry(ABC):
         An iterator, because the device then holds the matrices of one weight at a time.
         """
         return iter(())
+
+    def check_training(self, training: Training) -> None:  # noqa: B027 most geometries read nothing
+        """Raise InputError if the optimizer lacks what is read of it (`reads_optimizer`)."""
 
     def noise_and_signal(
         self, estimate: str, totals: Sequence[float], batch_size: int, num_samples: int
@@ -631,7 +483,18 @@ class Adam(Euclidean):
 
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """The Euclidean totals of scaled gradients."""
-        return super().totals(sums.over_scales(), batch_size)
+        totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
+        for weights, scaled in sums.over_scales():
+            put(totals, weights, super().totals(scaled, batch_size))
+        return totals
+
+    def check_training(self, training: Training) -> None:
+        """Some weight has to have second moments."""
+        if not any(training.has_second_moments):
+            raise InputError(
+                "noise_scale.geometries=[adam] divides by the second moments that Adam and AdamW "
+                "keep, and this optimizer has none; use optimizer=adamw, or another geometry"
+            )
 
 
 class Composite(Geometry):
@@ -682,20 +545,36 @@ class Composite(Geometry):
     def totals(self, sums: SampleSums, batch_size: int) -> Tensor:
         """Each part's roots and gains, times its weights' lengths."""
         totals = sums.square_norms.new_zeros(len(sums.square_norms), len(self.columns))
-        lengths = totals.new_tensor(sums.lengths)[:, None]
-        of_matrices = lengths * totals.new_tensor(sums.is_matrix)[:, None]
         nuclear = self._nuclear.totals(sums, batch_size)
-        totals[:, 0:3] = nuclear[:, 0:3] * of_matrices
-        totals[:, -1] = nuclear[:, -1]
-        if self._rest_is_adams:  # a weight that is not Adam's has zeros in both of these
-            gains = self._euclidean.totals(sums.over_scales(0.5), batch_size)
-            totals[:, 4:6] = gains[:, 1:3] * lengths
-            scaled = self._euclidean.totals(sums.over_scales(), batch_size)
-            totals[:, 6:8] = scaled[:, 0:2]
-        else:
-            manhattan = self._manhattan.totals(sums, batch_size)
-            totals[:, 3:6] = manhattan[:, 0:3] * (lengths - of_matrices)
+        totals[:, 0:3], totals[:, -1] = nuclear[:, 0:3], nuclear[:, -1]
+        if self._rest_is_adams:
+            for weights, scaled in sums.over_scales(0.5):
+                put(totals[:, 4:6], weights, self._euclidean.totals(scaled, batch_size)[:, 1:3])
+            for weights, scaled in sums.over_scales():
+                put(totals[:, 6:8], weights, self._euclidean.totals(scaled, batch_size)[:, 0:2])
+        elif rest := [i for i, is_matrix in enumerate(sums.is_matrix) if not is_matrix]:
+            manhattan = self._manhattan.totals(sums.only(rest), batch_size)
+            put(totals[:, 3:6], rest, manhattan[:, 0:3])
+        # Factors as numbers: on a GPU the host waits for each tensor that it fills.
+        of_matrices = [n * part for n, part in zip(sums.lengths, sums.is_matrix, strict=True)]
+        torch._foreach_mul_(list(totals[:, 0:3].unbind()), of_matrices)
+        torch._foreach_mul_(list(totals[:, 3:6].unbind()), sums.lengths)
         return totals
+
+    def check_training(self, training: Training) -> None:
+        """Matrices go along signs and nothing else does; the rest may have to be Adam's."""
+        if not any(training.is_matrix) or training.along_signs != training.is_matrix:
+            raise InputError(
+                "noise_scale.geometries=[composite] is of steps along matrix signs beside a rule "
+                "for the rest, which this optimizer does not take for every matrix and for "
+                "nothing else; use optimizer=muon or specsgd, or the geometry adam or manhattan"
+            )
+        known = zip(training.has_second_moments, training.is_matrix, strict=True)
+        if self._rest_is_adams and not all(moments or matrix for moments, matrix in known):
+            raise InputError(
+                "noise_scale.composite_rest=adam divides by the second moments that Adam and AdamW "
+                "keep, and some weights beside the matrices have none; use composite_rest=manhattan"
+            )
 
     def spectral_totals(self, sums: SampleSums, batch_size: int) -> Iterator[SpectralTotal]:
         """Those of the nuclear geometry, times each matrix's length."""
@@ -736,6 +615,11 @@ class Composite(Geometry):
         return self._nuclear.details(totals)
 
 
+def put(totals: Tensor, rows: Sequence[int], found: Tensor) -> None:
+    """Copy [k, columns] to rows of [W, columns]: a list as an index would be waited for."""
+    torch._foreach_copy_([totals[i] for i in rows], list(found.unbind()))
+
+
 def times(factor: float, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
     return factor * function(*arguments)
 
@@ -754,12 +638,6 @@ def part_sizes(batch_size: int, num_samples: int) -> list[float]:
     """Sequences of an eighth, a quarter and half of the samples."""
     counts = [-(-num_samples // stride) for stride in NESTED_STRIDES]
     return [*(count / num_samples * batch_size for count in counts), batch_size / 2]
-
-
-def joined(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Rows of several weights, flat and one after the other, and how many entries each has."""
-    flat = [part.reshape(-1) for part in rows]
-    return flat[0] if len(flat) == 1 else torch.cat(flat), [len(part) for part in flat]
 
 
 def exact_trace(gram: Tensor) -> Tensor:

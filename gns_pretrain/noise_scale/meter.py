@@ -22,10 +22,9 @@ from gns_pretrain.noise_scale.geometries import (
     GEOMETRIES,
     Geometry,
     Measurement,
-    Needs,
-    SampleSums,
 )
 from gns_pretrain.noise_scale.host_spectra import HostSpectra, PendingTotal
+from gns_pretrain.noise_scale.sample_sums import Needs, SampleSums
 from gns_pretrain.noise_scale.settings import MeterOptions, NoiseScaleSettings
 from gns_pretrain.noise_scale.stopwatch import Stopwatch
 from gns_pretrain.noise_scale.tap import GradientTap
@@ -360,49 +359,29 @@ class NoiseMeter:
         return readings
 
     def _check_optimizer(self) -> None:
-        """Raise InputError unless the optimizer has what the geometries read of it."""
-        updates, weights = self.tap.updates, self.tap.weights
-        reading = [geometry.name for geometry in self.geometries if geometry.reads_optimizer]
-        if updates is None:
-            if reading or self.settings.of_momentum:
-                what = f"geometries=[{reading[0]}]" if reading else "of_momentum=true"
-                raise InputError(
-                    f"noise_scale.{what} reads the optimizer; give it to the meter as optimizer="
-                )
+        """Raise InputError unless the optimizer has what is read of it."""
+        updates, settings = self.tap.updates, self.settings
+        if not settings.reads_optimizer:
             return
-        if (reading or self.settings.of_momentum) and not updates.has_weights:
+        if updates is None:
+            reading = [geometry.name for geometry in self.geometries if geometry.reads_optimizer]
+            what = f"geometries=[{reading[0]}]" if reading else "of_momentum=true"
+            raise InputError(
+                f"noise_scale.{what} reads the optimizer; give it to the meter as optimizer="
+            )
+        if not updates.has_weights:
             raise InputError(
                 "the optimizer of the noise meter has none of the model's parameters; give it the "
                 "optimizer that steps this model"
             )
-        if self.settings.of_momentum and not updates.has_constant_momenta:
+        if settings.of_momentum and not updates.has_constant_momenta:
             raise InputError(
                 "noise_scale.of_momentum=true reads one momentum of each parameter, an average "
                 "whose weights stay, which this optimizer's betas are not; use of_momentum=false, "
                 "or an optimizer such as adamw, signum or muon"
             )
-        is_matrix = [tapped.role is Role.MATRIX for tapped in weights]
-        of_rest = [
-            adams for adams, matrix in zip(updates.adams, is_matrix, strict=True) if not matrix
-        ]
-        if "adam" in reading and not any(updates.adams):
-            raise InputError(
-                "noise_scale.geometries=[adam] divides by the second moments that Adam and AdamW "
-                "keep, and this optimizer has none; use optimizer=adamw, or another geometry"
-            )
-        if "composite" in reading and (
-            not any(is_matrix) or updates.along_matrix_signs != is_matrix
-        ):
-            raise InputError(
-                "noise_scale.geometries=[composite] is of steps along matrix signs beside a rule "
-                "for the rest, which this optimizer does not take for every matrix and for "
-                "nothing else; use optimizer=muon or specsgd, or the geometry adam or manhattan"
-            )
-        if "composite" in reading and self.settings.composite_rest == "adam" and not all(of_rest):
-            raise InputError(
-                "noise_scale.composite_rest=adam divides by the second moments that Adam and AdamW "
-                "keep, and some weights beside the matrices have none; use composite_rest=manhattan"
-            )
+        for geometry in self.geometries:
+            geometry.check_training(updates.training)
 
     def _check_agreement(self, squares: list[list[float]]) -> None:
         """Raise InputError if the mean gradient of a weight is not the mean of its samples.

@@ -8,7 +8,8 @@ from gns_pretrain.errors import InputError
 from gns_pretrain.fields import Settings, at_least, key_of, one_of, positive
 from gns_pretrain.geometry.square_root import MODES
 from gns_pretrain.model.roles import Role
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Needs, fewest_samples
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, fewest_samples
+from gns_pretrain.noise_scale.sample_sums import Needs
 from gns_pretrain.noise_scale.smoothing import SmoothingSettings
 
 PARAMETERS = ("all", "block_matrices", "norms")
@@ -146,6 +147,11 @@ class NoiseScaleSettings(Settings):
         estimates = {estimate for _, estimate in self.measured}
         nested = "nested" in estimates
         return Needs(signed_sums=nested or "cross_fitted" in estimates, nested_sums=nested)
+
+    @property
+    def reads_optimizer(self) -> bool:
+        """Whether the optimizer's state, rates or momenta are part of what is measured."""
+        return self.of_momentum or any(GEOMETRIES[name].reads_optimizer for name in self.geometries)
 
     @property
     def fewest_samples(self) -> int:

@@ -37,7 +37,7 @@ from gns_pretrain.model.roles import (
     matrix_shape,
     named_trainable,
 )
-from gns_pretrain.noise_scale.geometries import NESTED_STRIDES, Needs, SampleSums
+from gns_pretrain.noise_scale.sample_sums import NESTED_STRIDES, Needs, SampleSums
 from gns_pretrain.noise_scale.stopwatch import Stopwatch
 from gns_pretrain.noise_scale.updates import Updates
 from gns_pretrain.noise_scale.weights import (
@@ -431,7 +431,7 @@ class GradientTap:
             nested=[without_padding(sums, means) for sums in self.nested_sums],
             nested_matrices=nested_matrices,
             is_matrix=[tapped.role is Role.MATRIX for tapped in self.weights],
-            scales=list(updates.scales(means)) if updates and self.needs.second_moments else [],
+            scales=updates.scales(means) if updates and self.needs.second_moments else {},
             lengths=updates.lengths() if updates and self.needs.lengths else [],
         )
 

@@ -10,7 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gns_pretrain.model.roles import Role
 from gns_pretrain.noise_scale.equations import momentum_noise
+from gns_pretrain.noise_scale.geometries import Training
 from gns_pretrain.noise_scale.weights import TappedWeight
 
 ADAMS = {"exp_avg_sq", "step"}  # what Adam and its relatives keep of a weight, beside the momentum
@@ -82,6 +84,12 @@ class Updates:
             isinstance(rule, SignRule) and rule.has_fixed_steps for _, rule in self._of_weights()
         ]
 
+    @property
+    def training(self) -> Training:
+        """What geometries ask of the optimizer before they read it."""
+        is_matrix = [tapped.role is Role.MATRIX for tapped in self.weights]
+        return Training(is_matrix, self.adams, self.along_matrix_signs)
+
     def lengths(self) -> list[float]:
         """Return each weight's step along a direction of unit norm: peak rate x rule's scaling.
 
@@ -104,23 +112,22 @@ class Updates:
             found.append(momentum_noise(beta, nesterov=nesterov))
         return found
 
-    def scales(self, means: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield this rank's rows of each weight's v'^(1/2) + epsilon, by which Adam will divide.
+    def scales(self, means: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return this rank's rows of v'^(1/2) + epsilon, by which Adam will divide, by weight.
 
             v = beta2 v + (1 - beta2) g^2    v' = v / (1 - beta2^t)
 
-        AMSGrad divides by the largest v there was. A weight decay that is coupled is part of g. A
-        weight without v has inf: what is divided by it adds nothing.
+        AMSGrad divides by the largest v there was. A weight decay that is coupled is part of g.
 
         Args:
             means: g, this rank's rows of each weight's mean gradient, or the first of them; it is
                 not clipped yet.
         """
+        scales = {}
         of_weights = zip(self.weights, self._of_weights(), self.adams, means, strict=True)
-        for tapped, (group, _), is_adams, mean in of_weights:
+        for index, (tapped, (group, _), is_adams, mean) in enumerate(of_weights):
             state = self.optimizer.state.get(tapped.weight, {})
             if not is_adams or "exp_avg_sq" not in state:
-                yield torch.full_like(mean, torch.inf)
                 continue
 
             def rows(tensor: Tensor, tapped: TappedWeight = tapped, mean: Tensor = mean) -> Tensor:
@@ -137,7 +144,8 @@ class Updates:
                 squares = torch.maximum(squares, rows(state["max_exp_avg_sq"]))
             # A tensor, of the device where the optimizer counts: nothing is waited for.
             bias = 1.0 - beta2 ** (state["step"] + 1)
-            yield squares.div_(bias).sqrt_().add_(group["eps"])
+            scales[index] = squares.div_(bias).sqrt_().add_(group["eps"])
+        return scales
 
     def _of_weights(self) -> list[tuple[dict[str, Any], torch.optim.Optimizer | None]]:
         """Return each weight's group and the rule that steps it; nothing where none does."""

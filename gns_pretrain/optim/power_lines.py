@@ -82,12 +82,13 @@ def batch_size_by_rule(token_budget: int, sequence_length: int) -> int:
     exact = optimal_batch_size(token_budget) / sequence_length
     size: int = 2 ** max(round(math.log2(exact)), 0)
     low, high = TOKENS
-    if not low / BEYOND <= token_budget <= high * BEYOND:
-        raise InputError(
-            f"batch_size.initial=auto is a law of runs of {low / 1e9:.1f} to {high / 1e9:.0f} "
-            f"billion tokens, and token_budget={token_budget:,}; give a number (the law, extended "
-            f"to it: batch_size.initial={size})"
-        )
+    refuse_beyond(
+        TOKENS,
+        token_budget,
+        f"batch_size.initial=auto is a law of runs of {low / 1e9:.1f} to {high / 1e9:.0f} billion "
+        f"tokens, and token_budget={token_budget:,}",
+        f"batch_size.initial={size}",
+    )
     return size
 
 
@@ -95,10 +96,18 @@ def timescale_by_rule(tokens_per_parameter: float) -> float:
     """Return `optimal_timescale`; InputError where the law says nothing of such a run."""
     timescale = optimal_timescale(tokens_per_parameter)
     low, high = TOKENS_PER_PARAMETER
-    if not low / BEYOND <= tokens_per_parameter <= high * BEYOND:
-        raise InputError(
-            f"optimizer.weight_decay_timescale=auto is a law of runs of {low:g} to {high:g} tokens "
-            f"a parameter, and this one has {tokens_per_parameter:.3g}; give a number (the law, "
-            f"extended to it: optimizer.weight_decay_timescale={timescale:.3g})"
-        )
+    refuse_beyond(
+        TOKENS_PER_PARAMETER,
+        tokens_per_parameter,
+        f"optimizer.weight_decay_timescale=auto is a law of runs of {low:g} to {high:g} tokens a "
+        f"parameter, and this one has {tokens_per_parameter:.3g}",
+        f"optimizer.weight_decay_timescale={timescale:.3g}",
+    )
     return timescale
+
+
+def refuse_beyond(bounds: tuple[float, float], value: float, problem: str, extended: str) -> None:
+    """Raise InputError for a run that a law says nothing of; name what it would say."""
+    low, high = bounds
+    if not low / BEYOND <= value <= high * BEYOND:
+        raise InputError(f"{problem}; give a number (the law, extended to it: {extended})")

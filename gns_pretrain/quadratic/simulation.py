@@ -16,7 +16,8 @@ from gns_pretrain.batch_size import AdaptiveBatchSize, PolicySettings
 from gns_pretrain.errors import InputError
 from gns_pretrain.geometry.square_root import smaller_side_gram
 from gns_pretrain.noise_scale import Measurement, NoiseScaleSettings, Reading
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, NESTED_STRIDES, SampleSums
+from gns_pretrain.noise_scale.geometries import GEOMETRIES
+from gns_pretrain.noise_scale.sample_sums import NESTED_STRIDES, SampleSums
 from gns_pretrain.optim import SGD
 from gns_pretrain.quadratic.problem import NoisyQuadratic
 

@@ -2,14 +2,17 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gns_pretrain.errors import InputError
+from gns_pretrain.noise_scale import sample_sums
 from gns_pretrain.noise_scale.equations import momentum_noise
 from gns_pretrain.noise_scale.meter import NoiseMeter, Reading
+from gns_pretrain.noise_scale.sample_sums import SampleSums
 from gns_pretrain.optim import CombinedOptimizer, Muon, SpecSGD, split_parameters
 from tests.dense_reference import (
     Batch,
@@ -142,6 +145,30 @@ def test_adam_divides_as_the_coming_step_does(options: dict[str, float | bool]):
         scales[name] = (v / (1 - 0.5**6)).sqrt() + 1e-8
     expected = adams_noise_and_signal(gradients, scales, BATCH_SIZE)["adam", "plug_in"]
     assert (total.noise, total.signal) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("geometry", ["adam", "composite"])
+def test_rows_are_divided_a_few_weights_at_a_time(geometry: str, monkeypatch):
+    """So that a measurement holds no second copy of all sums; with the same result."""
+    options = {"geometries": [geometry], "composite_rest": "adam"}
+    model = Regression()
+    at_once = steps(model, muon_and_adamw(model), 2, **options)[1]
+    taken = []
+    whole = SampleSums.over_scales
+
+    def counted(sums: SampleSums, power: float = 1.0) -> Iterator[tuple[list[int], SampleSums]]:
+        for weights, scaled in whole(sums, power):
+            taken.append(sum(mean.numel() for mean in scaled.means))
+            yield weights, scaled
+
+    monkeypatch.setattr(SampleSums, "over_scales", counted)
+    monkeypatch.setattr(sample_sums, "ROW_ENTRIES", 24)
+    model = Regression()
+    in_turn = steps(model, muon_and_adamw(model), 2, **options)[1]
+    assert len(taken) > 2
+    assert max(taken) <= 24
+    totals = [(reading.total.noise, reading.total.signal) for reading in (at_once[0], in_turn[0])]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-12)
 
 
 def test_adam_measures_nothing_of_what_another_rule_trains():

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gns_pretrain.noise_scale import geometries as module
-from gns_pretrain.noise_scale.geometries import Euclidean, Manhattan, Nuclear, SampleSums
+from gns_pretrain.noise_scale import sample_sums
+from gns_pretrain.noise_scale.geometries import Euclidean, Manhattan, Nuclear
+from gns_pretrain.noise_scale.sample_sums import SampleSums
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 
 MATRICES, ROWS, COLUMNS = 24, 16, 20
@@ -121,11 +123,11 @@ def test_totals_of_weights_do_not_depend_on_which_are_read_together(monkeypatch,
     sums = sums_of_rows()
     whole = geometry(NoiseScaleSettings()).totals(sums, batch_size=4)
     for entries in (1, 60, 200):
-        monkeypatch.setattr(module, "ROW_ENTRIES", entries)
+        monkeypatch.setattr(sample_sums, "ROW_ENTRIES", entries)
         torch.testing.assert_close(
             geometry(NoiseScaleSettings()).totals(sums, batch_size=4), whole, rtol=1e-14, atol=1e-14
         )
-    monkeypatch.setattr(module, "ROW_ENTRIES", 60)
+    monkeypatch.setattr(sample_sums, "ROW_ENTRIES", 60)
     assert [(rows.start, rows.stop) for rows in sums.row_groups()] == [
         (0, 1),
         (1, 3),

@@ -15,8 +15,9 @@ from gns_pretrain.config.register import register_configs
 from gns_pretrain.data.batches import inputs_and_targets
 from gns_pretrain.launch.train import launch
 from gns_pretrain.model.llama import Llama
-from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry, Needs
+from gns_pretrain.noise_scale.geometries import GEOMETRIES, Geometry
 from gns_pretrain.noise_scale.meter import NoiseMeter
+from gns_pretrain.noise_scale.sample_sums import Needs
 from gns_pretrain.noise_scale.settings import NoiseScaleSettings
 from gns_pretrain.parallel.mesh import World
 from gns_pretrain.tracking.jsonl import read_records

@@ -81,6 +81,12 @@ def test_memory_stays_what_it_was_after_the_first_measurement(geometry, tmp_path
     assert max(seen.values()) == measured[0]
 
 
+def grows_after_two_steps(size: int) -> BatchSizeSettings:
+    """From 8 sequences to another number."""
+    tokens = [2 * 8 * SEQUENCE_LENGTH]
+    return BatchSizeSettings(initial=8, policy="staged", stage_tokens=tokens, stage_sizes=[size])
+
+
 class Recorded:
     """A record that keeps its lines."""
 
@@ -168,12 +174,7 @@ def test_run_tied_to_tokens_forgets_as_fast_in_tokens_after_its_batch_has_grown(
         shards,
         steps=6,
         optimizer=SignumSettings(momentum=0.95, tie_to_tokens=True),
-        batch_size=BatchSizeSettings(
-            initial=8,
-            policy="staged",
-            stage_tokens=[2 * 8 * SEQUENCE_LENGTH],
-            stage_sizes=[24],
-        ),
+        batch_size=grows_after_two_steps(24),
     )
     assert finished(config, tmp_path, take_and_look)
     assert betas == {8: 0.95, 24: 0.95**3}
@@ -193,12 +194,7 @@ def test_run_records_what_follows_its_batch(settings, betas, tmp_path, shards):
         shards,
         steps=6,
         optimizer=AdamWSettings(lr=1e-2, **settings),
-        batch_size=BatchSizeSettings(
-            initial=8,
-            policy="staged",
-            stage_tokens=[2 * 8 * SEQUENCE_LENGTH],
-            stage_sizes=[32],
-        ),
+        batch_size=grows_after_two_steps(32),
     )
     assert finished(config, tmp_path, one_step)
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
