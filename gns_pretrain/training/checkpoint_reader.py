@@ -47,6 +47,19 @@ from gns_pretrain.training.checkpoint_writer import (
 )
 
 METADATA = ".metadata"
+
+
+def memory_format(encoding: Any, name: str) -> Any:
+    """Stand for `getattr`, by which Python 3.11.0 to 3.11.3 pickles the member of an enum.
+
+    Returns:
+        The member of the one enum that metadata has; UnpicklingError for an attribute of any other.
+    """
+    if encoding is not metadata._MEM_FORMAT_ENCODING or name not in encoding.__members__:
+        raise pickle.UnpicklingError("it calls builtins.getattr, as no checkpoint of torch does")
+    return encoding[name]
+
+
 KNOWN = {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
@@ -63,7 +76,10 @@ KNOWN = {
         torch.serialization._get_layout,
         pathlib.PosixPath,
     )
-} | {("pathlib", "PosixPath"): pathlib.PosixPath}  # Python 3.13 has it in pathlib._local
+} | {
+    ("pathlib", "PosixPath"): pathlib.PosixPath,  # Python 3.13 has it in pathlib._local
+    ("builtins", "getattr"): memory_format,
+}
 
 
 class MetadataUnpickler(pickle.Unpickler):

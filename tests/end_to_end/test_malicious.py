@@ -6,14 +6,19 @@ import os
 import pickle
 import shutil
 from contextlib import nullcontext
+from enum import Enum
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console as RichConsole
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    MetadataIndex,
+)
 
 from gns_pretrain.commands import run_command
 from gns_pretrain.data.prepare.prepare import prepare
@@ -124,6 +129,37 @@ def test_metadata_that_calls_anything_else_is_refused_by_name(checkpoint, marker
     with pytest.raises(TrainingError, match=".".join(name)):
         resume(checkpoint)
     assert not marker.exists()
+
+
+class EarlyPickler(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, obj):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_metadata_of_an_early_python_is_read(checkpoint):
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    with (checkpoint / ".metadata").open("wb") as file:
+        EarlyPickler(file).dump(metadata)
+    seal(checkpoint)
+    assert b"getattr" in (checkpoint / ".metadata").read_bytes()
+    resume(checkpoint)
+    assert load_model(checkpoint).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(PosixPath, "mkdir"), (_MEM_FORMAT_ENCODING, "__class__")]
+)
+def test_metadata_that_reads_another_attribute_is_refused(checkpoint, owner, name):
+    class Reads:
+        def __reduce__(self):
+            return getattr, (owner, name)
+
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Reads()))
+    seal(checkpoint)
+    with pytest.raises(InputError, match=r"builtins\.getattr, as no checkpoint of torch does"):
+        load_model(checkpoint)
 
 
 def test_payload_works_where_it_is_not_refused(marker):
